@@ -1,0 +1,20 @@
+// The row loops for x86-64 with AVX2. The options hold for the loops alone: all headers come before them.
+#include "cpu/rows.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define EFFDENSE_ISA avx2
+#include "cpu/rows.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,12 @@
+"""effdense: DenseNets whose training memory is linear in depth, and faster.
+
+`convert(model)` makes an existing model run fused; `nn` has the modules, `functional` the operator.
+"""
+
+from effdense import functional, nn
+from effdense._extension import build_info
+from effdense.convert import convert, report
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "build_info", "convert", "functional", "nn", "report"]

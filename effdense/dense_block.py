@@ -1,0 +1,321 @@
+"""The engine: forward and backward of dense layers over the operators, as nodes of autograd.
+
+One node is a bottleneck alone (`CatBnReluConv1x1`) or a whole layer (`DenseLayer`):
+
+    y = W1 relu(bn1(cat(features)))        new = conv3x3(relu(bn2(y)))
+
+A node saves its features and, with memory="balanced", y; relu(bn2(y)) is always made again, and with memory="minimal"
+so is y. Nothing else is kept. Statistics come in from outside (bn1) or are taken while y is made (bn2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdense.batch_norm import Folded, Norm, fold
+from effdense.checks import check_conv_weight, check_features, check_norm, check_vector
+from effdense.operators import operators
+
+
+def _autocast(features: Sequence[Tensor], *parameters: Tensor | None) -> tuple[Any, ...]:
+    """Casts features and the convolutions' parameters as torch.autocast would; batch norm's stay as they are."""
+    device = features[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return (list(features), *parameters)
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype == torch.float64 else x.to(dtype)
+
+    return ([cast(x) for x in features], *(cast(p) for p in parameters))
+
+
+def _statistics(features: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] that `norm` normalises the features with."""
+    x = features[0]
+    if not norm.batch_statistics:
+        return norm.running(x.dtype)
+    with torch.no_grad():
+        mean, var = operators(x).channel_statistics(features)
+    return mean, var
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients through, and says what is wrong when they are differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tuple(g if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: double backward is not supported (its gradient was differentiated again, as by a gradient "
+            "penalty or a Hessian); use the unconverted model for that"
+        )
+
+
+def _differentiable_once(op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What a backward returns: gradients that refuse, clearly, to be differentiated."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    result: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(
+        op, *(g if g is None else g.detach().requires_grad_() for g in grads)
+    )
+    return result
+
+
+def _bottleneck_backward(
+    features: Sequence[Tensor],
+    norm: Folded,
+    conv_weight: Tensor,
+    grad_y: Tensor,
+    need_features: Sequence[bool],
+    need_norm: bool,
+    need_conv: bool,
+) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+    """Gradients of the features, of norm1's weight and bias, and of the 1x1 convolution's weight."""
+    ops = operators(features[0])
+    grads = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for x, need in zip(features, need_features, strict=True)
+    ]
+    grad_weight, sum_d, sum_dx = ops.bottleneck_backward(
+        features,
+        grad_y,
+        norm.scale,
+        norm.shift,
+        norm.mean,
+        conv_weight.flatten(1),
+        grads,
+        any(need_features) or need_norm,
+        need_conv,
+    )
+    if norm.batch_statistics and any(need_features):
+        a, b = norm.deferred(sum_d, sum_dx, grad_y.numel() // grad_y.shape[1])
+        ops.take_gradient(features, norm.mean, a, b, grads)
+    wanted = [grad if need else None for grad, need in zip(grads, need_features, strict=True)]
+    return wanted, sum_dx * norm.rstd, sum_d, grad_weight
+
+
+def _sum_per_channel(x: Tensor) -> Tensor:
+    return x.sum([d for d in range(x.dim()) if d != 1])
+
+
+def _as(like: Tensor, grad: Tensor) -> Tensor:
+    return grad.to(like.dtype).view(like.shape)
+
+
+class CatBnReluConv1x1(torch.autograd.Function):
+    """y = W relu(bn(cat(features))) + b; gradients for everything but the statistics."""
+
+    @staticmethod
+    def forward(
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        batch_statistics: bool,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        *features: Tensor,
+    ) -> Tensor:
+        norm = fold(mean, var, eps, norm_weight, norm_bias, batch_statistics)
+        bias = None if conv_bias is None else conv_bias.to(mean.dtype)
+        y: Tensor = operators(features[0]).bottleneck(
+            features, norm.scale, norm.shift, conv_weight.flatten(1), bias, False
+        )[0]
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        mean, var, ctx.eps, ctx.batch_statistics, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, var, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad
+        if grad_y is None:
+            return (None,) * len(needs)
+        mean, var, norm_weight, norm_bias, conv_weight, conv_bias, *features = ctx.saved_tensors
+        with torch.no_grad():
+            norm = fold(mean, var, ctx.eps, norm_weight, norm_bias, ctx.batch_statistics)
+            grads, grad_scale, grad_shift, grad_conv = _bottleneck_backward(
+                features, norm, conv_weight, grad_y, needs[8:], needs[4] or needs[5], needs[6]
+            )
+            result = (
+                _as(norm_weight, grad_scale) if needs[4] else None,
+                _as(norm_bias, grad_shift) if needs[5] else None,
+                _as(conv_weight, grad_conv) if needs[6] else None,
+                _as(conv_bias, _sum_per_channel(grad_y)) if needs[7] else None,
+                *grads,
+            )
+        return (None,) * 4 + _differentiable_once("cat_bn_relu_conv1x1", result)
+
+
+def _conv_settings(x: Tensor) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """stride, padding, dilation, transposed, output_padding, groups of the layer's 3x3 convolution."""
+    d = x.dim() - 2
+    return [1] * d, [1] * d, [1] * d, False, [0] * d, 1
+
+
+class DenseLayer(torch.autograd.Function):
+    """new = conv3x3(relu(bn2(conv1x1(relu(bn1(cat(features))))))); also returns bn2's mean and variance, and y.
+
+    mean2 and var2 are None where bn2 takes the batch's statistics: they are made here. y is returned because autograd
+    saves nothing but inputs and outputs; the caller drops it.
+    """
+
+    @staticmethod
+    def forward(
+        memory: str,
+        eps: tuple[float, float],
+        batch_statistics: tuple[bool, bool],
+        mean1: Tensor,
+        var1: Tensor,
+        mean2: Tensor | None,
+        var2: Tensor | None,
+        norm1_weight: Tensor | None,
+        norm1_bias: Tensor | None,
+        conv1_weight: Tensor,
+        conv1_bias: Tensor | None,
+        norm2_weight: Tensor | None,
+        norm2_bias: Tensor | None,
+        conv2_weight: Tensor,
+        conv2_bias: Tensor | None,
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ops = operators(features[0])
+        norm1 = fold(mean1, var1, eps[0], norm1_weight, norm1_bias, batch_statistics[0])
+        bias = None if conv1_bias is None else conv1_bias.to(mean1.dtype)
+        y, mean, var = ops.bottleneck(
+            features, norm1.scale, norm1.shift, conv1_weight.flatten(1), bias, batch_statistics[1]
+        )
+        if mean2 is not None and var2 is not None:
+            mean, var = mean2.clone(), var2.clone()
+        norm2 = fold(mean, var, eps[1], norm2_weight, norm2_bias, batch_statistics[1])
+        z = torch.empty_like(y)
+        ops.bn_relu(y, norm2.scale, norm2.shift, z)
+        new = torch.ops.aten.convolution(z, conv2_weight, conv2_bias, *_conv_settings(z))
+        return new, mean, var, y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        memory, ctx.eps, ctx.batch_statistics, mean1, var1, _, _, *tensors = inputs
+        _, mean2, var2, y = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean2, var2, y)
+        ctx.save_for_backward(mean1, var1, mean2, var2, y if memory == "balanced" else None, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_new: Tensor | None, *_: None) -> Any:
+        needs = ctx.needs_input_grad[7:]
+        if grad_new is None:
+            return (None,) * len(ctx.needs_input_grad)
+        mean1, var1, mean2, var2, y, *tensors = ctx.saved_tensors
+        weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias, *features = tensors
+        ops = operators(features[0])
+        with torch.no_grad():
+            norm1 = fold(mean1, var1, ctx.eps[0], weight1, bias1, ctx.batch_statistics[0])
+            norm2 = fold(mean2, var2, ctx.eps[1], weight2, bias2, ctx.batch_statistics[1])
+            if y is None:
+                bias = None if conv1_bias is None else conv1_bias.to(mean1.dtype)
+                y = ops.bottleneck(features, norm1.scale, norm1.shift, conv1.flatten(1), bias, False)[0]
+            z = torch.empty_like(y)
+            ops.bn_relu(y, norm2.scale, norm2.shift, z)
+            need_dz = any(needs[:6]) or any(needs[8:])
+            grad_y, grad_conv2, grad_conv2_bias = torch.ops.aten.convolution_backward(
+                grad_new,
+                z,
+                conv2,
+                None if conv2_bias is None else list(conv2_bias.shape),
+                *_conv_settings(z),
+                [need_dz, needs[6], needs[7]],
+            )
+            del z
+            result: list[Tensor | None] = [None] * 6
+            if need_dz:
+                grad_y = grad_y.contiguous()
+                sum_d, sum_dx = ops.bn_relu_backward(
+                    grad_y, y, norm2.scale, norm2.shift, norm2.mean, norm2.rstd, norm2.batch_statistics
+                )
+                del y
+                grads, grad_scale, grad_shift, grad_conv1 = _bottleneck_backward(
+                    features, norm1, conv1, grad_y, needs[8:], needs[0] or needs[1], needs[2]
+                )
+                result = [
+                    _as(weight1, grad_scale) if needs[0] else None,
+                    _as(bias1, grad_shift) if needs[1] else None,
+                    _as(conv1, grad_conv1) if needs[2] else None,
+                    _as(conv1_bias, _sum_per_channel(grad_y)) if needs[3] else None,
+                    _as(weight2, sum_dx * norm2.rstd) if needs[4] else None,
+                    _as(bias2, sum_d) if needs[5] else None,
+                ]
+            else:
+                grads = [None] * len(features)
+        return (None,) * 7 + _differentiable_once(
+            "DenseLayer", (*result, grad_conv2, grad_conv2_bias, *grads)
+        )
+
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+def bottleneck(
+    op: str,
+    names: Sequence[str],
+    features: Sequence[Tensor],
+    norm: Norm,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+) -> Result:
+    """Checks and runs the bottleneck; `names` are the parameters' names in messages. Returns y and norm's statistics."""
+    channels = check_features(op, features)
+    features, conv_weight, conv_bias = _autocast(features, conv_weight, conv_bias)
+    check_norm(op, names[:4], norm, channels, features[0])
+    check_conv_weight(op, names[4], conv_weight, channels, 1, features[0])
+    check_vector(op, names[5], conv_bias, conv_weight.shape[0], features[0], "the convolution's output channels")
+    mean, var = _statistics(features, norm)
+    y = CatBnReluConv1x1.apply(
+        mean, var, norm.eps, norm.batch_statistics, norm.weight, norm.bias, conv_weight, conv_bias, *features
+    )
+    return y, mean, var
+
+
+def dense_layer(
+    memory: str, features: Sequence[Tensor], norm1: Norm, conv1: Any, norm2: Norm, conv2: Any
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Checks and runs a whole layer; conv1 and conv2 are modules. Returns the new features and both norms' statistics."""
+    op, width = "DenseLayer", conv1.out_channels
+    channels = check_features(op, features)
+    features, *convs = _autocast(features, conv1.weight, conv1.bias, conv2.weight, conv2.bias)
+    for i, norm, conv, inputs, kernel in ((1, norm1, conv1, channels, 1), (2, norm2, conv2, width, 3)):
+        names = [f"norm{i}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        weight, bias = convs[2 * i - 2 : 2 * i]
+        check_norm(op, names, norm, inputs, features[0])
+        check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, features[0])
+        check_vector(op, f"conv{i}.bias", bias, conv.out_channels, features[0], "the convolution's output channels")
+    mean1, var1 = _statistics(features, norm1)
+    new, mean2, var2, _ = DenseLayer.apply(
+        memory,
+        (norm1.eps, norm2.eps),
+        (norm1.batch_statistics, norm2.batch_statistics),
+        mean1,
+        var1,
+        *((None, None) if norm2.batch_statistics else norm2.running(features[0].dtype)),
+        norm1.weight,
+        norm1.bias,
+        *convs[:2],
+        norm2.weight,
+        norm2.bias,
+        *convs[2:],
+        *features,
+    )
+    return new, (mean1, var1), (mean2, var2)

@@ -1,0 +1,61 @@
+"""The public functions. They check, pick the operators, and hand over to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from effdense import dense_block
+from effdense.batch_norm import Norm, update_running_statistics
+
+
+def cat_bn_relu_conv1x1(
+    features: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`conv1x1(relu(batch_norm(cat(features, 1))))` without the concatenation and without storing what lies between.
+
+    The bottleneck of Huang et al., "Densely Connected Convolutional Networks" (arXiv 1608.06993), section 3. Kept for
+    the backward: the features as they are, and two numbers per channel. Under `torch.autocast` features and convolution
+    run in its dtype, statistics and affine parameters in float32.
+
+    Args:
+        features: list of tensors [N, C_i, *spatial] with 1 to 3 spatial dimensions, one floating dtype, one device.
+            Slices of larger tensors are read where they lie; images that are not dense (channels-last) are copied.
+        norm_weight: batch normalisation's weight [C], C = sum of C_i, or None for 1.
+        norm_bias: its bias [C], or None for 0.
+        running_mean: [C], updated in place if `training`; may be None then.
+        running_var: [C], updated in place with the unbiased variance if `training`; may be None then.
+        conv_weight: [O, C, 1, ...], the features' dtype.
+        conv_bias: [O], or None.
+        training: normalise with the batch's statistics, else with the running ones.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        A contiguous tensor [N, O, *spatial].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which. Nothing has been changed then.
+        RuntimeError: on differentiating twice.
+    """
+    norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
+    y, mean, var = dense_block.bottleneck("cat_bn_relu_conv1x1", _NAMES, features, norm, conv_weight, conv_bias)
+    if training:
+        update_running_statistics(norm, mean, var, y.numel() // y.shape[1], momentum)
+    return y
+
+
+# What the parameters are called in messages: the norm's four tensors, the convolution's two.
+_NAMES = ("norm_weight", "norm_bias", "running_mean", "running_var", "conv_weight", "conv_bias")
+
+__all__ = ["cat_bn_relu_conv1x1"]
