@@ -73,17 +73,19 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& lik
                     "] (the features' channels), got shape ", weight.sizes());
 }
 
+inline void check_same_shape(const char* op, const std::string& name, const Tensor& tensor, const Tensor& like) {
+  check_same_images(op, name, tensor, like);
+  TORCH_CHECK_VALUE(tensor.size(1) == like.size(1), op, ": ", name, " must have ", like.size(1),
+                    " channels, got shape ", tensor.sizes());
+}
+
 // grad_features[i] is written: the gradient of features[i], or an empty tensor where nobody wants it.
 inline void check_grad_features(const char* op, TensorList grad_features, TensorList features) {
   TORCH_CHECK_VALUE(grad_features.size() == features.size(), op, ": grad_features must hold ", features.size(),
                     " tensors (one per feature), got ", grad_features.size());
-  for (size_t i = 0; i < features.size(); ++i) {
-    if (grad_features[i].numel() == 0) continue;
-    const std::string name = "grad_features[" + std::to_string(i) + "]";
-    check_same_images(op, name, grad_features[i], features[i]);
-    TORCH_CHECK_VALUE(grad_features[i].size(1) == features[i].size(1), op, ": ", name, " must have ",
-                      features[i].size(1), " channels, got shape ", grad_features[i].sizes());
-  }
+  for (size_t i = 0; i < features.size(); ++i)
+    if (grad_features[i].numel() > 0)
+      check_same_shape(op, "grad_features[" + std::to_string(i) + "]", grad_features[i], features[i]);
 }
 
 }  // namespace effdense

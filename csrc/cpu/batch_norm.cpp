@@ -9,10 +9,10 @@ namespace {
 
 void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& out) {
   constexpr const char* op = "bn_relu";
-  check_features(op, {x});
+  check_features(op, x);
   check_per_channel(op, "scale", scale, x, x.size(1));
   check_per_channel(op, "shift", shift, x, x.size(1));
-  check_grad_features(op, {out}, {x});
+  check_same_shape(op, "out", out, x);
   const int64_t channels = x.size(1), pixels = count_pixels(x);
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
@@ -34,13 +34,13 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
 std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                             const Tensor& mean, const Tensor& rstd, bool batch_statistics) {
   constexpr const char* op = "bn_relu_backward";
-  check_features(op, {x});
+  check_features(op, x);
   const int64_t channels = x.size(1), images = x.size(0), pixels = count_pixels(x);
   check_per_channel(op, "scale", scale, x, channels);
   check_per_channel(op, "shift", shift, x, channels);
   check_per_channel(op, "mean", mean, x, channels);
   check_per_channel(op, "rstd", rstd, x, channels);
-  check_grad_features(op, {grad}, {x});
+  check_same_shape(op, "grad", grad, x);
   Tensor sum_d = at::empty({channels}, scale.options()), sum_dx = at::empty({channels}, scale.options());
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();

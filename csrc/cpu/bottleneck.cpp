@@ -60,7 +60,7 @@ void epilogue(const Rows<T>& loops, const A* tile_y, const A* bias, const Tile& 
       T* to = y[o].row(tile.first_image + i) + tile.first_pixel;
       loops.store(pixels, from, to);
       if (moments == nullptr) continue;
-      A mean, m2;
+      double mean, m2;
       loops.moments(pixels, to, &mean, &m2);
       moments[o].merge(static_cast<double>(pixels), mean, m2);
     }

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> channel_statistics(TensorList features) {
         for (int64_t n = 0; n < images; ++n)
           for (int64_t p = 0; p < pixels; p += kRow) {
             const int64_t count = std::min(kRow, pixels - p);
-            A row_mean, row_m2;
+            double row_mean, row_m2;
             loops.moments(count, x[c].row(n) + p, &row_mean, &row_m2);
             total.merge(static_cast<double>(count), row_mean, row_m2);
           }

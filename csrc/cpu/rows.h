@@ -27,8 +27,8 @@ struct Rows {
   // z = relu(scale * x + shift)
   void (*bn_relu)(int64_t n, const T* x, A scale, A shift, A* z);
   void (*bn_relu_store)(int64_t n, const T* x, A scale, A shift, T* z);
-  // mean of the row, and the sum of squares about it
-  void (*moments)(int64_t n, const T* x, A* mean, A* m2);
+  // mean of the row, and the sum of squares about it; in double, since means may be far larger than deviations
+  void (*moments)(int64_t n, const T* x, double* mean, double* m2);
   // d = dz * [z > 0];  sums[0] = sum d;  sums[1] = sum d * (x - mean);  grad = scale * d, unless grad is null
   void (*bottleneck_backward)(int64_t n, const T* x, A mean, const A* z, const A* dz, A scale, T* grad, A* sums);
   // the same sums, with z recomputed from x and dz in the storage type

@@ -59,8 +59,8 @@ class Planes {
     Planes planes;
     for (size_t i = 0; i < tensors.size(); ++i) {
       const bool wanted = tensors[i].numel() > 0;
-      TORCH_CHECK_VALUE(!wanted || images_are_dense(tensors[i]), op, ": ", name, "[", i,
-                        "] must be dense in every image (it is written in place), got strides ", tensors[i].strides());
+      TORCH_CHECK_VALUE(!wanted || images_are_dense(tensors[i]), op, ": ", name,
+                        " must be dense in every image (written in place), got strides ", tensors[i].strides());
       planes.append(wanted ? tensors[i] : like[i],
                     wanted ? static_cast<T*>(tensors[i].mutable_data_ptr()) : nullptr);
     }

@@ -1,0 +1,190 @@
+"""bottleneck and bottleneck_backward against the float64 twin, and what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from effdense import reference
+from tests.cases import DTYPES, SHAPES, assert_as_exact, make_features, to_dtype
+
+Case = tuple[list[Tensor], dict[str, Tensor]]
+
+
+def make_case(shape: tuple, offset: float = 0.0) -> Case:
+    images, spatial, channels, out = shape
+    features = [x + offset for x in make_features(images, spatial, channels)]
+    mean, var = reference.channel_statistics(features)
+    total = sum(channels)
+    scale = torch.randn(total, dtype=torch.float64) * (var + 1e-5).rsqrt()
+    return features, {
+        "scale": scale,
+        "shift": torch.randn(total, dtype=torch.float64) - mean * scale,
+        "mean": mean,
+        "weight": torch.randn(out, total, dtype=torch.float64) / total**0.5,
+        "bias": torch.randn(out, dtype=torch.float64),
+        "grad_y": torch.randn(images, out, *spatial, dtype=torch.float64),
+    }
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Rounded once to `dtype` for all, so that every run gets the same numbers, in its own types."""
+    features, rest = case
+    wide = reference.accumulate_dtype(dtype)
+    return to_dtype(features, dtype), {
+        k: v.to(dtype if k in ("weight", "grad_y") else wide) for k, v in rest.items()
+    }
+
+
+def rounded(case: Case, dtype: torch.dtype) -> Case:
+    features, rest = in_dtype(case, dtype)
+    return to_dtype(features, torch.float64), {k: v.double() for k, v in rest.items()}
+
+
+def run_forward(case: Case, bias: bool, statistics: bool) -> Any:
+    def run(ops: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        features, p = in_dtype(case, dtype)
+        return ops.bottleneck(
+            features, p["scale"], p["shift"], p["weight"], p["bias"] if bias else None, statistics
+        )
+
+    return run
+
+
+def run_backward(case: Case, need_features: bool = True, need_weight: bool = True) -> Any:
+    def run(ops: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        features, p = in_dtype(case, dtype)
+        grads = [torch.full_like(x, float("nan"), memory_format=torch.contiguous_format) for x in features]
+        sums = ops.bottleneck_backward(
+            features,
+            p["grad_y"],
+            *(p[name] for name in ("scale", "shift", "mean", "weight")),
+            grads,
+            need_features,
+            need_weight,
+        )
+        return (*sums, *grads) if need_features else tuple(sums)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias, statistics", [(False, True), (True, True), (True, False)])
+def test_forward_matches_the_float64_twin(
+    ops: Any, shape: tuple, dtype: torch.dtype, bias: bool, statistics: bool
+) -> None:
+    case = rounded(make_case(shape), dtype)
+    assert_as_exact(run_forward(case, bias, statistics), ops, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("need_features, need_weight", [(True, True), (True, False), (False, True)])
+def test_backward_matches_the_float64_twin(
+    ops: Any, shape: tuple, dtype: torch.dtype, need_features: bool, need_weight: bool
+) -> None:
+    case = rounded(make_case(shape), dtype)
+    assert_as_exact(run_backward(case, need_features, need_weight), ops, dtype)
+
+
+def test_a_mean_far_larger_than_the_deviation(ops: Any) -> None:
+    case = rounded(make_case(SHAPES[6], offset=2e4), torch.float32)
+    assert_as_exact(run_forward(case, False, True), ops, torch.float32)
+    assert_as_exact(run_backward(case), ops, torch.float32)
+
+
+def test_unwanted_gradients_are_not_written(ops: Any) -> None:
+    features, p = make_case(SHAPES[0])
+    grads = [torch.empty_like(features[0]), features[1].new_empty(0), torch.empty_like(features[2])]
+    every = [torch.empty_like(x) for x in features]
+    arguments = features, p["grad_y"], p["scale"], p["shift"], p["mean"], p["weight"]
+    some_sums = ops.bottleneck_backward(*arguments, grads, True, True)
+    all_sums = ops.bottleneck_backward(*arguments, every, True, True)
+    for a, b in zip(some_sums, all_sums, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert grads[1].numel() == 0
+    torch.testing.assert_close(grads[2], every[2], rtol=0, atol=0)
+
+
+def test_features_that_are_not_dense_are_read_right(ops: Any) -> None:
+    features, p = make_case(SHAPES[0])
+    strided = [x.contiguous(memory_format=torch.channels_last) for x in features]
+    strided[1] = torch.stack([features[1], features[1]], -1)[..., 0]
+    arguments = p["scale"], p["shift"], p["weight"], p["bias"], True
+    for a, b in zip(ops.bottleneck(strided, *arguments), ops.bottleneck(features, *arguments), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nan_stays_nan(ops: Any) -> None:
+    features, p = make_case(SHAPES[0])
+    features[0][0, 0, 0, 0] = float("nan")
+    y = ops.bottleneck(features, p["scale"], p["shift"], p["weight"], None, False)[0]
+    assert y[0, :, 0, 0].isnan().all() and not y[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_are_bitwise_repeatable(dtype: torch.dtype) -> None:
+    case = rounded(make_case(SHAPES[5]), dtype)
+    for run in (run_forward(case, True, True), run_backward(case)):
+        first, second = run(torch.ops.effdense, dtype), run(torch.ops.effdense, dtype)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
+    features, p = in_dtype(make_case(shape), dtype)
+    vectors = p["scale"], p["shift"]
+    torch.library.opcheck(
+        torch.ops.effdense.bottleneck.default, (features, *vectors, p["weight"], p["bias"], True)
+    )
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in features]
+    torch.library.opcheck(
+        torch.ops.effdense.bottleneck_backward.default,
+        (features, p["grad_y"], *vectors, p["mean"], p["weight"], grads, True, True),
+    )
+
+
+def wrong(**changes: Any) -> Any:
+    features, p = make_case(SHAPES[0])
+    arguments = {"features": features, **{k: p[k] for k in ("scale", "shift", "weight", "bias")}, "statistics": True}
+    return torch.ops.effdense.bottleneck(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"features": []}, ValueError, r"bottleneck: features must hold at least one tensor, got an empty list"),
+        ({"scale": torch.ones(9).double()}, ValueError, r"bottleneck: scale must .* 10 elements .* got shape \[9\]"),
+        ({"shift": torch.ones(10)}, TypeError, r"bottleneck: shift must be Double .* got Float"),
+        ({"weight": torch.ones(6, 9).double()}, ValueError, r"bottleneck: weight must .*\[out_channels, 10\].*\[6, 9\]"),
+        ({"weight": torch.ones(6, 10)}, TypeError, r"bottleneck: weight must be Double .* got Float"),
+        ({"bias": torch.ones(5).double()}, ValueError, r"bottleneck: bias must .* 6 elements .* got shape \[5\]"),
+    ],
+)
+def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        wrong(**changes)
+
+
+def test_wrong_features() -> None:
+    features, _ = make_case(SHAPES[0])
+    with pytest.raises(ValueError, match=r"bottleneck: features\[1\] must have the batch and spatial sizes"):
+        wrong(features=[features[0], features[1][:, :, :2], features[2]])
+    with pytest.raises(TypeError, match=r"bottleneck: features\[2\] must be Double .* got Float"):
+        wrong(features=[*features[:2], features[2].float()])
+
+
+def test_wrong_gradients() -> None:
+    features, p = make_case(SHAPES[0])
+    vectors = p["scale"], p["shift"], p["mean"], p["weight"]
+    backward = torch.ops.effdense.bottleneck_backward
+    with pytest.raises(ValueError, match=r"bottleneck_backward: grad_features must hold 3 tensors .* got 1"):
+        backward(features, p["grad_y"], *vectors, [torch.empty_like(features[0])], True, True)
+    with pytest.raises(ValueError, match=r"bottleneck_backward: grad_y must have 6 channels .* got shape"):
+        backward(features, p["grad_y"][:, :5], *vectors, features, True, True)
