@@ -70,7 +70,7 @@ def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
         return f"it has further submodules: {', '.join(sorted(extra))}"
     if ours is Transition and list(module._modules) != ["norm", "relu", "conv", "pool"]:
         return f"the submodules are {list(module._modules)}, not norm, relu, conv, pool"
-    return obstacle(module._modules, parts)
+    return obstacle(module._modules, parts, ignore_hooks=True)
 
 
 def _bare_copy(module: nn.Module, seed: int) -> nn.Module:
@@ -108,25 +108,25 @@ def _run(probe: nn.Module, training: bool, channels: int, spatial: int, as_list:
         torch.manual_seed(2)  # the same dropout both times
         y = probe([x] if as_list else x)
         weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        grads = torch.autograd.grad((y * weights).sum(), [x, *probe.parameters()])
+        grads = torch.autograd.grad((y * weights).sum(), [x, *probe.parameters()], materialize_grads=True)
     return [y.detach(), *grads, *(b.clone() for b in probe.buffers())]
 
 
 def _difference(module: nn.Module, ours: type, memory: str) -> str | None:
     """Compares a module's forward with the fused one on copies; says what differs, or None."""
-    children = list(module.modules())
-    conv: Any = next(m for m in children if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
-    norm: Any = next(m for m in children if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    spatial, as_list = len(conv.kernel_size), ours is DenseLayer
+    conv: Any = next((m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if conv is None:
+        return "it has no convolution"
+    channels, spatial, as_list = conv.in_channels, len(conv.kernel_size), ours is DenseLayer
     for training in (True, False):
         theirs = _bare_copy(module, 0)
         mine = _bare_copy(module, 0)
         _adopt(mine, ours, memory)
         try:
-            expected = _run(theirs, training, norm.num_features, spatial, as_list)
+            expected = _run(theirs, training, channels, spatial, as_list)
         except Exception as error:
             return f"its forward failed on a probe ({type(error).__name__}: {error})"
-        got = _run(mine, training, norm.num_features, spatial, as_list)
+        got = _run(mine, training, channels, spatial, as_list)
         mode = "training" if training else "evaluation"
         if expected[0].shape != got[0].shape:
             return f"its forward gives {tuple(expected[0].shape)} on a probe, not {tuple(got[0].shape)}"

@@ -20,19 +20,24 @@ from effdense.checks import check_memory
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ACTIVATIONS = (nn.ReLU,)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _module_obstacle(name: str, module: nn.Module | None, kinds: tuple[type, ...]) -> str | None:
+def _module_obstacle(
+    name: str, module: nn.Module | None, kinds: tuple[type, ...], ignore_hooks: bool
+) -> str | None:
     """Why calling `module` could do something else than its class says, or None."""
     if type(module) not in kinds:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         return f"{name} is {type(module).__name__}, not {wanted}"
     state = module.__dict__
-    if any(state[hooks] for hooks in _HOOKS):
+    if not ignore_hooks and any(state[hooks] for hooks in _HOOKS):
         return f"{name} has hooks"
     if "forward" in state:
         return f"{name}.forward was replaced"
+    if kinds is not _ACTIVATIONS and "weight" not in state["_parameters"]:
+        return f"{name}.weight is not a parameter"
     return None
 
 
@@ -51,21 +56,21 @@ def _conv_obstacle(name: str, conv: nn.Module, kernel: int) -> str | None:
         got = getattr(conv, attribute)
         if got != value:
             return f"{name}.{attribute} is {got}, not {value}"
-    if conv._parameters.get("weight") is None:
-        return f"{name}.weight is not a parameter"
     return None
 
 
-def obstacle(children: Mapping[str, nn.Module | None], parts: Mapping[str, int | None]) -> str | None:
+def obstacle(
+    children: Mapping[str, nn.Module | None], parts: Mapping[str, int | None], ignore_hooks: bool = False
+) -> str | None:
     """Why a chain of submodules must be called one by one, or None.
 
     `parts` names the chain: each norm, relu (None) and convolution (its kernel size), by the name's beginning.
     """
-    if nn.modules.module._has_any_global_hook():
+    if not ignore_hooks and nn.modules.module._has_any_global_hook():
         return "a global module hook is registered"
     for name, kernel in parts.items():
-        kinds = _CONVS if kernel else _NORMS if name.startswith("norm") else (nn.ReLU,)
-        reason = _module_obstacle(name, children.get(name), kinds)
+        kinds = _CONVS if kernel else _NORMS if name.startswith("norm") else _ACTIVATIONS
+        reason = _module_obstacle(name, children.get(name), kinds, ignore_hooks)
         if reason is None and kernel:
             reason = _conv_obstacle(name, children[name], kernel)  # type: ignore[arg-type]
         if reason is not None:
