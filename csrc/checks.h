@@ -1,5 +1,5 @@
-// Argument checks shared by every backend. A message says which operator, which argument, what was expected and
-// what came. A wrong type raises TypeError, a wrong value ValueError.
+// Argument checks shared by every backend. A message says which operator, which argument, what was expected
+// and what came. A wrong type raises TypeError, a wrong value ValueError.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,17 +14,19 @@ using at::Tensor;
 using at::TensorList;
 
 // Statistics, scale and shift are kept in the type that sums are kept in.
-inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType accumulate_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 inline void check_type(const char* op, const char* name, const Tensor& tensor, at::ScalarType expected,
                        const char* why) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == expected, op, ": ", name, " must be ", expected, " (", why, "), got ",
-                   tensor.scalar_type());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == expected, op, ": ", name, " must be ", expected, " (", why,
+                   "), got ", tensor.scalar_type());
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& tensor, at::Device expected) {
-  TORCH_CHECK_VALUE(tensor.device() == expected, op, ": ", name, " must be on ", expected, " like the features, got ",
-                    tensor.device());
+  TORCH_CHECK_VALUE(tensor.device() == expected, op, ": ", name, " must be on ", expected,
+                    " like the features, got ", tensor.device());
 }
 
 // One number per channel, contiguous.
@@ -38,13 +40,14 @@ inline void check_per_channel(const char* op, const char* name, const Tensor& te
 }
 
 // [N, C, *spatial], of which only C may differ between `tensor` and `like`.
-inline void check_same_images(const char* op, const std::string& name, const Tensor& tensor, const Tensor& like) {
+inline void check_same_images(const char* op, const std::string& name, const Tensor& tensor,
+                              const Tensor& like) {
   check_device(op, name.c_str(), tensor, like.device());
   check_type(op, name.c_str(), tensor, like.scalar_type(), "the features' type");
   bool same = tensor.dim() == like.dim();
   for (int64_t i = 0; same && i < like.dim(); ++i) same = i == 1 || tensor.size(i) == like.size(i);
-  TORCH_CHECK_VALUE(same, op, ": ", name, " must have the batch and spatial sizes of ", like.sizes(), ", got ",
-                    tensor.sizes());
+  TORCH_CHECK_VALUE(same, op, ": ", name, " must have the batch and spatial sizes of ", like.sizes(),
+                    ", got ", tensor.sizes());
 }
 
 inline void check_features(const char* op, TensorList features) {
@@ -73,7 +76,8 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& lik
                     "] (the features' channels), got shape ", weight.sizes());
 }
 
-inline void check_same_shape(const char* op, const std::string& name, const Tensor& tensor, const Tensor& like) {
+inline void check_same_shape(const char* op, const std::string& name, const Tensor& tensor,
+                             const Tensor& like) {
   check_same_images(op, name, tensor, like);
   TORCH_CHECK_VALUE(tensor.size(1) == like.size(1), op, ": ", name, " must have ", like.size(1),
                     " channels, got shape ", tensor.sizes());
@@ -81,8 +85,8 @@ inline void check_same_shape(const char* op, const std::string& name, const Tens
 
 // grad_features[i] is written: the gradient of features[i], or an empty tensor where nobody wants it.
 inline void check_grad_features(const char* op, TensorList grad_features, TensorList features) {
-  TORCH_CHECK_VALUE(grad_features.size() == features.size(), op, ": grad_features must hold ", features.size(),
-                    " tensors (one per feature), got ", grad_features.size());
+  TORCH_CHECK_VALUE(grad_features.size() == features.size(), op, ": grad_features must hold ",
+                    features.size(), " tensors (one per feature), got ", grad_features.size());
   for (size_t i = 0; i < features.size(); ++i)
     if (grad_features[i].numel() > 0)
       check_same_shape(op, "grad_features[" + std::to_string(i) + "]", grad_features[i], features[i]);

@@ -4,20 +4,23 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-// Shapes: features are lists of [N, C_i, *spatial], C = sum of C_i; vectors have C elements (or the channels of x)
-// and the accumulation type: double for double, float for all else. (a!) marks what is written.
+// Shapes: features are lists of [N, C_i, *spatial], C = sum of C_i; vectors have C elements (or the channels
+// of x) and the accumulation type: double for double, float for all else. (a!) marks what is written.
 TORCH_LIBRARY(effdense, m) {
   // mean and biased variance of every channel -> 2 x [C]
   m.def("channel_statistics(Tensor[] features) -> (Tensor mean, Tensor var)");
-  // y = weight relu(scale * x + shift) + bias, weight [O, C] -> y [N, O, *spatial], mean and biased variance of y
+  // y = weight relu(scale * x + shift) + bias, weight [O, C] -> y [N, O, *spatial], mean and biased variance
+  // of y
   // ([O] each, or empty without `statistics`)
   m.def(
-      "bottleneck(Tensor[] features, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, bool statistics)"
+      "bottleneck(Tensor[] features, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, bool "
+      "statistics)"
       " -> (Tensor y, Tensor mean, Tensor var)");
   // d = (weight^T grad_y) masked by relu -> grad_weight [O, C] (in the accumulation type), sum d [C],
   // sum d (x - mean) [C]; writes scale * d into grad_features[i], unless that is empty
   m.def(
-      "bottleneck_backward(Tensor[] features, Tensor grad_y, Tensor scale, Tensor shift, Tensor mean, Tensor weight,"
+      "bottleneck_backward(Tensor[] features, Tensor grad_y, Tensor scale, Tensor shift, Tensor mean, Tensor "
+      "weight,"
       " Tensor(a!)[] grad_features, bool need_features, bool need_weight)"
       " -> (Tensor grad_weight, Tensor sum_d, Tensor sum_dx)");
   // grad_features -= a + b * (features - mean): finishes batch normalisation's backward

@@ -26,7 +26,9 @@ class Norm(NamedTuple):
 
     def running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Running mean and variance, as copies: an update in place must not reach what a backward has saved."""
-        assert self.running_mean is not None and self.running_var is not None  # check_statistics has seen to it
+        assert (
+            self.running_mean is not None and self.running_var is not None
+        )  # check_statistics has seen to it
         wide = accumulate_dtype(dtype)
         return self.running_mean.detach().to(wide, copy=True), self.running_var.detach().to(wide, copy=True)
 

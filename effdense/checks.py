@@ -31,11 +31,15 @@ def check_features(op: str, features: Sequence[Tensor]) -> int:
                 f"got shape {tuple(x.shape)}"
             )
         if x.shape[1] == 0:
-            raise ValueError(f"{op}: features[{i}] must have at least one channel, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{op}: features[{i}] must have at least one channel, got shape {tuple(x.shape)}"
+            )
         if x.dtype != first.dtype:
             raise TypeError(f"{op}: features[{i}] must be {first.dtype} like features[0], got {x.dtype}")
         if x.device != first.device:
-            raise ValueError(f"{op}: features[{i}] must be on {first.device} like features[0], got {x.device}")
+            raise ValueError(
+                f"{op}: features[{i}] must be on {first.device} like features[0], got {x.device}"
+            )
         if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
             raise ValueError(
                 f"{op}: features[{i}] must have the batch and spatial sizes of features[0] "
@@ -83,7 +87,9 @@ def check_norm(op: str, names: Sequence[str], norm: Norm, channels: int, like: T
         )
     if not norm.batch_statistics and (norm.running_mean is None or norm.running_var is None):
         missing = names[2] if norm.running_mean is None else names[3]
-        raise ValueError(f"{op}: normalising without the batch's statistics (evaluation) needs {missing}, got None")
+        raise ValueError(
+            f"{op}: normalising without the batch's statistics (evaluation) needs {missing}, got None"
+        )
 
 
 def check_memory(op: str, memory: str) -> str:

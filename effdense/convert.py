@@ -82,7 +82,9 @@ def _bare_copy(module: nn.Module, seed: int) -> nn.Module:
                 memo[id(value)] = OrderedDict()
         for tensor in (*submodule._parameters.values(), *submodule._buffers.values()):
             if tensor is not None:
-                bare = torch.empty(tensor.shape, dtype=torch.float64 if tensor.is_floating_point() else tensor.dtype)
+                bare = torch.empty(
+                    tensor.shape, dtype=torch.float64 if tensor.is_floating_point() else tensor.dtype
+                )
                 memo[id(tensor)] = nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare
     probe = copy.deepcopy(module, memo)
     generator = torch.Generator().manual_seed(seed)

@@ -281,7 +281,9 @@ def bottleneck(
     features, conv_weight, conv_bias = _autocast(features, conv_weight, conv_bias)
     check_norm(op, names[:4], norm, channels, features[0])
     check_conv_weight(op, names[4], conv_weight, channels, 1, features[0])
-    check_vector(op, names[5], conv_bias, conv_weight.shape[0], features[0], "the convolution's output channels")
+    check_vector(
+        op, names[5], conv_bias, conv_weight.shape[0], features[0], "the convolution's output channels"
+    )
     mean, var = _statistics(features, norm)
     y = CatBnReluConv1x1.apply(
         mean, var, norm.eps, norm.batch_statistics, norm.weight, norm.bias, conv_weight, conv_bias, *features
@@ -301,7 +303,9 @@ def dense_layer(
         weight, bias = convs[2 * i - 2 : 2 * i]
         check_norm(op, names, norm, inputs, features[0])
         check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, features[0])
-        check_vector(op, f"conv{i}.bias", bias, conv.out_channels, features[0], "the convolution's output channels")
+        check_vector(
+            op, f"conv{i}.bias", bias, conv.out_channels, features[0], "the convolution's output channels"
+        )
     mean1, var1 = _statistics(features, norm1)
     new, mean2, var2, _ = DenseLayer.apply(
         memory,

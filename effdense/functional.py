@@ -49,7 +49,9 @@ def cat_bn_relu_conv1x1(
         RuntimeError: on differentiating twice.
     """
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
-    y, mean, var = dense_block.bottleneck("cat_bn_relu_conv1x1", _NAMES, features, norm, conv_weight, conv_bias)
+    y, mean, var = dense_block.bottleneck(
+        "cat_bn_relu_conv1x1", _NAMES, features, norm, conv_weight, conv_bias
+    )
     if training:
         update_running_statistics(norm, mean, var, y.numel() // y.shape[1], momentum)
     return y

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,14 @@ class DenseLayer(nn.Module):
         memory: "balanced" keeps the bottleneck's output for the backward, "minimal" computes it again.
     """
 
-    parts = {"norm1": None, "relu1": None, "conv1": 1, "norm2": None, "relu2": None, "conv2": 3}
+    parts: ClassVar[Mapping[str, int | None]] = {
+        "norm1": None,
+        "relu1": None,
+        "conv1": 1,
+        "norm2": None,
+        "relu2": None,
+        "conv2": 3,
+    }
 
     def __init__(
         self,
@@ -117,7 +125,9 @@ class DenseLayer(nn.Module):
         self.conv1 = nn.Conv2d(num_input_features, bn_size * growth_rate, kernel_size=1, stride=1, bias=False)
         self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, kernel_size=3, stride=1, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(
+            bn_size * growth_rate, growth_rate, kernel_size=3, stride=1, padding=1, bias=False
+        )
         self.drop_rate = float(drop_rate)
         self.memory_efficient = memory_efficient
         self.memory = check_memory("DenseLayer", memory)
@@ -196,7 +206,7 @@ class Transition(nn.Sequential):
         num_output_features: channels of the output.
     """
 
-    parts = {"norm": None, "relu": None, "conv": 1}
+    parts: ClassVar[Mapping[str, int | None]] = {"norm": None, "relu": None, "conv": 1}
     names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
@@ -215,15 +225,17 @@ class Transition(nn.Sequential):
             return f"the submodules are {list(self._modules)}, not norm, relu, conv, pool"
         return obstacle(self._modules, self.parts)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
         if self.obstacle() is not None:
-            return super().forward(x)  # type: ignore[no-any-return]
+            return super().forward(x)
+        conv: Any = self.conv
         y, mean, var = dense_block.bottleneck(
-            "Transition", self.names, [x], read_module(self.norm), self.conv.weight, self.conv.bias
+            "Transition", self.names, [x], read_module(self.norm), conv.weight, conv.bias
         )
         update_module(self.norm, mean, var, y.numel() // y.shape[1])
-        return self.pool(y)  # type: ignore[no-any-return]
+        pooled: Tensor = self.get_submodule("pool")(y)
+        return pooled
 
 
 __all__ = ["DenseBlock", "DenseLayer", "Transition"]

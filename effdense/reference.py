@@ -135,6 +135,8 @@ def bn_relu_backward(
     d *= _column(scale, x)
     if batch_statistics and x.numel():
         over = scale / (x.numel() // x.shape[1])
-        d -= _column(over * sum_d, x) + _column(over * sum_dx * rstd.square(), x) * (_wide(x) - _column(mean, x))
+        d -= _column(over * sum_d, x) + _column(over * sum_dx * rstd.square(), x) * (
+            _wide(x) - _column(mean, x)
+        )
     grad.copy_(d)
     return sum_d, sum_dx

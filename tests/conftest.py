@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,5 +23,10 @@ def ops(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fixed seed; two threads where operators are tested, one elsewhere: whole models of small tensors only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if "ops" in request.fixturenames else 1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)

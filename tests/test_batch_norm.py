@@ -18,7 +18,13 @@ def make_case(shape: tuple, dtype: torch.dtype) -> dict[str, Tensor]:
     mean, var = reference.channel_statistics([x])
     rstd = (var + 1e-5).rsqrt()
     scale = torch.randn_like(mean) * rstd
-    case = {"x": x, "mean": mean, "rstd": rstd, "scale": scale, "shift": torch.randn_like(mean) - mean * scale}
+    case = {
+        "x": x,
+        "mean": mean,
+        "rstd": rstd,
+        "scale": scale,
+        "shift": torch.randn_like(mean) - mean * scale,
+    }
     wide = reference.accumulate_dtype(dtype)
     return {k: v if k == "x" else v.to(wide).double() for k, v in case.items()}
 
@@ -96,9 +102,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_wrong_arguments() -> None:
     x, vector = torch.ones(2, 3, 4, 4), torch.ones(3)
-    with pytest.raises(ValueError, match=r"bn_relu: scale must be a contiguous vector of 3 .* got shape \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"bn_relu: scale must be a contiguous vector of 3 .* got shape \[2\]"
+    ):
         torch.ops.effdense.bn_relu(x, vector[:2], vector, torch.empty_like(x))
-    with pytest.raises(ValueError, match=r"bn_relu: out must have the batch and spatial sizes .* got \[2, 3, 4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"bn_relu: out must have the batch and spatial sizes .* got \[2, 3, 4, 5\]"
+    ):
         torch.ops.effdense.bn_relu(x, vector, vector, torch.ones(2, 3, 4, 5))
     with pytest.raises(TypeError, match=r"bn_relu_backward: grad must be Float .* got Double"):
         torch.ops.effdense.bn_relu_backward(x.double(), x, vector, vector, vector, vector, True)

@@ -127,10 +127,10 @@ def test_nan_stays_nan(ops: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_runs_are_bitwise_repeatable(dtype: torch.dtype) -> None:
+def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
     case = rounded(make_case(SHAPES[5]), dtype)
     for run in (run_forward(case, True, True), run_backward(case)):
-        first, second = run(torch.ops.effdense, dtype), run(torch.ops.effdense, dtype)
+        first, second = run(ops, dtype), run(ops, dtype)
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
 
@@ -152,19 +152,39 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
 
 def wrong(**changes: Any) -> Any:
     features, p = make_case(SHAPES[0])
-    arguments = {"features": features, **{k: p[k] for k in ("scale", "shift", "weight", "bias")}, "statistics": True}
+    arguments = {
+        "features": features,
+        **{k: p[k] for k in ("scale", "shift", "weight", "bias")},
+        "statistics": True,
+    }
     return torch.ops.effdense.bottleneck(**{**arguments, **changes})
 
 
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"features": []}, ValueError, r"bottleneck: features must hold at least one tensor, got an empty list"),
-        ({"scale": torch.ones(9).double()}, ValueError, r"bottleneck: scale must .* 10 elements .* got shape \[9\]"),
+        (
+            {"features": []},
+            ValueError,
+            r"bottleneck: features must hold at least one tensor, got an empty list",
+        ),
+        (
+            {"scale": torch.ones(9).double()},
+            ValueError,
+            r"bottleneck: scale must .* 10 elements .* got shape \[9\]",
+        ),
         ({"shift": torch.ones(10)}, TypeError, r"bottleneck: shift must be Double .* got Float"),
-        ({"weight": torch.ones(6, 9).double()}, ValueError, r"bottleneck: weight must .*\[out_channels, 10\].*\[6, 9\]"),
+        (
+            {"weight": torch.ones(6, 9).double()},
+            ValueError,
+            r"bottleneck: weight must .*\[out_channels, 10\].*\[6, 9\]",
+        ),
         ({"weight": torch.ones(6, 10)}, TypeError, r"bottleneck: weight must be Double .* got Float"),
-        ({"bias": torch.ones(5).double()}, ValueError, r"bottleneck: bias must .* 6 elements .* got shape \[5\]"),
+        (
+            {"bias": torch.ones(5).double()},
+            ValueError,
+            r"bottleneck: bias must .* 6 elements .* got shape \[5\]",
+        ),
     ],
 )
 def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:

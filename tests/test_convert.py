@@ -40,7 +40,9 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def assert_same_step(naive: nn.Module, ours: nn.Module, batch: tuple[Tensor, Tensor], tolerance: float) -> None:
+def assert_same_step(
+    naive: nn.Module, ours: nn.Module, batch: tuple[Tensor, Tensor], tolerance: float
+) -> None:
     losses = []
     for model in (naive, ours):
         model.zero_grad()
@@ -178,7 +180,13 @@ def test_a_single_layer_inside_another_module() -> None:
     assert isinstance(effdense.convert(make_small().features.denseblock1.denselayer1), DenseLayer)
 
 
-HOOKED = ["denseblock1", "denseblock1.denselayer2", "denseblock2.denselayer1.norm1", "transition1.relu", "transition1"]
+HOOKED = [
+    "denseblock1",
+    "denseblock1.denselayer2",
+    "denseblock2.denselayer1.norm1",
+    "transition1.relu",
+    "transition1",
+]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -293,7 +301,10 @@ def test_a_block_that_does_something_else_stays_but_its_layers_do_not() -> None:
     assert type(block) is ReversedBlock
     assert all(isinstance(layer, DenseLayer) for layer in block.values())
     (entry,) = [e for e in effdense.report(block) if not e.converted]
-    assert (entry.kind, entry.reason) == ("DenseBlock", "its forward computes something else (training, on a probe)")
+    assert (entry.kind, entry.reason) == (
+        "DenseBlock",
+        "its forward computes something else (training, on a probe)",
+    )
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(block(x), naive(x))
 
@@ -323,7 +334,9 @@ def test_a_model_on_the_meta_device_is_converted() -> None:
 
 @pytest.fixture
 def patched_torchvision() -> Iterator[Any]:
-    densenet = pytest.importorskip("torchvision.models.densenet", reason="torchvision needs its own torch build")
+    densenet = pytest.importorskip(
+        "torchvision.models.densenet", reason="torchvision needs its own torch build"
+    )
     original = densenet._DenseLayer
     densenet._DenseLayer = DenseLayer
     yield densenet

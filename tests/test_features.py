@@ -65,7 +65,11 @@ def test_take_gradient_refuses_what_it_cannot_write() -> None:
     features = make_features(*SHAPES[0][:3])
     vectors = list(torch.randn(3, 10).double())
     grads = [torch.zeros_like(x).contiguous(memory_format=torch.channels_last) for x in features]
-    with pytest.raises(ValueError, match=r"take_gradient: grad_features must be dense in every image .* strides"):
+    with pytest.raises(
+        ValueError, match=r"take_gradient: grad_features must be dense in every image .* strides"
+    ):
         torch.ops.effdense.take_gradient(features, *vectors, grads)
-    with pytest.raises(ValueError, match=r"take_gradient: b must be a contiguous vector of 10 .* got shape \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"take_gradient: b must be a contiguous vector of 10 .* got shape \[3\]"
+    ):
         torch.ops.effdense.take_gradient(features, *vectors[:2], vectors[2][:3], features)

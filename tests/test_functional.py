@@ -33,7 +33,9 @@ def naive(
     return conv(F.relu(x), conv_weight, conv_bias)
 
 
-def make_case(shape: tuple = SHAPES[0], dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], dict[str, Any]]:
+def make_case(
+    shape: tuple = SHAPES[0], dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], dict[str, Any]]:
     images, spatial, channels, out = shape
     total = sum(channels)
     arguments = {
@@ -54,7 +56,8 @@ def run(function: Any, features: list[Tensor], arguments: dict[str, Any], **sett
     """Output, running statistics and every gradient, on copies."""
     features = [x.detach().clone().requires_grad_(x.requires_grad) for x in features]
     arguments = {
-        k: v if v is None else v.detach().clone().requires_grad_(v.requires_grad) for k, v in arguments.items()
+        k: v if v is None else v.detach().clone().requires_grad_(v.requires_grad)
+        for k, v in arguments.items()
     }
     y = function(features, **arguments, **settings)
     inputs = [x for x in (*features, *arguments.values()) if x is not None and x.requires_grad]
@@ -68,7 +71,9 @@ def run(function: Any, features: list[Tensor], arguments: dict[str, Any], **sett
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] * s[1][0] > 1])
 def test_matches_the_naive_composition_in_float64(shape: tuple, training: bool) -> None:
     case = make_case(shape)
-    for a, b in zip(run(cat_bn_relu_conv1x1, *case, training=training), run(naive, *case, training=training), strict=True):
+    for a, b in zip(
+        run(cat_bn_relu_conv1x1, *case, training=training), run(naive, *case, training=training), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -120,7 +125,15 @@ def test_gradcheck(training: bool, absent: tuple[str, ...]) -> None:
 def test_only_the_gradients_that_are_asked_for(wanted: str) -> None:
     features, arguments = make_case()
     every = run(cat_bn_relu_conv1x1, features, arguments)[3:]
-    names = ["features[0]", "features[1]", "features[2]", "norm_weight", "norm_bias", "conv_weight", "conv_bias"]
+    names = [
+        "features[0]",
+        "features[1]",
+        "features[2]",
+        "norm_weight",
+        "norm_bias",
+        "conv_weight",
+        "conv_bias",
+    ]
     for i, x in enumerate(features):
         x.requires_grad_(wanted == f"features[{i}]")
     for name, x in arguments.items():
@@ -132,7 +145,9 @@ def test_only_the_gradients_that_are_asked_for(wanted: str) -> None:
 def test_running_statistics_may_be_absent_in_training() -> None:
     features, arguments = make_case()
     arguments.update(running_mean=None, running_var=None)
-    for a, b in zip(run(cat_bn_relu_conv1x1, features, arguments), run(naive, features, arguments), strict=True):
+    for a, b in zip(
+        run(cat_bn_relu_conv1x1, features, arguments), run(naive, features, arguments), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -190,7 +205,11 @@ A, B, C = (2, 3, 5, 7), (2, 5, 5, 7), (2, 2, 5, 7)
             TypeError,
             r"features\[0\] must have a floating dtype, got torch.int64",
         ),
-        ({"features": [ones(2, 3)]}, ValueError, r"features\[0\] must be \[N, C, \*spatial\].* got shape \(2, 3\)"),
+        (
+            {"features": [ones(2, 3)]},
+            ValueError,
+            r"features\[0\] must be \[N, C, \*spatial\].* got shape \(2, 3\)",
+        ),
         (
             {"features": [ones(2, 0, 5, 7)]},
             ValueError,
@@ -287,7 +306,7 @@ def test_forward_mode_is_refused() -> None:
     features, arguments = make_case()
     with (
         torch.autograd.forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match="forward AD|jvp"),
+        pytest.raises(RuntimeError, match=r"forward AD|jvp"),
     ):
         dual = torch.autograd.forward_ad.make_dual(features[0].detach(), torch.ones_like(features[0]))
         cat_bn_relu_conv1x1([dual, *features[1:]], **arguments)

@@ -34,7 +34,9 @@ def make_input(spatial: tuple[int, ...] = (6, 5)) -> list[Tensor]:
     return [torch.randn(3, c, *spatial, dtype=torch.float64).requires_grad_() for c in (4, 3, 3)]
 
 
-def step(module: nn.Module, features: list[Tensor], forward: Callable[..., Tensor] | None = None) -> list[Any]:
+def step(
+    module: nn.Module, features: list[Tensor], forward: Callable[..., Tensor] | None = None
+) -> list[Any]:
     """Output, gradients (None where there is none) and buffers of one step."""
     features = [x.detach().clone().requires_grad_(x.requires_grad) for x in features]
     module.zero_grad()
@@ -42,10 +44,17 @@ def step(module: nn.Module, features: list[Tensor], forward: Callable[..., Tenso
     y = (forward or module)(features)
     if y.requires_grad:
         (y * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum().backward()
-    return [y.detach(), *(x.grad for x in features), *(p.grad for p in module.parameters()), *module.buffers()]
+    return [
+        y.detach(),
+        *(x.grad for x in features),
+        *(p.grad for p in module.parameters()),
+        *module.buffers(),
+    ]
 
 
-def assert_same(naive: nn.Module, ours: nn.Module, features: list[Tensor] | None = None, steps: int = 2) -> None:
+def assert_same(
+    naive: nn.Module, ours: nn.Module, features: list[Tensor] | None = None, steps: int = 2
+) -> None:
     features = features or make_input()
     for _ in range(steps):
         for a, b in zip(step(ours, features), step(naive, features), strict=True):
@@ -275,15 +284,18 @@ WRAPPERS = {
     "weight_norm": lambda m: nn.utils.weight_norm(m.conv1),
     "parametrized weight_norm": lambda m: nn.utils.parametrizations.weight_norm(m.conv2),
     "spectral_norm": lambda m: torch.manual_seed(3) and nn.utils.spectral_norm(m.conv2),
-    "parametrized spectral_norm": lambda m: torch.manual_seed(3)
-    and nn.utils.parametrizations.spectral_norm(m.conv1),
+    "parametrized spectral_norm": lambda m: (
+        torch.manual_seed(3) and nn.utils.parametrizations.spectral_norm(m.conv1)
+    ),
     "pruning": lambda m: prune.l1_unstructured(m.conv1, "weight", 0.5),
     "pruned norm": lambda m: prune.l1_unstructured(m.norm1, "weight", 0.5),
     "LoRA": add_lora,
     "replaced forward": replace_forward,
     "other activation": lambda m: setattr(m, "relu2", nn.SiLU()),
     "other norm": lambda m: setattr(m, "norm2", nn.GroupNorm(3, 12).double()),
-    "strided convolution": lambda m: setattr(m.conv2, "dilation", (2, 2)) or setattr(m.conv2, "padding", (2, 2)),
+    "strided convolution": lambda m: (
+        setattr(m.conv2, "dilation", (2, 2)) or setattr(m.conv2, "padding", (2, 2))
+    ),
 }
 
 
@@ -313,16 +325,22 @@ def test_under_checkpoint_statistics_move_once(memory: str) -> None:
 
 def test_messages() -> None:
     _, ours = make_pair()
-    with pytest.raises(ValueError, match=r"DenseLayer: norm1.weight must have 8 elements .* got shape \(10,\)"):
+    with pytest.raises(
+        ValueError, match=r"DenseLayer: norm1.weight must have 8 elements .* got shape \(10,\)"
+    ):
         ours(torch.ones(2, 8, 4, 4).double())
     with pytest.raises(TypeError, match=r"DenseLayer: conv1.weight must be torch.float32 like the features"):
         ours(torch.ones(2, 10, 4, 4))
-    with pytest.raises(ValueError, match=r"DenseLayer: normalising with the batch's statistics .* more than one value"):
+    with pytest.raises(
+        ValueError, match=r"DenseLayer: normalising with the batch's statistics .* more than one value"
+    ):
         ours(torch.ones(1, 10, 1, 1).double())
     with pytest.raises(ValueError, match=r'DenseLayer: memory must be "balanced" or "minimal", got \'tiny\''):
         DenseLayer(10, 4, 3, 0.0, memory="tiny")
     transition = Transition(10, 5)
-    with pytest.raises(ValueError, match=r"Transition: norm.weight must have 8 elements .* got shape \(10,\)"):
+    with pytest.raises(
+        ValueError, match=r"Transition: norm.weight must have 8 elements .* got shape \(10,\)"
+    ):
         transition(torch.ones(2, 8, 4, 4))
 
 

@@ -1,4 +1,5 @@
-// bn_relu: z = relu(scale * x + shift) of one feature map, and its backward through ReLU and batch normalisation.
+// bn_relu: z = relu(scale * x + shift) of one feature map, and its backward through ReLU and batch
+// normalisation.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -28,11 +29,12 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
   });
 }
 
-// With statistics of the batch (`batch_statistics`), the sums of the whole batch enter every pixel's gradient:
-// grad = scale * d - a - b * (x - mean), a = scale * sum d / M, b = scale * rstd^2 * sum d (x - mean) / M.
-// One thread does both passes over a channel, so that the second finds it in cache.
-std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                            const Tensor& mean, const Tensor& rstd, bool batch_statistics) {
+// With statistics of the batch (`batch_statistics`), the sums of the whole batch enter every pixel's
+// gradient: grad = scale * d - a - b * (x - mean), a = scale * sum d / M, b = scale * rstd^2 * sum d (x -
+// mean) / M. One thread does both passes over a channel, so that the second finds it in cache.
+std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const Tensor& scale,
+                                            const Tensor& shift, const Tensor& mean, const Tensor& rstd,
+                                            bool batch_statistics) {
   constexpr const char* op = "bn_relu_backward";
   check_features(op, x);
   const int64_t channels = x.size(1), images = x.size(0), pixels = count_pixels(x);
@@ -54,8 +56,8 @@ std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const
         double d = 0, dx = 0;
         for (int64_t n = 0; n < images; ++n) {
           A sums[2];
-          loops.bn_relu_backward_sums(pixels, in[c].row(n), scale_data[c], shift_data[c], mean_data[c], dz[c].row(n),
-                                      sums);
+          loops.bn_relu_backward_sums(pixels, in[c].row(n), scale_data[c], shift_data[c], mean_data[c],
+                                      dz[c].row(n), sums);
           d += sums[0];
           dx += sums[1];
         }

@@ -1,8 +1,9 @@
 // bottleneck: y = W relu(scale * x + shift) + bias over a list of feature maps, and its backward.
 //
-// Forward, per tile of pixels: the prologue writes z [channels, columns] into a scratch that stays in L2, one GEMM
-// makes y, the epilogue stores it and takes its statistics. Backward, per tile: z again, dz = W^T dy by one GEMM,
-// dW += dy z^T by another, and one pass that masks, sums and writes the gradients. Neither z nor dz is ever stored.
+// Forward, per tile of pixels: the prologue writes z [channels, columns] into a scratch that stays in L2, one
+// GEMM makes y, the epilogue stores it and takes its statistics. Backward, per tile: z again, dz = W^T dy by
+// one GEMM, dW += dy z^T by another, and one pass that masks, sums and writes the gradients. Neither z nor dz
+// is ever stored.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -37,7 +38,8 @@ void load_tile(const Rows<T>& loops, const Planes<T>& x, const Tile& tile, A* ou
 
 // z = relu(scale * x + shift) of one tile, [channels, columns]
 template <typename T, typename A>
-void prologue(const Rows<T>& loops, const Planes<T>& x, const Tile& tile, const A* scale, const A* shift, A* z) {
+void prologue(const Rows<T>& loops, const Planes<T>& x, const Tile& tile, const A* scale, const A* shift,
+              A* z) {
   const int64_t columns = tile.columns(), pixels = tile.pixels();
   for (int64_t c = 0; c < x.channels(); ++c)
     for (int64_t i = 0; i < tile.images(); ++i)
@@ -47,8 +49,8 @@ void prologue(const Rows<T>& loops, const Planes<T>& x, const Tile& tile, const 
 
 // Stores one tile of y and merges each channel's moments, taken from the values as stored.
 template <typename T, typename A>
-void epilogue(const Rows<T>& loops, const A* tile_y, const A* bias, const Tile& tile, const Planes<T>& y, A* row,
-              Moments* moments) {
+void epilogue(const Rows<T>& loops, const A* tile_y, const A* bias, const Tile& tile, const Planes<T>& y,
+              A* row, Moments* moments) {
   const int64_t columns = tile.columns(), pixels = tile.pixels();
   for (int64_t o = 0; o < y.channels(); ++o) {
     for (int64_t i = 0; i < tile.images(); ++i) {
@@ -120,33 +122,36 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck(TensorList features, const Tensor&
         prologue(loops, x, tile, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
         gemm<A>({w_data, out_channels, channels, channels}, {z, channels, columns, columns},
                 {tile_y, out_channels, columns, columns}, false);
-        epilogue(loops, tile_y, bias_data, tile, out, row, statistics ? &moments[slot * out_channels] : nullptr);
+        epilogue(loops, tile_y, bias_data, tile, out, row,
+                 statistics ? &moments[slot * out_channels] : nullptr);
       }
     });
-    if (statistics) write_moments(moments, slots, out_channels, mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());
+    if (statistics)
+      write_moments(moments, slots, out_channels, mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());
   });
   return {y, mean, var};
 }
 
 // Masks dz, adds up the sums and writes the gradients of one tile.
 template <typename T, typename A>
-void mask_and_write(const Rows<T>& loops, const Planes<T>& x, const Planes<T>& grad, const Tile& tile, const A* scale,
-                    const A* mean, const A* z, const A* dz, std::vector<double>& sums) {
+void mask_and_write(const Rows<T>& loops, const Planes<T>& x, const Planes<T>& grad, const Tile& tile,
+                    const A* scale, const A* mean, const A* z, const A* dz, std::vector<double>& sums) {
   const int64_t columns = tile.columns(), pixels = tile.pixels();
   for (int64_t c = 0; c < x.channels(); ++c)
     for (int64_t i = 0; i < tile.images(); ++i) {
       const int64_t image = tile.first_image + i, offset = c * columns + i * pixels;
       T* to = grad[c].data == nullptr ? nullptr : grad[c].row(image) + tile.first_pixel;
       A row_sums[2];
-      loops.bottleneck_backward(pixels, x[c].row(image) + tile.first_pixel, mean[c], z + offset, dz + offset, scale[c], to,
-                                row_sums);
+      loops.bottleneck_backward(pixels, x[c].row(image) + tile.first_pixel, mean[c], z + offset, dz + offset,
+                                scale[c], to, row_sums);
       sums[2 * c] += row_sums[0];
       sums[2 * c + 1] += row_sums[1];
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, const Tensor& grad_y, const Tensor& scale,
-                                                       const Tensor& shift, const Tensor& mean, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, const Tensor& grad_y,
+                                                       const Tensor& scale, const Tensor& shift,
+                                                       const Tensor& mean, const Tensor& weight,
                                                        TensorList grad_features, bool need_features,
                                                        bool need_weight) {
   constexpr const char* op = "bottleneck_backward";
@@ -173,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
     const Tensor w = weight.to(scale.scalar_type());
     A* w_data = w.mutable_data_ptr<A>();
     const Tiling tiles(first.size(0), count_pixels(first), tile_columns<A>(2 * channels + out_channels));
-    const int64_t slots = count_slots(tiles.count()), width = tiles.columns(), rows_used = 2 * channels + out_channels;
+    const int64_t slots = count_slots(tiles.count()), width = tiles.columns(),
+                  rows_used = 2 * channels + out_channels;
     const Tensor scratch = at::empty({slots, rows_used, width}, scale.options());
     const Tensor partial = at::zeros({need_weight ? slots : 0, out_channels, channels}, scale.options());
     std::vector<std::vector<double>> sums(slots, std::vector<double>(2 * channels));
@@ -184,17 +190,20 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       for (int64_t t = begin; t < end; ++t) {
         const Tile tile = tiles[t];
         const int64_t columns = tile.columns();
-        const Matrix<A> z_matrix{z, channels, columns, columns}, dy_matrix{tile_dy, out_channels, columns, columns};
+        const Matrix<A> z_matrix{z, channels, columns, columns},
+            dy_matrix{tile_dy, out_channels, columns, columns};
         load_tile(loops, dy, tile, tile_dy);
         prologue(loops, x, tile, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
         if (need_weight)
           gemm<A>(dy_matrix, z_matrix.t(),
-                  {partial.mutable_data_ptr<A>() + slot * out_channels * channels, out_channels, channels, channels},
+                  {partial.mutable_data_ptr<A>() + slot * out_channels * channels, out_channels, channels,
+                   channels},
                   true);
         if (!need_features) continue;
-        gemm<A>(Matrix<A>{w_data, out_channels, channels, channels}.t(), dy_matrix, {dz, channels, columns, columns},
-                false);
-        mask_and_write(loops, x, grad, tile, scale.const_data_ptr<A>(), mean.const_data_ptr<A>(), z, dz, sums[slot]);
+        gemm<A>(Matrix<A>{w_data, out_channels, channels, channels}.t(), dy_matrix,
+                {dz, channels, columns, columns}, false);
+        mask_and_write(loops, x, grad, tile, scale.const_data_ptr<A>(), mean.const_data_ptr<A>(), z, dz,
+                       sums[slot]);
       }
     });
     for (int64_t slot = 0; slot < slots; ++slot) {

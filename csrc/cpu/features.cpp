@@ -55,7 +55,8 @@ void take_gradient(TensorList features, const Tensor& mean, const Tensor& a, con
     const Rows<T>& loops = rows<T>();
     const Planes<T> x = Planes<T>::readable(features);
     const Planes<T> grad = Planes<T>::writable(op, "grad_features", grad_features, features);
-    const A *mean_data = mean.const_data_ptr<A>(), *a_data = a.const_data_ptr<A>(), *b_data = b.const_data_ptr<A>();
+    const A *mean_data = mean.const_data_ptr<A>(), *a_data = a.const_data_ptr<A>(),
+            *b_data = b.const_data_ptr<A>();
     at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         if (grad[c].data == nullptr) continue;

@@ -1,5 +1,5 @@
-// The machine's GEMM on small dense matrices, from inside a parallel region: ATen's mm, which calls the BLAS that
-// torch was built with. (ATen's own cpublas::gemm is not exported.)
+// The machine's GEMM on small dense matrices, from inside a parallel region: ATen's mm, which calls the BLAS
+// that torch was built with. (ATen's own cpublas::gemm is not exported.)
 #pragma once
 
 #include <ATen/ops/addmm_cpu_dispatch.h>
@@ -15,7 +15,8 @@ struct Matrix {
   int64_t rows, columns, row_stride, column_stride = 1;
   Matrix t() const { return {data, columns, rows, column_stride, row_stride}; }
   at::Tensor tensor() const {
-    return at::from_blob(data, {rows, columns}, {row_stride, column_stride}, c10::CppTypeToScalarType<A>::value);
+    return at::from_blob(data, {rows, columns}, {row_stride, column_stride},
+                         c10::CppTypeToScalarType<A>::value);
   }
 };
 

@@ -19,8 +19,7 @@ Isa detect() {
 }
 
 template <typename T>
-const Rows<T>& pick(const Rows<T>& baseline, const Rows<T>& avx2,
-                    const Rows<T>& avx512) {
+const Rows<T>& pick(const Rows<T>& baseline, const Rows<T>& avx2, const Rows<T>& avx512) {
   static const Isa isa = detect();
   return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
 }

@@ -8,8 +8,8 @@
 
 namespace effdense {
 
-// Storage of a bfloat16. Not c10's class: its inline functions would be compiled for several instruction sets,
-// and the linker keeps whichever copy it likes.
+// Storage of a bfloat16. Not c10's class: its inline functions would be compiled for several instruction
+// sets, and the linker keeps whichever copy it likes.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -27,10 +27,12 @@ struct Rows {
   // z = relu(scale * x + shift)
   void (*bn_relu)(int64_t n, const T* x, A scale, A shift, A* z);
   void (*bn_relu_store)(int64_t n, const T* x, A scale, A shift, T* z);
-  // mean of the row, and the sum of squares about it; in double, since means may be far larger than deviations
+  // mean of the row, and the sum of squares about it; in double, since means may be far larger than
+  // deviations
   void (*moments)(int64_t n, const T* x, double* mean, double* m2);
   // d = dz * [z > 0];  sums[0] = sum d;  sums[1] = sum d * (x - mean);  grad = scale * d, unless grad is null
-  void (*bottleneck_backward)(int64_t n, const T* x, A mean, const A* z, const A* dz, A scale, T* grad, A* sums);
+  void (*bottleneck_backward)(int64_t n, const T* x, A mean, const A* z, const A* dz, A scale, T* grad,
+                              A* sums);
   // the same sums, with z recomputed from x and dz in the storage type
   void (*bn_relu_backward_sums)(int64_t n, const T* x, A scale, A shift, A mean, const T* dz, A* sums);
   // dz <- scale * d - a - b * (x - mean)
@@ -43,10 +45,10 @@ template <typename T>
 const Rows<T>& rows();
 
 // One table per instruction set; defined by rows.inc, used by rows.cpp alone.
-#define EFFDENSE_DECLARE_ROWS(isa)      \
-  namespace isa {                       \
-  extern const Rows<float> rows_float;  \
-  extern const Rows<double> rows_double; \
+#define EFFDENSE_DECLARE_ROWS(isa)           \
+  namespace isa {                            \
+  extern const Rows<float> rows_float;       \
+  extern const Rows<double> rows_double;     \
   extern const Rows<bfloat16> rows_bfloat16; \
   }
 EFFDENSE_DECLARE_ROWS(baseline)

@@ -1,8 +1,9 @@
-// What the CPU operators share: feature maps as lists of planes, and tiles of pixels small enough to stay in cache.
+// What the CPU operators share: feature maps as lists of planes, and tiles of pixels small enough to stay in
+// cache.
 //
-// A list of features [N, C_i, *spatial] is read where it lies: every image of every feature is a dense matrix of
-// C_i rows (channels) by `pixels` columns; only the step from image to image is free. So a list, a slice of a larger
-// buffer, and the prefix of a block's feature buffer are all the same thing here.
+// A list of features [N, C_i, *spatial] is read where it lies: every image of every feature is a dense matrix
+// of C_i rows (channels) by `pixels` columns; only the step from image to image is free. So a list, a slice
+// of a larger buffer, and the prefix of a block's feature buffer are all the same thing here.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -60,7 +61,8 @@ class Planes {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const bool wanted = tensors[i].numel() > 0;
       TORCH_CHECK_VALUE(!wanted || images_are_dense(tensors[i]), op, ": ", name,
-                        " must be dense in every image (written in place), got strides ", tensors[i].strides());
+                        " must be dense in every image (written in place), got strides ",
+                        tensors[i].strides());
       planes.append(wanted ? tensors[i] : like[i],
                     wanted ? static_cast<T*>(tensors[i].mutable_data_ptr()) : nullptr);
     }
@@ -90,7 +92,8 @@ struct Tile {
   int64_t columns() const { return images() * pixels(); }
 };
 
-// Cuts N images of `pixels` pixels into tiles of at most `columns` columns (or one image, where that is smaller).
+// Cuts N images of `pixels` pixels into tiles of at most `columns` columns (or one image, where that is
+// smaller).
 class Tiling {
  public:
   Tiling(int64_t images, int64_t pixels, int64_t columns) : images_(images), pixels_(pixels) {
@@ -113,14 +116,17 @@ class Tiling {
   int64_t images_, pixels_, pieces_ = 1, step_ = 0, group_ = 1, count_ = 0;
 };
 
-// Runs body(slot, begin, end) over a fixed cut of `count` items, one slot per thread: sums kept per slot and merged
-// in order are bitwise repeatable for a given thread count.
-inline int64_t count_slots(int64_t count) { return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count)); }
+// Runs body(slot, begin, end) over a fixed cut of `count` items, one slot per thread: sums kept per slot and
+// merged in order are bitwise repeatable for a given thread count.
+inline int64_t count_slots(int64_t count) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count));
+}
 
 template <typename Body>
 void for_each_slot(int64_t slots, int64_t count, const Body& body) {
   at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) body(slot, count * slot / slots, count * (slot + 1) / slots);
+    for (int64_t slot = begin; slot < end; ++slot)
+      body(slot, count * slot / slots, count * (slot + 1) / slots);
   });
 }
 
@@ -140,11 +146,11 @@ template <typename scalar_t>
 using storage_t = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, bfloat16, scalar_t>;
 
 // The types that the CPU operators are built for; T is the storage type, A the one for sums.
-#define EFFDENSE_DISPATCH(type, name, ...)                                 \
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, type, name, [&] {          \
-    using T = storage_t<scalar_t>;                                         \
-    using A = acc_t<T>;                                                    \
-    __VA_ARGS__();                                                         \
+#define EFFDENSE_DISPATCH(type, name, ...)                        \
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, type, name, [&] { \
+    using T = storage_t<scalar_t>;                                \
+    using A = acc_t<T>;                                           \
+    __VA_ARGS__();                                                \
   })
 
 }  // namespace effdense

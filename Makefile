@@ -1,0 +1,70 @@
+# What a newcomer and CI run. Each target makes what it needs, from a fresh clone on.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find build_backend csrc effdense -type f -not -name '*.pyc')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc')
+
+# Stamps: which torch is there, whether effdense is as its sources are, and with which extra.
+TORCH_STAMP := $(VENV)/.torch-$(firstword $(shell echo '$(TORCH)' | cksum))
+TEST_STAMP := $(VENV)/.effdense-test
+DEMO_STAMP := $(VENV)/.effdense-bench
+LINT_STAMP := $(VENV)/.lint-$(firstword $(shell echo '$(LINT_TOOLS)' | cksum))
+
+.PHONY: help test demo lint format clean
+
+help:
+	@echo 'make test     install effdense in $(VENV) and run its tests'
+	@echo 'make demo     install effdense in $(VENV) and compare it with plain PyTorch on real images'
+	@echo 'make lint     check formatting, style and types'
+	@echo 'make format   put the sources into the agreed format'
+	@echo 'make clean    remove what the above made, $(VENV) too'
+	@echo
+	@echo 'PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH="$(TORCH)" can be set, e.g.'
+	@echo '    make test VENV=.venv-cuda TORCH="torch==2.14.1 torchvision==0.29.1"'
+
+test: $(TEST_STAMP)
+	$(BIN)/python -m pytest
+
+demo: $(DEMO_STAMP)
+	$(BIN)/python -m benchmarks.demo
+
+lint: $(LINT_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(LINT_STAMP)
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist effdense.egg-info _effdense*.so .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(TORCH_STAMP): $(VENV)/.venv
+	@rm -f $(VENV)/.torch-*
+	$(BIN)/pip install $(TORCH)
+	@touch $@
+
+# build/lib* would put modules that have been renamed since into the wheel.
+$(VENV)/.effdense-%: $(TORCH_STAMP) $(SOURCES)
+	rm -rf build/lib*
+	$(BIN)/pip install '.[$*]'
+	@touch $@
+
+# With torch, because mypy reads its types.
+$(LINT_STAMP): $(TORCH_STAMP)
+	$(BIN)/pip install $(LINT_TOOLS)
+	@touch $@

@@ -1,0 +1,274 @@
+"""Time and memory of a training or inference step, per implementation, side by side.
+
+    python -m benchmarks.compare --model densenet121 --impl naive,checkpoint,effdense-balanced --json out.json
+
+Each implementation runs in a process of its own; they take turns, one step each, so that drift hits all
+alike. `run` is the measurement, the rest the command line; worker.py and measure.py define the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from benchmarks import measure, models
+from benchmarks.worker import Settings, Worker, WorkerError
+
+DEFAULT_IMPLS = "naive,checkpoint,effdense-balanced,effdense-minimal"
+WARM_UP_STEPS = 2
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # between implementations' first losses, relative
+MIB = 2**20
+
+OnProgress = Callable[[str], None]
+
+
+def run(
+    settings: Settings, impls: Sequence[str], repeats: int = 7, on_progress: OnProgress = lambda what: None
+) -> dict[str, Any]:
+    """Measure every implementation and return `{"environment": {...}, "rows": [{...}, ...]}`.
+
+    One row per implementation, in the order of `impls`. Where one failed, its row has the reason under
+    "error" and None for the numbers. `on_progress` is called before each of the
+    `(repeats + 2) * len(impls)` pieces of work.
+    """
+    result = {
+        "environment": measure.environment(settings.threads),
+        "rows": [_empty_row(settings, i) for i in impls],
+    }
+    with contextlib.ExitStack() as stack:
+        pairs: list[tuple[dict[str, Any], Worker]] = []
+        for row in result["rows"]:
+            on_progress(f"{row['impl']}: build and warm up")
+            worker = Worker(row["impl"], force_reference=models.parse_impl(row["impl"]).fallback)
+            stack.callback(worker.close)
+            if _try(row, worker.build, settings) and _try(row, worker.warm_up, WARM_UP_STEPS):
+                pairs.append((row, worker))
+        for turn in range(repeats):
+            for row, worker in pairs:
+                on_progress(f"{row['impl']}: step {turn + 1} of {repeats}")
+                if "error" not in row and _try(row, worker.step):
+                    row["times_ms"].append(row.pop("ms"))
+        for row, worker in pairs:
+            on_progress(f"{row['impl']}: counted step")
+            if "error" not in row and _try(row, worker.finish):
+                row.update(measure.time_statistics(row["times_ms"]))
+    _note_differing_losses(result["rows"])
+    return result
+
+
+def _empty_row(settings: Settings, impl: str) -> dict[str, Any]:
+    numbers = ("median_ms", "p20_ms", "p80_ms", "peak_bytes", "peak_rss_bytes")
+    parsed = models.parse_impl(impl)
+    return {
+        "impl": impl,
+        "label": None,
+        "compiled": False,
+        **dict.fromkeys(numbers),
+        "memory": parsed.memory,
+        "mode": settings.mode,
+        "model": settings.model,
+        "batch": settings.batch,
+        "image_size": settings.image_size,
+        "dtype": settings.dtype,
+        "data": settings.data,
+        "channels_last": parsed.channels_last,
+        "times_ms": [],
+    }
+
+
+def _try(row: dict[str, Any], work: Callable[..., dict[str, Any]], *arguments: Any) -> bool:
+    try:
+        row.update(work(*arguments))
+    except WorkerError as error:
+        row["error"] = str(error)
+    return "error" not in row
+
+
+def _note_differing_losses(rows: Sequence[dict[str, Any]]) -> None:
+    """All start from the same weights and images: another first loss is another computation."""
+    measured = [row for row in rows if "error" not in row]
+    for row in measured[1:]:
+        first = measured[0]
+        expected, found = first["first_loss"], row["first_loss"]
+        if not abs(found - expected) <= LOSS_TOLERANCE[row["dtype"]] * abs(expected):
+            row["note"] = f"its first loss is {found:.6g}, {first['impl']}'s is {expected:.6g}"
+
+
+def ratio_to_naive(rows: Sequence[dict[str, Any]], row: dict[str, Any], key: str) -> float | None:
+    """Return `row[key]` divided by the naive row's, or None where either was not measured."""
+    naive = next((r for r in rows if r["impl"].partition("+")[0] == "naive" and r[key]), None)
+    return row[key] / naive[key] if naive and row[key] else None
+
+
+def table(result: dict[str, Any], title: str) -> Table:
+    """Return the rows as a table for the terminal."""
+    shown = Table(
+        title=title, title_justify="left", caption=_machine(result["environment"]), caption_justify="left"
+    )
+    shown.add_column("implementation", no_wrap=True)
+    for heading in ("ms/step", "p20-p80", "time vs\nnaive", "peak MiB", "memory\nvs naive", "process\nMiB"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("what it is")
+    rows = result["rows"]
+    for row in rows:
+        if "error" in row:
+            shown.add_row(row["impl"], *["-"] * 6, f"[red]failed:[/red] {escape(row['error'])}")
+            continue
+        ratios = [ratio_to_naive(rows, row, key) for key in ("median_ms", "peak_bytes")]
+        time_ratio, memory_ratio = ("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
+        what = row["label"] + (", effdense's C++" if row["compiled"] else "")
+        shown.add_row(
+            row["impl"],
+            f"{row['median_ms']:.0f}" if row["median_ms"] >= 100 else f"{row['median_ms']:.1f}",
+            f"{row['p20_ms']:.0f}-{row['p80_ms']:.0f}",
+            time_ratio,
+            f"{row['peak_bytes'] / MIB:.1f}",
+            memory_ratio,
+            f"{row['peak_rss_bytes'] / MIB:.0f}",
+            escape(what) + (f" [yellow](note: {escape(row['note'])})[/yellow]" if "note" in row else ""),
+        )
+    return shown
+
+
+def title(settings: Settings) -> str:
+    """Return one line that says what was measured."""
+    size = f"{settings.image_size}x{settings.image_size}"
+    step = "training step" if settings.mode == "train" else "inference"
+    data = "" if settings.data == "synthetic" else f", {settings.data}"
+    return f"{settings.model}, {step}, batch {settings.batch}, {size}, {settings.dtype}{data}"
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return (
+        f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads, "
+        f"torch {environment['torch']}, load before {environment['load_average']:.1f}"
+    )
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Write `result` so that `path` holds either its old content or all of the new one."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+    ) as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def progress(total: int, console: Console):
+    """Yield an `on_progress` that moves a bar; nothing is left on the screen afterwards."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=total)
+        done = iter(range(total + 1))
+        yield lambda what: bar.update(task, description=escape(what), completed=next(done, total))
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console; where there is no terminal to ask for its width, lines may be long."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default="densenet_bc_100_12",
+        help="densenet121 ..., densenet_bc_<depth>_<growth>, torchvision:NAME",
+    )
+    add("--batch", type=_positive, help="images per step (64 for the BC models, else 8)")
+    add("--image-size", type=_positive, help="pixels on a side (32 for the BC models, else 224)")
+    add(
+        "--impl",
+        default=DEFAULT_IMPLS,
+        help=f"some of {', '.join(models.IMPLS)}, each also with {models.CHANNELS_LAST}",
+    )
+    add("--mode", choices=("train", "inference"), default="train")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
+    add("--data", choices=("synthetic", "fashion-mnist"), default="synthetic")
+    add("--channels-last", action="store_true", help="every implementation in channels-last layout")
+    add("--threads", type=_positive, metavar="N", help="PyTorch's default unless given")
+    add("--repeats", type=_positive, metavar="N", default=7, help="timed steps per implementation (7)")
+    add("--json", type=_output, metavar="FILE", help="write everything measured here")
+    add("--plot", type=_output, metavar="FILE.png", help="draw memory and time here")
+    parsed = parser.parse_args(arguments)
+    impls = list(dict.fromkeys(name.strip() for name in parsed.impl.split(",") if name.strip()))
+    try:
+        if not impls:
+            raise ValueError("--impl names no implementation")
+        if parsed.channels_last:
+            impls = list(
+                dict.fromkeys(n.removesuffix(models.CHANNELS_LAST) + models.CHANNELS_LAST for n in impls)
+            )
+        for name in impls:
+            models.parse_impl(name)
+        batch, image_size = models.default_sizes(parsed.model)
+    except ValueError as error:
+        parser.error(str(error))
+    shared = {key: getattr(parsed, key) for key in ("model", "mode", "dtype", "data", "threads")}
+    sizes = {"batch": parsed.batch or batch, "image_size": parsed.image_size or image_size}
+    return parsed, Settings(**shared, **sizes), impls
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
+    return number
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write a file at {text!r}")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 1 when an implementation failed."""
+    parsed, settings, impls = _parse(arguments)
+    if parsed.plot:
+        from benchmarks import plots  # before the measurement: a missing matplotlib must not cost it
+    with progress((parsed.repeats + 2) * len(impls), console(stderr=True)) as on_progress:
+        result = run(settings, impls, parsed.repeats, on_progress)
+    console().print(table(result, title(settings)))
+    if parsed.json:
+        write_json(result, parsed.json)
+    if parsed.plot:
+        plots.comparison(result["rows"], title(settings), parsed.plot)
+    return int(any("error" in row for row in result["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Make fashion_mnist_train_2000.npz of the full training files: the first 200 images of each class.
+
+python -m benchmarks.data.make_cut [--data-root FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from benchmarks.data import CLASSES, CUT, CUT_PER_CLASS, load_fashion_mnist
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", help="folder with Fashion-MNIST's gz files")
+    images, labels = load_fashion_mnist("train", parser.parse_args().data_root)
+    first = [np.flatnonzero(labels == label)[:CUT_PER_CLASS] for label in range(CLASSES)]
+    chosen = np.sort(np.concatenate(first))
+    np.savez_compressed(CUT, images=images[chosen], labels=labels[chosen])
+    print(f"{CUT}: {len(chosen)} images, {CUT.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

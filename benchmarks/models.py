@@ -1,0 +1,331 @@
+"""The measured models, by name: the plain PyTorch DenseNet (torchvision's twin) and all built from it.
+
+`build(name, impl)` returns the model together with what it is; `parse_impl` reads the implementations' names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# growth_rate, block_config, num_init_features (Huang et al., arXiv:1608.06993, table 1)
+IMAGENET_CONFIGS = {
+    "densenet121": (32, (6, 12, 24, 16), 64),
+    "densenet161": (48, (6, 12, 36, 24), 96),
+    "densenet169": (32, (6, 12, 32, 32), 64),
+    "densenet201": (32, (6, 12, 48, 32), 64),
+    "densenet264": (32, (6, 12, 64, 48), 64),
+}
+PEERS = ("naive", "checkpoint", "compile")
+EFFDENSE = ("effdense-balanced", "effdense-minimal")
+IMPLS = (*PEERS, *EFFDENSE, *(f"{name}-fallback" for name in EFFDENSE))
+CHANNELS_LAST = "+channels-last"
+FORCE_REFERENCE = "EFFDENSE_FORCE_REFERENCE"
+
+
+class _DenseLayer(nn.Module):
+    """BN-ReLU-conv1x1-BN-ReLU-conv3x3 of the concatenated features before it; returns only the new ones."""
+
+    def __init__(
+        self,
+        in_features: int,
+        growth_rate: int,
+        bn_size: int,
+        drop_rate: float,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__()
+        width = bn_size * growth_rate
+        self.norm1 = nn.BatchNorm2d(in_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(in_features, width, kernel_size=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.drop_rate = float(drop_rate)
+        self.memory_efficient = memory_efficient
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        inputs = [features] if isinstance(features, Tensor) else list(features)
+        if self.memory_efficient and any(x.requires_grad for x in inputs):
+            y = checkpoint(self._bottleneck, *inputs, use_reentrant=False)
+        else:
+            y = self._bottleneck(*inputs)
+        new_features = self.conv2(self.relu2(self.norm2(y)))
+        if self.drop_rate > 0:
+            new_features = F.dropout(new_features, p=self.drop_rate, training=self.training)
+        return new_features
+
+    def _bottleneck(self, *inputs: Tensor) -> Tensor:
+        return self.conv1(self.relu1(self.norm1(torch.cat(inputs, 1))))
+
+
+class _DenseBlock(nn.ModuleDict):
+    def __init__(
+        self,
+        num_layers: int,
+        in_features: int,
+        bn_size: int,
+        growth_rate: int,
+        drop_rate: float,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            width = in_features + i * growth_rate
+            self[f"denselayer{i + 1}"] = _DenseLayer(width, growth_rate, bn_size, drop_rate, memory_efficient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class _Transition(nn.Sequential):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_features)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(in_features, out_features, kernel_size=1, bias=False)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC in plain PyTorch with torchvision's structure, names, state_dict keys and initialisation.
+
+    `small_inputs` gives the CIFAR form: a 3x3 stem without normalisation and pooling. Input
+    `[N, in_channels, H, W]`, output `[N, num_classes]`. Paper: arXiv:1608.06993, sections 3 and 4.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int = 4,
+        drop_rate: float = 0,
+        num_classes: int = 1000,
+        memory_efficient: bool = False,
+        *,
+        small_inputs: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if small_inputs:
+            stem = {"conv0": _small_stem(in_channels, num_init_features)}
+        else:
+            stem = {
+                "conv0": _large_stem(in_channels, num_init_features),
+                "norm0": nn.BatchNorm2d(num_init_features),
+                "relu0": nn.ReLU(inplace=True),
+                "pool0": nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+            }
+        self.features = nn.Sequential(OrderedDict(stem))
+        width = num_init_features
+        for i, num_layers in enumerate(block_config, start=1):
+            block = _DenseBlock(num_layers, width, bn_size, growth_rate, drop_rate, memory_efficient)
+            self.features.add_module(f"denseblock{i}", block)
+            width += num_layers * growth_rate
+            if i < len(block_config):
+                self.features.add_module(f"transition{i}", _Transition(width, width // 2))
+                width //= 2
+        self.features.add_module("norm5", nn.BatchNorm2d(width))
+        self.classifier = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.features(x), inplace=True)
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
+
+
+def _small_stem(in_channels: int, num_init_features: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
+
+
+def _large_stem(in_channels: int, num_init_features: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Impl:
+    """An implementation's name, taken apart."""
+
+    name: str
+    base: str  # naive, checkpoint, compile or effdense
+    memory: str | None  # balanced or minimal; None for the peers
+    fallback: bool  # effdense asked for on plain PyTorch, by name
+    channels_last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A model, `label`: which code it comes from, and `compiled`: whether effdense's C++ runs in it."""
+
+    model: nn.Module
+    label: str
+    memory: str | None
+    compiled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """A model's name, taken apart."""
+
+    growth_rate: int
+    block_config: tuple[int, ...]
+    num_init_features: int
+    small_inputs: bool
+    num_classes: int
+
+
+def parse_impl(name: str) -> Impl:
+    """Take an implementation's name apart; a ValueError names the nearest one that exists."""
+    kind, plus, suffix = name.partition("+")
+    if kind not in IMPLS or (plus and plus + suffix != CHANNELS_LAST):
+        raise ValueError(
+            f"unknown implementation {name!r}{_did_you_mean(kind, IMPLS)}; there are {', '.join(IMPLS)}, "
+            f"each also with {CHANNELS_LAST}"
+        )
+    if kind in PEERS:
+        return Impl(name, kind, None, False, bool(plus))
+    base, memory = kind.split("-")[:2]
+    return Impl(name, base, memory, kind.endswith("-fallback"), bool(plus))
+
+
+def default_sizes(name: str) -> tuple[int, int]:
+    """Return the usual batch and image size of model `name`; ValueError when there is no such model here."""
+    return (64, 32) if _spec(name).small_inputs else (8, 224)
+
+
+def build(name: str, impl: str, *, image_channels: int = 3, num_classes: int | None = None) -> Built:
+    """Build model `name` as implementation `impl`, with weights from the global random state.
+
+    `name`: densenet121, 161, 169, 201, 264; densenet_bc_<depth>_<growth>; torchvision:NAME. `num_classes` is
+    10 for the BC models and 1000 for the others unless given. The same random state gives every `impl` the
+    same weights. Raises ValueError for unknown names, RuntimeError where effdense would not run as named.
+    """
+    parsed, spec = parse_impl(impl), _spec(name)
+    if num_classes is not None:
+        spec = dataclasses.replace(spec, num_classes=num_classes)
+    compiled = parsed.base == "effdense" and _check_effdense(parsed)
+    model, label = _plain(spec, image_channels, memory_efficient=parsed.base == "checkpoint")
+    if parsed.base == "checkpoint":
+        label += ", checkpointed"
+    elif parsed.base == "compile":
+        model, label = torch.compile(model), f"{label}, torch.compile"
+    elif parsed.base == "effdense":
+        model, label = _convert(model, parsed), f"{label}, converted{'' if compiled else ', fallback'}"
+    if parsed.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        label += ", channels-last"
+    return Built(model, label, parsed.memory, compiled)
+
+
+def _spec(name: str) -> _Spec:
+    origin, colon, plain_name = name.rpartition(":")
+    if colon and origin != "torchvision":
+        raise ValueError(f"model {name!r}: only torchvision:NAME is known, {origin}: is not (yet)")
+    if plain_name in IMAGENET_CONFIGS and name != "torchvision:densenet264":
+        if colon and not _has_torchvision():
+            raise ValueError(
+                f"model {name!r} needs torchvision, which is not installed; {plain_name!r} does not"
+            )
+        return _Spec(*IMAGENET_CONFIGS[plain_name], small_inputs=False, num_classes=1000)
+    if match := re.fullmatch(r"densenet_bc_(\d+)_(\d+)", name):
+        depth, growth_rate = int(match[1]), int(match[2])
+        layers, rest = divmod(depth - 4, 6)
+        if rest or layers < 1 or growth_rate < 1:
+            nearest = max(10, 6 * round((depth - 4) / 6) + 4)
+            raise ValueError(
+                f"model {name!r}: growth must be at least 1, depth 6 n + 4 (three blocks of n layers of two "
+                f"convolutions); the nearest depth is {nearest}"
+            )
+        return _Spec(growth_rate, (layers,) * 3, 2 * growth_rate, small_inputs=True, num_classes=10)
+    if re.fullmatch(r"densenet_\d+_\d+|densenet_d2l|densenet169_tutorial", name):
+        raise ValueError(f"model {name!r} cannot be measured yet: only torchvision's kind of layers can")
+    torchvisions = [f"torchvision:{known}" for known in IMAGENET_CONFIGS if known != "densenet264"]
+    suggestion = _did_you_mean(name, [*IMAGENET_CONFIGS, "densenet_bc_100_12", *torchvisions])
+    raise ValueError(
+        f"unknown model {name!r}{suggestion}; there are {', '.join(IMAGENET_CONFIGS)}, "
+        "densenet_bc_<depth>_<growth> and torchvision:NAME"
+    )
+
+
+def _plain(spec: _Spec, in_channels: int, memory_efficient: bool) -> tuple[nn.Module, str]:
+    """Build torchvision's DenseNet where it is installed, else the twin, and say which."""
+    arguments = dict(
+        growth_rate=spec.growth_rate,
+        block_config=spec.block_config,
+        num_init_features=spec.num_init_features,
+        num_classes=spec.num_classes,
+        memory_efficient=memory_efficient,
+    )
+    if not _has_torchvision():
+        return DenseNet(**arguments, small_inputs=spec.small_inputs, in_channels=in_channels), "plain twin"
+    import torchvision
+
+    model = torchvision.models.DenseNet(**arguments)
+    label = f"torchvision {torchvision.__version__.partition('+')[0]} DenseNet"
+    if spec.small_inputs:
+        model.features.conv0 = _small_stem(in_channels, spec.num_init_features)
+        del model.features.norm0, model.features.relu0, model.features.pool0
+        label += ", 3x3 stem"
+    elif in_channels != 3:
+        model.features.conv0 = _large_stem(in_channels, spec.num_init_features)
+        label += f", stem for {in_channels} channels"
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    return model, label
+
+
+def _has_torchvision() -> bool:
+    return importlib.util.find_spec("torchvision") is not None
+
+
+def _check_effdense(impl: Impl) -> bool:
+    """Return whether effdense's compiled code runs; refuse what would not be what the name says."""
+    import effdense
+
+    compiled = bool(effdense.build_info()["compiled"])
+    if compiled and impl.fallback:
+        raise RuntimeError(
+            f"{impl.name} needs {FORCE_REFERENCE}=1 in the environment before effdense is imported"
+        )
+    if not compiled and not impl.fallback:
+        raise RuntimeError(
+            "effdense runs on its plain PyTorch fallback here, whose time and memory say nothing about it: "
+            "install it with a C++ compiler, or ask by name for the fallback itself, "
+            f"effdense-{impl.memory}-fallback"
+        )
+    return compiled
+
+
+def _convert(model: nn.Module, impl: Impl) -> nn.Module:
+    import effdense
+
+    model = effdense.convert(model, memory=impl.memory)
+    report = effdense.report(model)
+    left = [entry for entry in report if not entry.converted or entry.reason]
+    if left or not report:
+        example = f": {left[0].name}: {left[0].reason}" if left else ""
+        raise RuntimeError(
+            f"effdense.convert left {len(left) or 'all'} of the model's modules as they were{example}"
+        )
+    return model
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""

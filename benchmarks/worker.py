@@ -1,0 +1,235 @@
+"""One implementation in a process of its own: `Worker` is the parent's end, `main` the process's.
+
+They exchange one JSON object a line. Commands: build, warm_up, step, finish; whatever goes wrong in the
+process comes back as the answer's "error". A worker works only while it answers, so workers can take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNING_RATE, MOMENTUM = 0.01, 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured; the same for every implementation in a comparison."""
+
+    model: str
+    batch: int
+    image_size: int
+    mode: str = "train"  # or inference
+    dtype: str = "float32"  # or bfloat16: autocast, parameters stay float32
+    data: str = "synthetic"  # or fashion-mnist: images of the cut, one channel, ten classes
+    threads: int | None = None
+    seed: int = 0
+
+
+class WorkerError(Exception):
+    """The implementation failed; the message is one for the user."""
+
+
+class Worker:
+    """A process that measures one implementation."""
+
+    def __init__(self, impl: str, force_reference: bool = False) -> None:
+        from benchmarks.models import FORCE_REFERENCE
+
+        environment = {**os.environ, **({FORCE_REFERENCE: "1"} if force_reference else {})}
+        self._impl = impl
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+
+    def build(self, settings: Settings) -> dict[str, Any]:
+        return self._ask("build", impl=self._impl, settings=dataclasses.asdict(settings))
+
+    def warm_up(self, steps: int) -> dict[str, Any]:
+        return self._ask("warm_up", steps=steps)
+
+    def step(self) -> dict[str, Any]:
+        return self._ask("step")
+
+    def finish(self) -> dict[str, Any]:
+        return self._ask("finish")
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+    def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise WorkerError(self._epitaph(command))
+        result = json.loads(answer)
+        if "error" in result:
+            raise WorkerError(result["error"])
+        return result
+
+    def _epitaph(self, command: str) -> str:
+        status = self._process.wait()
+        if status < 0:
+            guess = ", probably out of memory" if status == -signal.SIGKILL else ""
+            return f"killed by {signal.Signals(-status).name} during {command}{guess}"
+        self._log.seek(0)
+        last = [line.strip() for line in self._log if line.strip()][-1:]
+        return f"ended with status {status} during {command}" + (f": {last[0]}" if last else "")
+
+
+class _Session:
+    """The measured model in its own process."""
+
+    def build(self, impl: str, settings: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        from benchmarks import measure, models
+
+        wanted = Settings(**settings)
+        if wanted.threads:
+            torch.set_num_threads(wanted.threads)
+        real = wanted.data != "synthetic"
+        torch.manual_seed(wanted.seed)
+        built = models.build(
+            wanted.model, impl, image_channels=1 if real else 3, num_classes=10 if real else None
+        )
+        images, labels = _batch(wanted, built.model)
+        if models.parse_impl(impl).channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        step = _train_step if wanted.mode == "train" else _inference_step
+        self._step: Callable[[], float] = step(built.model, images, labels, wanted.dtype)
+        self._first_loss: float | None = None
+        return {
+            "label": built.label,
+            "memory": built.memory,
+            "compiled": built.compiled,
+            "parameters": sum(p.numel() for p in built.model.parameters()),
+            "threads": torch.get_num_threads(),
+            "built_rss_bytes": measure.peak_rss_bytes(),
+        }
+
+    def warm_up(self, steps: int) -> dict[str, Any]:
+        losses = [self._step() for _ in range(steps)]
+        return {"first_loss": losses[0]}
+
+    def step(self) -> dict[str, Any]:
+        gc.collect()
+        start = time.perf_counter()
+        self._step()
+        return {"ms": 1e3 * (time.perf_counter() - start)}
+
+    def finish(self) -> dict[str, Any]:
+        """The process's peak first: it must not contain what the profiler of the counted step needs."""
+        from benchmarks import measure
+
+        peak_rss_bytes = measure.peak_rss_bytes()
+        if "effdense" in sys.modules:
+            getattr(sys.modules["effdense"], "empty_cache", lambda: None)()
+        return {"peak_rss_bytes": peak_rss_bytes, "peak_bytes": measure.peak_bytes(self._step)}
+
+
+def _batch(settings: Settings, model: Any) -> tuple[Any, Any]:
+    import torch
+
+    from benchmarks import data
+
+    if settings.data == "fashion-mnist":
+        images, labels = data.load_cut()
+        if settings.batch > len(labels):
+            raise ValueError(
+                f"batch {settings.batch} is too large: the cut of Fashion-MNIST has {len(labels)} images"
+            )
+        return data.to_tensors(images[: settings.batch], labels[: settings.batch], settings.image_size)
+    classes = list(model.parameters())[-1].numel()  # the classifier's bias
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.batch, 3, settings.image_size, settings.image_size)
+    images = torch.randn(shape, generator=generator)
+    return images, torch.randint(classes, (settings.batch,), generator=generator)
+
+
+def _train_step(model: Any, images: Any, labels: Any, dtype: str) -> Callable[[], float]:
+    import torch
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    model.train()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=False)  # the gradients stay, as the optimizer's state does
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def _inference_step(model: Any, images: Any, labels: Any, dtype: str) -> Callable[[], float]:
+    import torch
+
+    model.eval()
+
+    def step() -> float:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            return torch.nn.functional.cross_entropy(model(images), labels).item()
+
+    return step
+
+
+def _message(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0][:400]
+    return (
+        text if text and isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {text}"
+    )
+
+
+def main() -> None:
+    """Answer commands until stdin closes. Stray prints of libraries go to stderr, not into the answers."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    session = _Session()
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        try:
+            result = getattr(session, arguments.pop("command"))(**arguments)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": _message(error)}
+        print(json.dumps(result), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

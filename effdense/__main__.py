@@ -1,0 +1,7 @@
+"""`python -m effdense`."""
+
+import sys
+
+from effdense.cli import main
+
+sys.exit(main())

@@ -1,0 +1,75 @@
+"""Builds the compiled module `_effdense` where there is a C++ compiler. pyproject.toml says all else."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import sysconfig
+from glob import glob
+from typing import Any
+
+from setuptools import setup
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_backend"))
+from effdense_build import TORCH, find_compiler
+
+# These say what a wheel needs or what is in it; every other command does without torch.
+WHEEL_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
+
+
+def compiled() -> dict[str, Any]:
+    """`setup()`'s arguments for a wheel with the compiled module in it."""
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(
+            f"effdense: the build needs {TORCH} but cannot import it ({error}); run: pip install '{TORCH}'"
+        )
+    major, minor = (int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if (major, minor) < (2, 13):
+        sys.exit(
+            f"effdense: needs {TORCH}, but {os.path.dirname(torch.__file__)} is torch {torch.__version__}; "
+            f"run: pip install --upgrade '{TORCH}'"
+        )
+    # The ninja of an environment that is not activated is not on the PATH.
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    # Python's own flags are before these and often ask for debug information.
+    flags = ["-O0", "-g"] if os.environ.get("DEBUG", "0") != "0" else ["-O3", "-g0"]
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    extension = CppExtension(
+        "_effdense",
+        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args=[*flags, *openmp, "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_link_args=openmp,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        # ninja knows what is out of date in build/. setuptools would keep a module of another torch.
+        "options": {"build_ext": {"force": True}},
+        "install_requires": [f"torch>={major}.{minor},<{major}.{minor + 1}"],
+    }
+
+
+def pure() -> dict[str, Any]:
+    """`setup()`'s arguments for an sdist, and for a wheel that runs on plain PyTorch."""
+    return {"install_requires": [TORCH]}
+
+
+if not WHEEL_COMMANDS.intersection(sys.argv):
+    setup(**pure())
+elif compiler := find_compiler():
+    os.environ["CXX"] = compiler
+    setup(**compiled())
+else:
+    wanted = os.environ.get("CXX") or "c++"
+    print(
+        f"effdense: no C++ compiler was found ({wanted} cannot be run), so effdense is built without its "
+        "compiled code and will run on plain PyTorch: same results, slower, more memory.",
+        file=sys.stderr,
+    )
+    setup(**pure())

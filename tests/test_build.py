@@ -1,0 +1,217 @@
+"""The build's decisions, and the loader of the compiled module: what it finds and what it says."""
+
+import importlib
+import json
+import os
+import platform
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import effdense
+from effdense import _extension
+
+ROOT = Path(__file__).parents[1]
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+REPORT_IMPORT = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    caught.clear()
+    import effdense
+messages = [f"{w.category.__name__}: {w.message}" for w in caught]
+print(json.dumps({"warnings": messages, **effdense.build_info()}))
+"""
+
+
+def run_python(code, *arguments, **environment):
+    """Run code in the repository's root and return the finished process."""
+    environment = {**os.environ, "EFFDENSE_FORCE_REFERENCE": "", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def import_effdense(before="", first="", **environment):
+    """Import effdense in a process of its own, with the folder `first` before all others.
+
+    Returns its build_info and the warnings of the import.
+    """
+    code = f"import sys; sys.path.insert(0, {str(first)!r}); {before}\n{REPORT_IMPORT}"
+    process = run_python(code, **environment)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def fake_module(folder, built_for):
+    """A file that is found as the compiled module, says what it was built for, and cannot be loaded."""
+    file = folder / f"_effdense{sysconfig.get_config_var('EXT_SUFFIX')}"
+    file.write_bytes(b"\0not a library\0effdense was built for torch " + built_for.encode() + b"\0")
+    return file
+
+
+def test_build_info_says_what_runs():
+    info = effdense.build_info()
+    assert info["effdense"] == effdense.__version__
+    assert info["torch"] == torch.__version__
+    assert info["python"] == platform.python_version()
+    assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert info["compiled"] == (_extension.extension is not None) == (info["reason"] is None)
+    assert info["implementation"] == ("compiled" if info["compiled"] else "fallback")
+    assert {"torch_built_for", "compiler", "openmp", "cuda", "arch_list"} <= info.keys()
+
+
+@pytest.mark.skipif(_extension.extension is None, reason="no compiled module")
+def test_the_file_and_the_compiled_module_name_the_same_torch():
+    info = effdense.build_info()
+    assert info["torch_built_for"] == _extension.extension.build_info()["torch"]
+    assert info["torch_built_for"].startswith(MINOR + ".")
+
+
+def test_a_module_for_another_torch_is_not_loaded(tmp_path):
+    file = fake_module(tmp_path, "1.99.3+cpu")
+    report = import_effdense(first=tmp_path)
+    (warning,) = report["warnings"]
+    assert warning.startswith("RuntimeWarning: effdense runs on plain PyTorch")
+    assert f"{file} was built for torch 1.99.3+cpu, and this is torch {torch.__version__}" in warning
+    assert "run `pip install --force-reinstall --no-deps --no-cache-dir .` in effdense's source" in warning
+    assert (report["implementation"], report["torch_built_for"]) == ("fallback", "1.99.3+cpu")
+    assert report["reason"] in warning
+
+
+def test_a_module_in_a_source_tree_is_fixed_by_an_editable_install(tmp_path):
+    fake_module(tmp_path, "1.99.3")
+    (tmp_path / "setup.py").touch()
+    (warning,) = import_effdense(first=tmp_path)["warnings"]
+    assert "--no-cache-dir -e .`" in warning
+
+
+def test_a_module_that_does_not_load(tmp_path):
+    file = fake_module(tmp_path, torch.__version__)
+    report = import_effdense(first=tmp_path)
+    (warning,) = report["warnings"]
+    assert f"because {file} does not load (" in warning
+    assert report["implementation"] == "fallback"
+
+
+def test_no_module():
+    report = import_effdense(before="sys.modules['_effdense'] = None")
+    (warning,) = report["warnings"]
+    assert "there is no compiled module _effdense" in warning
+    assert warning.endswith("with a C++ compiler installed")
+    assert (report["compiled"], report["torch_built_for"], report["openmp"]) == (False, None, False)
+
+
+def test_the_fallback_that_the_user_asks_for_needs_no_warning():
+    report = import_effdense(EFFDENSE_FORCE_REFERENCE="1")
+    assert report["warnings"] == []
+    assert (report["implementation"], report["reason"]) == ("fallback", "EFFDENSE_FORCE_REFERENCE is set")
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """The build backend, imported as pip does, in this process."""
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(ROOT / "build_backend")
+    monkeypatch.delitem(sys.modules, "effdense_build", raising=False)
+    return importlib.import_module("effdense_build")
+
+
+def test_the_backend_finds_the_torch_that_isolation_hides(backend, monkeypatch):
+    folder = Path(torch.__file__).parent
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p) != folder.parent])
+    isolated = list(sys.path)
+    assert backend.find_torch() == folder
+    assert backend.requirements() == []
+    backend.show_installed_torch()
+    assert sys.path[: len(isolated)] == isolated, "what is isolated must come first"
+    assert str(folder.parent) in sys.path[len(isolated) :]
+
+
+def test_the_backend_asks_for_torch_where_there_is_none(backend, monkeypatch, tmp_path):
+    (leftover,) = site.getsitepackages([str(tmp_path)])[:1]
+    (Path(leftover) / "torch" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(site, "PREFIXES", [str(tmp_path)])
+    monkeypatch.delenv("CXX", raising=False)
+    assert backend.find_torch() is None
+    assert backend.requirements() == ["torch>=2.13"]
+    monkeypatch.setenv("CXX", "/nonexistent/c++ -m64")
+    assert backend.requirements() == [], "a wheel without compiled code is built without torch"
+
+
+def test_the_backend_sees_the_system_packages_that_the_environment_sees(backend, monkeypatch, tmp_path):
+    system = tmp_path / "system"
+    (packages,) = site.getsitepackages([str(system)])[:1]
+    torch_folder = Path(packages) / "torch"
+    torch_folder.mkdir(parents=True)
+    (torch_folder / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    monkeypatch.setattr(sys, "base_prefix", str(system))
+    monkeypatch.setattr(site, "PREFIXES", [str(tmp_path / "venv")])
+    assert backend.find_torch() is None
+    monkeypatch.setattr(site, "PREFIXES", [str(tmp_path / "venv"), str(system)])
+    assert backend.find_torch() == torch_folder
+
+
+def setup_py(before, *arguments, **environment):
+    """Run setup.py as the backend does."""
+    pytest.importorskip("setuptools")
+    run = "sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
+    return run_python(f"import runpy, sys; {before}; {run}", *arguments, **environment)
+
+
+def required_torch(folder):
+    (metadata,) = folder.rglob("METADATA")
+    (line,) = [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist: torch")]
+    return set(line.removeprefix("Requires-Dist: torch").split(","))
+
+
+NO_TORCH = "sys.modules['torch'] = None"
+
+
+def test_an_sdist_needs_no_torch(tmp_path):
+    process = setup_py(NO_TORCH, "egg_info", "--egg-base", str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert "torch>=2.13\n" in (tmp_path / "effdense.egg-info" / "requires.txt").read_text()
+
+
+def test_a_compiled_wheel_requires_the_torch_it_was_built_for(tmp_path):
+    process = setup_py("pass", "dist_info", "--output-dir", str(tmp_path), CXX=sys.executable)
+    assert process.returncode == 0, process.stderr
+    major, minor = MINOR.split(".")
+    assert required_torch(tmp_path) == {f">={MINOR}", f"<{major}.{int(minor) + 1}"}
+
+
+def test_without_a_compiler_setup_says_so_and_any_torch_will_do(tmp_path):
+    process = setup_py(NO_TORCH, "dist_info", "--output-dir", str(tmp_path), CXX="/nonexistent/c++")
+    assert process.returncode == 0, process.stderr
+    assert "effdense: no C++ compiler was found (/nonexistent/c++ cannot be run)" in process.stderr
+    assert required_torch(tmp_path) == {">=2.13"}
+
+
+@pytest.mark.parametrize(
+    "torch_module, message",
+    [
+        ("None", "the build needs torch>=2.13 but cannot import it"),
+        (
+            "types.SimpleNamespace(__version__='2.11.0+cpu', __file__='/old/torch/__init__.py')",
+            "needs torch>=2.13, but /old/torch is torch 2.11.0+cpu; run: pip install --upgrade 'torch>=2.13'",
+        ),
+    ],
+)
+def test_a_build_without_a_usable_torch_is_an_error(tmp_path, torch_module, message):
+    before = f"import types; sys.modules['torch'] = {torch_module}"
+    process = setup_py(before, "dist_info", "--output-dir", str(tmp_path), CXX=sys.executable)
+    assert process.returncode != 0
+    assert process.stderr.startswith("effdense: ") and message in process.stderr
+    assert process.stderr.count("\n") == 1

@@ -1,0 +1,63 @@
+"""`python -m effdense check`: it passes here, fails where an operator is wrong, and says so for a missing device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from effdense import check, cli, reference
+from effdense.operators import operators
+
+
+def test_everything_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(check.OPERATORS) * len(check.DTYPES)} passed, 0 failed" in out
+    assert "compiled operators on cpu" in out
+
+
+def test_every_operator_is_checked() -> None:
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("effdense::")
+    }
+    assert set(check.OPERATORS) == registered
+    assert all(hasattr(reference, name) for name in registered)
+
+
+def test_a_wrong_operator_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        mean, var = reference.channel_statistics(features)
+        return mean.roll(1), var
+
+    def choose(x: Tensor) -> Any:
+        ops = operators(x)
+        every = {name: getattr(ops, name) for name in check.OPERATORS}
+        return SimpleNamespace(**{**every, "channel_statistics": wrong})
+
+    monkeypatch.setattr(check, "operators", choose)
+    assert cli.main(["check"]) == 1
+    assert "3 failed" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--device", "cuda:7"]) == 2
+    assert "device 'cuda:7' cannot be used here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("force", ["0", "1"])
+def test_the_twin_can_be_forced(force: str) -> None:
+    code = "import effdense; print(effdense.build_info()['implementation'])"
+    environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "EFFDENSE_FORCE_REFERENCE": force}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == ("fallback" if force == "1" else "compiled")
+    assert not run.stderr

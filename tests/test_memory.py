@@ -1,0 +1,71 @@
+"""Feature memory in counted bytes: linear in depth, and under a bound that is worked out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import models
+from benchmarks.measure import peak_bytes
+
+GROWTH, BATCH, SIZE = 12, 8, 32
+FLOAT = 4
+
+
+def measure(depth: int, impl: str) -> int:
+    """Peak of one training step above the built model and its gradients."""
+    torch.manual_seed(0)
+    model = models.build(f"densenet_bc_{depth}_{GROWTH}", impl).model
+    x, target = torch.randn(BATCH, 3, SIZE, SIZE), torch.arange(BATCH) % 10
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step = lambda: F.cross_entropy(model(x), target).backward()  # noqa: E731
+    step()  # whatever is allocated once
+    return peak_bytes(step)
+
+
+def features_of(depth: int) -> list[tuple[int, int, int]]:
+    """Per block: pixels, input channels, output channels."""
+    layers, channels, size, blocks = (depth - 4) // 6, 2 * GROWTH, SIZE, []
+    for _ in range(3):
+        blocks.append((BATCH * size * size, channels, channels + layers * GROWTH))
+        channels, size = blocks[-1][2] // 2, size // 2
+    return blocks
+
+
+def bound(depth: int, memory: str) -> int:
+    """What a step may hold at most, in bytes, layer by layer (the block engine's bound is half of it).
+
+    Every block: its features twice (as the layers made them, and joined for the transition), and with "balanced" the
+    bottleneck outputs of 4 k channels. On top, in the backward of the first block: the gradient of the joined features
+    and its pieces, a layer's gradient of everything before it, twice the bottleneck's width for y, relu(bn2(y)) and
+    their gradients, and 4 MiB of tiles.
+    """
+    blocks = features_of(depth)
+    layers = (depth - 4) // 6
+    kept = sum(pixels * 2 * out for pixels, _, out in blocks)
+    if memory == "balanced":
+        kept += sum(pixels * layers * 4 * GROWTH for pixels, _, _ in blocks)
+    pixels, _, out = blocks[0]
+    return FLOAT * (kept + pixels * (3 * out + 4 * 4 * GROWTH)) + 4 * 2**20
+
+
+DEPTHS = [40, 64, 100]
+
+
+@pytest.mark.parametrize("memory", ["balanced", "minimal"])
+def test_memory_stays_under_a_bound_that_is_linear_in_depth(memory: str) -> None:
+    peaks = [measure(depth, f"effdense-{memory}") for depth in DEPTHS]
+    bounds = [bound(depth, memory) for depth in DEPTHS]
+    assert (bounds[2] - bounds[1]) * (64 - 40) == (bounds[1] - bounds[0]) * (100 - 64)
+    for i, depth in enumerate(DEPTHS):
+        assert peaks[i] <= bounds[i], f"depth {depth}: {peaks[i] / 2**20:.1f} MiB"
+    for i in range(2):  # nor does a constant hide that the slope grows
+        assert peaks[i + 1] - peaks[i] <= bounds[i + 1] - bounds[i]
+
+
+def test_the_naive_model_does_not() -> None:
+    peaks = [measure(depth, "naive") for depth in DEPTHS]
+    assert peaks[2] > bound(100, "balanced")
+    assert (peaks[2] - peaks[1]) / (100 - 64) > 1.3 * (peaks[1] - peaks[0]) / (64 - 40)
