@@ -9,6 +9,7 @@ the losses; then it measures what a step of a deeper one costs in each implement
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,7 +111,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--picture", type=Path, default=Path("out/demo.png"), help="where to draw it (out/demo.png)"
     )
     parser.add_argument(
-        "--data-root", help="folder with Fashion-MNIST's gz files; the cut kept here unless given"
+        "--data-root",
+        help="folder with Fashion-MNIST's gz files ($EFFDENSE_DATA); without, the cut kept here",
     )
     return parser.parse_args(arguments)
 
@@ -122,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import effdense
 
-        arrays = data.load_fashion_mnist("train", parsed.data_root) if parsed.data_root else data.load_cut()
+        full = parsed.data_root or os.environ.get("EFFDENSE_DATA")
+        arrays = data.load_fashion_mnist("train", full) if full else data.load_cut()
         parsed.picture.parent.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         print(f"benchmarks.demo: {error}", file=sys.stderr)

@@ -155,8 +155,6 @@ class _Session:
         from benchmarks import measure
 
         peak_rss_bytes = measure.peak_rss_bytes()
-        if "effdense" in sys.modules:
-            getattr(sys.modules["effdense"], "empty_cache", lambda: None)()
         return {"peak_rss_bytes": peak_rss_bytes, "peak_bytes": measure.peak_bytes(self._step)}
 
 

@@ -68,12 +68,15 @@ inline int64_t count_channels(TensorList features) {
   return channels;
 }
 
+// The matrix of a 1x1 convolution, [out_channels, channels].
 inline void check_weight(const char* op, const Tensor& weight, const Tensor& like, int64_t channels) {
   check_device(op, "weight", weight, like.device());
   check_type(op, "weight", weight, like.scalar_type(), "the features' type");
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == channels && weight.is_contiguous(), op,
-                    ": weight must be a contiguous matrix [out_channels, ", channels,
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == channels, op,
+                    ": weight must be a matrix [out_channels, ", channels,
                     "] (the features' channels), got shape ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.is_contiguous(), op, ": weight must be contiguous, got strides ",
+                    weight.strides());
 }
 
 inline void check_same_shape(const char* op, const std::string& name, const Tensor& tensor,

@@ -9,9 +9,8 @@
 TORCH_LIBRARY(effdense, m) {
   // mean and biased variance of every channel -> 2 x [C]
   m.def("channel_statistics(Tensor[] features) -> (Tensor mean, Tensor var)");
-  // y = weight relu(scale * x + shift) + bias, weight [O, C] -> y [N, O, *spatial], mean and biased variance
-  // of y
-  // ([O] each, or empty without `statistics`)
+  // y = weight relu(scale * x + shift) + bias, weight [O, C] -> y [N, O, *spatial] and, with `statistics`,
+  // y's mean and biased variance, [O] each (else empty)
   m.def(
       "bottleneck(Tensor[] features, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, bool "
       "statistics)"

@@ -63,15 +63,25 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def update_running_statistics(norm: Norm, mean: Tensor, var: Tensor, count: int, momentum: float) -> None:
-    """running <- (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` values."""
+def update_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """running <- (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` values.
+
+    Nothing for an empty batch, nor in a checkpoint's second run.
+    """
     if count == 0 or recomputing():
         return
     with torch.no_grad():
-        if norm.running_mean is not None:
-            norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if norm.running_var is not None:
-            norm.running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running_var is not None:
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
 
 
 def read_module(module: Any) -> Norm:
@@ -84,11 +94,11 @@ def read_module(module: Any) -> Norm:
 
 def update_module(module: Any, mean: Tensor, var: Tensor, count: int) -> None:
     """What nn.BatchNorm does to its buffers in a forward; `mean` and `var` are the batch's."""
-    if not module.training or not module.track_running_stats or recomputing():
+    if not module.training or not module.track_running_stats:
         return
     momentum = module.momentum
-    if module.num_batches_tracked is not None:
+    if module.num_batches_tracked is not None and not recomputing():
         module.num_batches_tracked.add_(1)
-        if momentum is None:
+        if momentum is None:  # the average over all batches so far
             momentum = 1.0 / float(module.num_batches_tracked)
-    update_running_statistics(read_module(module), mean, var, count, momentum or 0.0)
+    update_running_statistics(module.running_mean, module.running_var, mean, var, count, momentum or 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from effdense.batch_norm import Norm
 
 
-def check_features(op: str, features: Sequence[Tensor]) -> int:
+def check_features(op: str, features: Sequence[Tensor], same_dtype: bool = True) -> int:
     """Checks a list of [N, C_i, *spatial] and returns the sum of C_i."""
     if not isinstance(features, (list, tuple)):
         raise TypeError(f"{op}: features must be a list or tuple of tensors, got {type(features).__name__}")
@@ -34,7 +34,7 @@ def check_features(op: str, features: Sequence[Tensor]) -> int:
             raise ValueError(
                 f"{op}: features[{i}] must have at least one channel, got shape {tuple(x.shape)}"
             )
-        if x.dtype != first.dtype:
+        if same_dtype and x.dtype != first.dtype:
             raise TypeError(f"{op}: features[{i}] must be {first.dtype} like features[0], got {x.dtype}")
         if x.device != first.device:
             raise ValueError(
@@ -62,7 +62,9 @@ def check_vector(op: str, name: str, vector: Tensor | None, size: int, like: Ten
         raise ValueError(f"{op}: {name} must be on {like.device} like the features, got {vector.device}")
 
 
-def check_conv_weight(op: str, name: str, weight: Tensor, channels: int, kernel: int, like: Tensor) -> None:
+def check_conv_weight(
+    op: str, name: str, weight: Tensor | None, channels: int, kernel: int, like: Tensor
+) -> None:
     """Checks a convolution's weight [O, channels, kernel, ...] against the features it will meet."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(weight).__name__}")
@@ -71,6 +73,8 @@ def check_conv_weight(op: str, name: str, weight: Tensor, channels: int, kernel:
     if weight.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the features, got {weight.device}")
     spatial = (kernel,) * (like.dim() - 2)
+    if weight.dim() > 0 and weight.shape[0] == 0:
+        raise ValueError(f"{op}: {name} must have at least one output channel, got {tuple(weight.shape)}")
     if weight.dim() != like.dim() or weight.shape[1] != channels or weight.shape[2:] != spatial:
         wanted = ", ".join(str(n) for n in ("out_channels", channels, *spatial))
         raise ValueError(f"{op}: {name} must be [{wanted}] for the features given, got {tuple(weight.shape)}")
@@ -90,6 +94,12 @@ def check_norm(op: str, names: Sequence[str], norm: Norm, channels: int, like: T
         raise ValueError(
             f"{op}: normalising without the batch's statistics (evaluation) needs {missing}, got None"
         )
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """Checks that a setting is a number."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def check_memory(op: str, memory: str) -> str:

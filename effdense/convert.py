@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effdense.checks import check_memory
-from effdense.nn import DenseBlock, DenseLayer, Transition, obstacle
+from effdense.nn import TRANSITION_ORDER, DenseBlock, DenseLayer, Transition, obstacle
 
 _OURS = (DenseLayer, DenseBlock, Transition)
 
@@ -51,6 +51,8 @@ class Report(list[Entry]):
 def _looks_like(module: nn.Module) -> type | None:
     """Which of our classes a module might be, by the names of its submodules alone."""
     names = set(module._modules)
+    if type(module).forward is nn.Module.forward:
+        return None  # a container that nobody calls
     if {"norm1", "conv1", "norm2", "conv2"} <= names:
         return DenseLayer
     if {"norm", "conv", "pool"} <= names:
@@ -61,86 +63,99 @@ def _looks_like(module: nn.Module) -> type | None:
     return None
 
 
+# Parts of torchvision's own layer that are of no use outside of its forward.
+_INTERNAL = {"any_requires_grad", "bn_function", "call_checkpoint_bottleneck"}
+
+
 def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
+    """Why a module is not made like ours, or None."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    own = [*module._parameters, *module._buffers]
+    if own:
+        return f"it has parameters or buffers of its own: {', '.join(own)}"
+    lost = {name for name in set(dir(type(module))) - set(dir(ours)) - _INTERNAL if not name.startswith("_")}
+    if lost:
+        return f"its class has more than a DenseNet's: {', '.join(sorted(lost))}"
     if ours is DenseBlock:
         return None
     parts = DenseLayer.parts if ours is DenseLayer else Transition.parts
     extra = set(module._modules) - set(parts) - {"pool"}
     if extra:
         return f"it has further submodules: {', '.join(sorted(extra))}"
-    if ours is Transition and list(module._modules) != ["norm", "relu", "conv", "pool"]:
-        return f"the submodules are {list(module._modules)}, not norm, relu, conv, pool"
+    if ours is Transition and list(module._modules) != TRANSITION_ORDER:
+        return f"the submodules are {list(module._modules)}, not {TRANSITION_ORDER}"
     return obstacle(module._modules, parts, ignore_hooks=True)
 
 
-def _bare_copy(module: nn.Module, seed: int) -> nn.Module:
-    """A copy on the CPU in float64 with random parameters and buffers and without anybody's hooks."""
+def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
+    """A copy in float64 with random parameters and buffers and without hooks; a block's layers become small ones."""
     memo: dict[int, Any] = {}
+    if ours is DenseBlock:
+        for i, layer in enumerate(module._modules.values()):
+            memo[id(layer)] = DenseLayer(_CHANNELS + 2 * i, 2, 1, 0.0)
     for submodule in module.modules():
         for name, value in submodule.__dict__.items():
             if name.endswith("_hooks"):
                 memo[id(value)] = OrderedDict()
+        if id(submodule) in memo:
+            continue
         for tensor in (*submodule._parameters.values(), *submodule._buffers.values()):
             if tensor is not None:
-                bare = torch.empty(
-                    tensor.shape, dtype=torch.float64 if tensor.is_floating_point() else tensor.dtype
-                )
+                bare = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
                 memo[id(tensor)] = nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare
-    probe = copy.deepcopy(module, memo)
-    generator = torch.Generator().manual_seed(seed)
+    probe = copy.deepcopy(module, memo).double()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*probe.named_parameters(), *probe.named_buffers()):
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5, generator=generator)
                 if name.endswith(("bias", "running_mean")) or "conv" in name:
                     tensor.sub_(1)
-            else:
-                tensor.zero_()
     return probe
 
 
-def _run(probe: nn.Module, training: bool, channels: int, spatial: int, as_list: bool) -> list[Tensor]:
-    """Output, gradients and buffers of one step on a small random input."""
+_CHANNELS = 3  # of a block's probe
+
+
+def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
+    """Output, buffers and gradients of one step on a small random input."""
+    conv: Any = next(m for m in probe.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
     generator = torch.Generator().manual_seed(1)
-    shape = (2, channels, *(2,) * spatial)
+    shape = (2, conv.in_channels, *(2,) * len(conv.kernel_size))
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     probe.train(training)
-    probe.zero_grad()
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)  # the same dropout both times
-        y = probe([x] if as_list else x)
-        weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        grads = torch.autograd.grad((y * weights).sum(), [x, *probe.parameters()], materialize_grads=True)
-    return [y.detach(), *grads, *(b.clone() for b in probe.buffers())]
+    torch.manual_seed(2)  # the same dropout both times
+    y = probe([x] if ours is DenseLayer else x)
+    buffers = [
+        b.clone() for b in probe.buffers()
+    ]  # before the backward: checkpointing updates them again there
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((y * weights).sum(), [x, *probe.parameters()], materialize_grads=True)
+    return [y.detach(), *buffers, *grads]
 
 
-def _difference(module: nn.Module, ours: type, memory: str) -> str | None:
+def _difference(module: nn.Module, ours: type) -> str | None:
     """Compares a module's forward with the fused one on copies; says what differs, or None."""
-    conv: Any = next((m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
-    if conv is None:
-        return "it has no convolution"
-    channels, spatial, as_list = conv.in_channels, len(conv.kernel_size), ours is DenseLayer
     for training in (True, False):
-        theirs = _bare_copy(module, 0)
-        mine = _bare_copy(module, 0)
-        _adopt(mine, ours, memory)
         try:
-            expected = _run(theirs, training, channels, spatial, as_list)
+            expected = _run(_bare_copy(module, ours), training, ours)
         except Exception as error:
             return f"its forward failed on a probe ({type(error).__name__}: {error})"
-        got = _run(mine, training, channels, spatial, as_list)
-        mode = "training" if training else "evaluation"
+        mine = _bare_copy(module, ours)
+        _adopt(mine, ours, "balanced")
+        got = _run(mine, training, ours)
         if expected[0].shape != got[0].shape:
             return f"its forward gives {tuple(expected[0].shape)} on a probe, not {tuple(got[0].shape)}"
-        for a, b in zip(expected, got, strict=True):
-            if not torch.allclose(a, b, rtol=1e-9, atol=1e-9):
-                return f"its forward computes something else ({mode}, on a probe)"
+        if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(expected, got, strict=True)):
+            mode = "training" if training else "evaluation"
+            return f"its forward computes something else ({mode}, on a probe)"
     return None
 
 
 def _adopt(module: Any, ours: type, memory: str) -> None:
     module.__class__ = ours
-    if ours is DenseLayer:
+    if issubclass(ours, DenseLayer):
         module.memory = memory
 
 
@@ -148,23 +163,29 @@ class _Examiner:
     """Says why a module cannot become one of ours, or None.
 
     Every module's structure is looked at. The comparison on a copy is made once for all modules that run the same code:
-    the same class with the same attributes, on submodules of the same classes.
+    the same class with the same attributes, on submodules of the same names and classes.
     """
 
-    def __init__(self, memory: str) -> None:
-        self.memory = memory
+    def __init__(self) -> None:
         self.known: dict[Any, str | None] = {}
 
     def __call__(self, module: nn.Module, ours: type) -> str | None:
-        if "forward" in module.__dict__:
-            return "its forward was replaced"
         structure = _structure_obstacle(module, ours)
         if structure is not None:
             return structure
         attributes = {k: repr(v) for k, v in vars(module).items() if k not in _MODULE_STATE}
-        key = (type(module), *sorted(attributes.items()), *sorted({str(type(m)) for m in module.modules()}))
+        children = () if ours is DenseBlock else tuple((n, type(m)) for n, m in module.named_modules())
+        key = (type(module), *sorted(attributes.items()), *children)
         if key not in self.known:
-            self.known[key] = _difference(module, ours, self.memory)
+            # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.device("cpu"),
+                torch.autocast("cpu", enabled=False),
+                torch.random.fork_rng(devices=[]),
+            ):
+                self.known[key] = _difference(module, ours)
         return self.known[key]
 
 
@@ -175,8 +196,11 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     """Makes the dense layers, blocks and transitions of `model` run fused, in place.
 
     Parameters, buffers, submodules, hooks, modes and state_dict keys stay the same objects and names, so an optimizer
-    built before keeps working. What is not recognised stays as it is; `report(model)` says why. Converting again
-    changes `memory` only.
+    built before keeps working; converted modules change their class. What is not recognised stays as it is, and
+    `report(model)` says why. Converting again changes `memory` only.
+
+    Layers that were checkpointed (torchvision's `memory_efficient=True`) are not any more. Their batch norm statistics
+    then move once per step, as without checkpointing; so they do inside a user's own `torch.utils.checkpoint`.
 
     Args:
         model: any module that holds DenseNet layers with torchvision's structure, or such a layer itself.
@@ -191,7 +215,7 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     check_memory("convert", memory)
-    examine, found = _Examiner(memory), []
+    examine, found = _Examiner(), []
     for module in model.modules():
         ours = type(module) if isinstance(module, _OURS) else _looks_like(module)
         if ours is not None and (isinstance(module, _OURS) or examine(module, ours) is None):
@@ -208,10 +232,10 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
-    entries, examine = Report(), _Examiner("balanced")
+    entries, examine = Report(), _Examiner()
     for name, module in model.named_modules():
         if isinstance(module, _OURS):
-            reason = None if isinstance(module, DenseBlock) else module.obstacle()
+            reason = module.obstacle()
             entries.append(Entry(name, type(module).__name__, True, reason))
         elif (ours := _looks_like(module)) is not None:
             reason = examine(module, ours) or "effdense.convert has not been called since it was built"

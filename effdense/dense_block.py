@@ -1,6 +1,6 @@
 """The engine: forward and backward of dense layers over the operators, as nodes of autograd.
 
-One node is a bottleneck alone (`CatBnReluConv1x1`) or a whole layer (`DenseLayer`):
+One node is a bottleneck alone (`BottleneckNode`) or a whole layer (`DenseLayerNode`):
 
     y = W1 relu(bn1(cat(features)))        new = conv3x3(relu(bn2(y)))
 
@@ -11,6 +11,7 @@ so is y. Nothing else is kept. Statistics come in from outside (bn1) or are take
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,17 +22,42 @@ from effdense.checks import check_conv_weight, check_features, check_norm, check
 from effdense.operators import operators
 
 
-def _autocast(features: Sequence[Tensor], *parameters: Tensor | None) -> tuple[Any, ...]:
-    """Casts features and the convolutions' parameters as torch.autocast would; batch norm's stay as they are."""
-    device = features[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return (list(features), *parameters)
-    dtype = torch.get_autocast_dtype(device)
+def _autocast(
+    features: Sequence[Tensor], parameters: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], list[Tensor | None], torch.dtype | None]:
+    """Features and convolution parameters as they run under torch.autocast, and the dtype that the result has there.
 
-    def cast(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.dtype == torch.float64 else x.to(dtype)
+    As in torch's own concatenation and batch norm, the widest feature decides: features of autocast's dtype stay as they
+    are, and a float32 one makes all of it run in float32, up to the result. float64 stays out of autocast.
+    """
+    kind = features[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return features, list(parameters), None
+    widest = features[0].dtype
+    for x in features:
+        widest = torch.promote_types(widest, x.dtype)
+    if widest == torch.float64:
+        return features, list(parameters), None
+    cast = [p if p is None or p.dtype == torch.float64 else p.to(widest) for p in parameters]
+    return [x.to(widest) for x in features], cast, torch.get_autocast_dtype(kind)
 
-    return ([cast(x) for x in features], *(cast(p) for p in parameters))
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _prepare(
+    op: str, features: Sequence[Tensor], parameters: Sequence[Tensor | None]
+) -> tuple[int, Sequence[Tensor], list[Tensor | None], torch.dtype | None]:
+    """Checks the features; returns their channels, and what `_autocast` makes of all."""
+    check_features(op, features, same_dtype=False)
+    features, parameters, result = _autocast(features, parameters)
+    channels = check_features(op, features)
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        # Inference tensors cannot be saved for a backward.
+        features = [x.clone() if x.is_inference() else x for x in features]
+    return channels, features, parameters, result
 
 
 def _statistics(features: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor]:
@@ -91,7 +117,7 @@ def _bottleneck_backward(
         norm.scale,
         norm.shift,
         norm.mean,
-        conv_weight.flatten(1),
+        _matrix(conv_weight),
         grads,
         any(need_features) or need_norm,
         need_conv,
@@ -103,6 +129,15 @@ def _bottleneck_backward(
     return wanted, sum_dx * norm.rstd, sum_d, grad_weight
 
 
+def _matrix(conv_weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight as the operators want it: [O, C], contiguous."""
+    return conv_weight.flatten(1).contiguous()
+
+
+def _vector(conv_bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if conv_bias is None else conv_bias.to(like.dtype).contiguous()
+
+
 def _sum_per_channel(x: Tensor) -> Tensor:
     return x.sum([d for d in range(x.dim()) if d != 1])
 
@@ -111,7 +146,7 @@ def _as(like: Tensor, grad: Tensor) -> Tensor:
     return grad.to(like.dtype).view(like.shape)
 
 
-class CatBnReluConv1x1(torch.autograd.Function):
+class BottleneckNode(torch.autograd.Function):
     """y = W relu(bn(cat(features))) + b; gradients for everything but the statistics."""
 
     @staticmethod
@@ -127,9 +162,9 @@ class CatBnReluConv1x1(torch.autograd.Function):
         *features: Tensor,
     ) -> Tensor:
         norm = fold(mean, var, eps, norm_weight, norm_bias, batch_statistics)
-        bias = None if conv_bias is None else conv_bias.to(mean.dtype)
+        bias = _vector(conv_bias, mean)
         y: Tensor = operators(features[0]).bottleneck(
-            features, norm.scale, norm.shift, conv_weight.flatten(1), bias, False
+            features, norm.scale, norm.shift, _matrix(conv_weight), bias, False
         )[0]
         return y
 
@@ -145,7 +180,7 @@ class CatBnReluConv1x1(torch.autograd.Function):
         if grad_y is None:
             return (None,) * len(needs)
         mean, var, norm_weight, norm_bias, conv_weight, conv_bias, *features = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(grad_y):
             norm = fold(mean, var, ctx.eps, norm_weight, norm_bias, ctx.batch_statistics)
             grads, grad_scale, grad_shift, grad_conv = _bottleneck_backward(
                 features, norm, conv_weight, grad_y, needs[8:], needs[4] or needs[5], needs[6]
@@ -166,7 +201,7 @@ def _conv_settings(x: Tensor) -> tuple[list[int], list[int], list[int], bool, li
     return [1] * d, [1] * d, [1] * d, False, [0] * d, 1
 
 
-class DenseLayer(torch.autograd.Function):
+class DenseLayerNode(torch.autograd.Function):
     """new = conv3x3(relu(bn2(conv1x1(relu(bn1(cat(features))))))); also returns bn2's mean and variance, and y.
 
     mean2 and var2 are None where bn2 takes the batch's statistics: they are made here. y is returned because autograd
@@ -194,9 +229,9 @@ class DenseLayer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ops = operators(features[0])
         norm1 = fold(mean1, var1, eps[0], norm1_weight, norm1_bias, batch_statistics[0])
-        bias = None if conv1_bias is None else conv1_bias.to(mean1.dtype)
+        bias = _vector(conv1_bias, mean1)
         y, mean, var = ops.bottleneck(
-            features, norm1.scale, norm1.shift, conv1_weight.flatten(1), bias, batch_statistics[1]
+            features, norm1.scale, norm1.shift, _matrix(conv1_weight), bias, batch_statistics[1]
         )
         if mean2 is not None and var2 is not None:
             mean, var = mean2.clone(), var2.clone()
@@ -222,12 +257,12 @@ class DenseLayer(torch.autograd.Function):
         mean1, var1, mean2, var2, y, *tensors = ctx.saved_tensors
         weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias, *features = tensors
         ops = operators(features[0])
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(grad_new):
             norm1 = fold(mean1, var1, ctx.eps[0], weight1, bias1, ctx.batch_statistics[0])
             norm2 = fold(mean2, var2, ctx.eps[1], weight2, bias2, ctx.batch_statistics[1])
             if y is None:
-                bias = None if conv1_bias is None else conv1_bias.to(mean1.dtype)
-                y = ops.bottleneck(features, norm1.scale, norm1.shift, conv1.flatten(1), bias, False)[0]
+                bias = _vector(conv1_bias, mean1)
+                y = ops.bottleneck(features, norm1.scale, norm1.shift, _matrix(conv1), bias, False)[0]
             z = torch.empty_like(y)
             ops.bn_relu(y, norm2.scale, norm2.shift, z)
             need_dz = any(needs[:6]) or any(needs[8:])
@@ -277,18 +312,17 @@ def bottleneck(
     conv_bias: Tensor | None,
 ) -> Result:
     """Checks and runs the bottleneck; `names` are the parameters' names in messages. Returns y and norm's statistics."""
-    channels = check_features(op, features)
-    features, conv_weight, conv_bias = _autocast(features, conv_weight, conv_bias)
-    check_norm(op, names[:4], norm, channels, features[0])
-    check_conv_weight(op, names[4], conv_weight, channels, 1, features[0])
-    check_vector(
-        op, names[5], conv_bias, conv_weight.shape[0], features[0], "the convolution's output channels"
-    )
-    mean, var = _statistics(features, norm)
-    y = CatBnReluConv1x1.apply(
-        mean, var, norm.eps, norm.batch_statistics, norm.weight, norm.bias, conv_weight, conv_bias, *features
-    )
-    return y, mean, var
+    channels, features, (weight, bias), result = _prepare(op, features, (conv_weight, conv_bias))
+    x = features[0]
+    check_norm(op, names[:4], norm, channels, x)
+    check_conv_weight(op, names[4], weight, channels, 1, x)
+    check_vector(op, names[5], bias, conv_weight.shape[0], x, "the convolution's output channels")
+    with _without_autocast(x):
+        mean, var = _statistics(features, norm)
+        y = BottleneckNode.apply(
+            mean, var, norm.eps, norm.batch_statistics, norm.weight, norm.bias, weight, bias, *features
+        )
+    return y if result is None else y.to(result), mean, var
 
 
 def dense_layer(
@@ -296,30 +330,31 @@ def dense_layer(
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Checks and runs a whole layer; conv1 and conv2 are modules. Returns the new features and both norms' statistics."""
     op, width = "DenseLayer", conv1.out_channels
-    channels = check_features(op, features)
-    features, *convs = _autocast(features, conv1.weight, conv1.bias, conv2.weight, conv2.bias)
+    channels, features, convs, result = _prepare(
+        op, features, (conv1.weight, conv1.bias, conv2.weight, conv2.bias)
+    )
+    x = features[0]
     for i, norm, conv, inputs, kernel in ((1, norm1, conv1, channels, 1), (2, norm2, conv2, width, 3)):
         names = [f"norm{i}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
         weight, bias = convs[2 * i - 2 : 2 * i]
-        check_norm(op, names, norm, inputs, features[0])
-        check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, features[0])
-        check_vector(
-            op, f"conv{i}.bias", bias, conv.out_channels, features[0], "the convolution's output channels"
+        check_norm(op, names, norm, inputs, x)
+        check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, x)
+        check_vector(op, f"conv{i}.bias", bias, conv.out_channels, x, "the convolution's output channels")
+    with _without_autocast(x):
+        mean1, var1 = _statistics(features, norm1)
+        new, mean2, var2, _ = DenseLayerNode.apply(
+            memory,
+            (norm1.eps, norm2.eps),
+            (norm1.batch_statistics, norm2.batch_statistics),
+            mean1,
+            var1,
+            *((None, None) if norm2.batch_statistics else norm2.running(x.dtype)),
+            norm1.weight,
+            norm1.bias,
+            *convs[:2],
+            norm2.weight,
+            norm2.bias,
+            *convs[2:],
+            *features,
         )
-    mean1, var1 = _statistics(features, norm1)
-    new, mean2, var2, _ = DenseLayer.apply(
-        memory,
-        (norm1.eps, norm2.eps),
-        (norm1.batch_statistics, norm2.batch_statistics),
-        mean1,
-        var1,
-        *((None, None) if norm2.batch_statistics else norm2.running(features[0].dtype)),
-        norm1.weight,
-        norm1.bias,
-        *convs[:2],
-        norm2.weight,
-        norm2.bias,
-        *convs[2:],
-        *features,
-    )
-    return new, (mean1, var1), (mean2, var2)
+    return new if result is None else new.to(result), (mean1, var1), (mean2, var2)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from effdense import dense_block
 from effdense.batch_norm import Norm, update_running_statistics
+from effdense.checks import check_number
 
 
 def cat_bn_relu_conv1x1(
@@ -25,8 +26,8 @@ def cat_bn_relu_conv1x1(
     """`conv1x1(relu(batch_norm(cat(features, 1))))` without the concatenation and without storing what lies between.
 
     The bottleneck of Huang et al., "Densely Connected Convolutional Networks" (arXiv 1608.06993), section 3. Kept for
-    the backward: the features as they are, and two numbers per channel. Under `torch.autocast` features and convolution
-    run in its dtype, statistics and affine parameters in float32.
+    the backward: the features as they are, and two numbers per channel. Under `torch.autocast` the result has its dtype;
+    features of that dtype are read as they are, wider ones in full; statistics and affine parameters are float32.
 
     Args:
         features: list of tensors [N, C_i, *spatial] with 1 to 3 spatial dimensions, one floating dtype, one device.
@@ -48,12 +49,13 @@ def cat_bn_relu_conv1x1(
         TypeError, ValueError: an argument does not fit; the message says which. Nothing has been changed then.
         RuntimeError: on differentiating twice.
     """
+    op = "cat_bn_relu_conv1x1"
+    check_number(op, "momentum", momentum)
+    check_number(op, "eps", eps)
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
-    y, mean, var = dense_block.bottleneck(
-        "cat_bn_relu_conv1x1", _NAMES, features, norm, conv_weight, conv_bias
-    )
+    y, mean, var = dense_block.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
     if training:
-        update_running_statistics(norm, mean, var, y.numel() // y.shape[1], momentum)
+        update_running_statistics(running_mean, running_var, mean, var, y.numel() // y.shape[1], momentum)
     return y
 
 

@@ -23,11 +23,10 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ACTIVATIONS = (nn.ReLU,)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TRANSITION_ORDER = ["norm", "relu", "conv", "pool"]
 
 
-def _module_obstacle(
-    name: str, module: nn.Module | None, kinds: tuple[type, ...], ignore_hooks: bool
-) -> str | None:
+def _module_obstacle(name: str, module: Any, kinds: tuple[type, ...], ignore_hooks: bool) -> str | None:
     """Why calling `module` could do something else than its class says, or None."""
     if type(module) not in kinds:
         wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -37,14 +36,17 @@ def _module_obstacle(
         return f"{name} has hooks"
     if "forward" in state:
         return f"{name}.forward was replaced"
-    if kinds is not _ACTIVATIONS and "weight" not in state["_parameters"]:
-        return f"{name}.weight is not a parameter"
+    for parameter in () if kinds is _ACTIVATIONS else ("weight", "bias"):
+        # Weight norm, pruning and the like put a tensor in its place; quantisation a subclass.
+        tensor = state["_parameters"].get(parameter, module)
+        if tensor is not None and type(tensor) is not nn.Parameter:
+            return f"{name}.{parameter} is not a plain parameter"
     return None
 
 
-def _conv_obstacle(name: str, conv: nn.Module, kernel: int) -> str | None:
+def _conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
     """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size, or None."""
-    spatial = len(conv.kernel_size)  # type: ignore[arg-type]
+    spatial = len(conv.kernel_size)
     expected = {
         "kernel_size": (kernel,) * spatial,
         "stride": (1,) * spatial,
@@ -69,13 +71,19 @@ def obstacle(
     """
     if not ignore_hooks and nn.modules.module._has_any_global_hook():
         return "a global module hook is registered"
+    dimensions = {}
     for name, kernel in parts.items():
         kinds = _CONVS if kernel else _NORMS if name.startswith("norm") else _ACTIVATIONS
-        reason = _module_obstacle(name, children.get(name), kinds, ignore_hooks)
+        module = children.get(name)
+        reason = _module_obstacle(name, module, kinds, ignore_hooks)
         if reason is None and kernel:
-            reason = _conv_obstacle(name, children[name], kernel)  # type: ignore[arg-type]
+            reason = _conv_obstacle(name, module, kernel)
         if reason is not None:
             return reason
+        if kinds is not _ACTIVATIONS:
+            dimensions[name] = kinds.index(type(module)) + 1
+    if len(set(dimensions.values())) > 1:
+        return f"its submodules have different numbers of spatial dimensions: {dimensions}"
     return None
 
 
@@ -130,7 +138,16 @@ class DenseLayer(nn.Module):
         )
         self.drop_rate = float(drop_rate)
         self.memory_efficient = memory_efficient
-        self.memory = check_memory("DenseLayer", memory)
+        self.memory = memory
+
+    @property
+    def memory(self) -> str:
+        """What is kept for the backward: "balanced" or "minimal"."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self._memory = check_memory("DenseLayer", memory)
 
     def obstacle(self) -> str | None:
         """Why the layer runs its submodules one by one at the moment, or None where it runs fused."""
@@ -190,6 +207,11 @@ class DenseBlock(nn.ModuleDict):
                 memory=memory,
             )
 
+    def obstacle(self) -> str | None:
+        """Why no layer of the block runs fused at the moment, or None where one does."""
+        fused = any(isinstance(layer, DenseLayer) and layer.obstacle() is None for layer in self.values())
+        return None if fused else "none of its layers runs fused"
+
     def forward(self, init_features: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_input_features + num_layers * growth_rate, *spatial]."""
         features = [init_features]
@@ -221,8 +243,8 @@ class Transition(nn.Sequential):
 
     def obstacle(self) -> str | None:
         """Why the transition runs its submodules one by one at the moment, or None where it runs fused."""
-        if list(self._modules) != ["norm", "relu", "conv", "pool"]:
-            return f"the submodules are {list(self._modules)}, not norm, relu, conv, pool"
+        if list(self._modules) != TRANSITION_ORDER:
+            return f"the submodules are {list(self._modules)}, not {TRANSITION_ORDER}"
         return obstacle(self._modules, self.parts)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from effdense import reference
 
-# The operator namespaces under test. The compiled one must be there: a test run without it would prove nothing.
-BACKENDS = {"cpu": torch.ops.effdense, "twin": reference}
+# The operators' implementations that stand beside the twin. All must be there: a run without would prove nothing.
+BACKENDS = {"cpu": torch.ops.effdense}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 # images, spatial sizes, channels of each feature, output channels
@@ -32,6 +32,19 @@ def make_features(images: int, spatial: Sequence[int], channels: Sequence[int]) 
     """Features in float64, each a slice of a larger tensor (so that images do not lie side by side)."""
     wide = [torch.randn(images, c + 2, *spatial, dtype=torch.float64) * 2 + 0.5 for c in channels]
     return [x[:, 1:-1] for x in wide]
+
+
+def random_scale(rstd: Tensor) -> Tensor:
+    """A batch norm's scale of either sign, not close to zero."""
+    weight = torch.randn_like(rstd)
+    return (weight.sign() * 0.25 + weight) * rstd
+
+
+def away_from_the_kink(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as `dtype` has it, without values that scale * x + shift takes so close to 0 that rounding decides on the mask."""
+    scale, shift = (v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
+    x = x.to(dtype).double()
+    return torch.where((scale * x + shift).abs() < 0.01, (0.5 - shift) / scale, x).to(dtype).double()
 
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:

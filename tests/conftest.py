@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import effdense
+from effdense import reference
 from tests.cases import BACKENDS
 
 
@@ -19,14 +20,21 @@ def _compiled() -> None:
 
 @pytest.fixture(params=BACKENDS)
 def ops(request: pytest.FixtureRequest) -> Any:
+    """Every backend, to be compared with the twin."""
     return BACKENDS[request.param]
+
+
+@pytest.fixture(params=[*BACKENDS, "reference"])
+def any_ops(request: pytest.FixtureRequest) -> Any:
+    """Every backend and the twin itself, to be compared with something else."""
+    return BACKENDS.get(request.param, reference)
 
 
 @pytest.fixture(autouse=True)
 def _same_everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
     """A fixed seed; two threads where operators are tested, one elsewhere: whole models of small tensors only wait."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2 if "ops" in request.fixturenames else 1)
+    torch.set_num_threads(2 if {"ops", "any_ops"} & set(request.fixturenames) else 1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)

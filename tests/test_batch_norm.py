@@ -10,14 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdense import reference
-from tests.cases import DTYPES, SHAPES, assert_as_exact, make_features
+from tests.cases import (
+    DTYPES,
+    SHAPES,
+    assert_as_exact,
+    away_from_the_kink,
+    make_features,
+    random_scale,
+)
 
 
 def make_case(shape: tuple, dtype: torch.dtype) -> dict[str, Tensor]:
     x = make_features(shape[0], shape[1], shape[2][:1])[0].to(dtype).double()
     mean, var = reference.channel_statistics([x])
     rstd = (var + 1e-5).rsqrt()
-    scale = torch.randn_like(mean) * rstd
+    scale = random_scale(rstd)
     case = {
         "x": x,
         "mean": mean,
@@ -26,7 +33,8 @@ def make_case(shape: tuple, dtype: torch.dtype) -> dict[str, Tensor]:
         "shift": torch.randn_like(mean) - mean * scale,
     }
     wide = reference.accumulate_dtype(dtype)
-    return {k: v if k == "x" else v.to(wide).double() for k, v in case.items()}
+    case = {k: v if k == "x" else v.to(wide).double() for k, v in case.items()}
+    return case | {"x": away_from_the_kink(x, case["scale"], case["shift"], dtype)}
 
 
 def in_dtype(case: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -65,28 +73,28 @@ def test_backward_matches_the_float64_twin(
     assert_as_exact(run, ops, dtype)
 
 
-def test_together_they_are_torchs_batch_norm_and_relu(ops: Any) -> None:
+def test_together_they_are_torchs_batch_norm_and_relu(any_ops: Any) -> None:
     x = make_features(3, (5, 4), (6,))[0].contiguous().requires_grad_()
     weight, bias = (torch.randn(6, dtype=torch.float64).requires_grad_() for _ in range(2))
     dz = torch.randn(3, 6, 5, 4, dtype=torch.float64)
     z = F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
     expected = torch.autograd.grad(z, (x, weight, bias), dz)
     with torch.no_grad():
-        mean, var = ops.channel_statistics([x])
+        mean, var = any_ops.channel_statistics([x])
         rstd = (var + 1e-5).rsqrt()
         scale = weight * rstd
         shift = bias - mean * scale
         out, grad = torch.empty_like(x), dz.clone()
-        ops.bn_relu(x, scale, shift, out)
-        sum_d, sum_dx = ops.bn_relu_backward(grad, x, scale, shift, mean, rstd, True)
+        any_ops.bn_relu(x, scale, shift, out)
+        sum_d, sum_dx = any_ops.bn_relu_backward(grad, x, scale, shift, mean, rstd, True)
     torch.testing.assert_close(out, z)
     torch.testing.assert_close((grad, sum_dx * rstd, sum_d), expected)
 
 
-def test_nan_stays_nan(ops: Any) -> None:
+def test_nan_stays_nan(any_ops: Any) -> None:
     x = torch.tensor([float("nan"), -1.0, 1.0]).view(1, 1, 3)
     out, one, zero = torch.empty_like(x), torch.ones(1), torch.zeros(1)
-    ops.bn_relu(x, one, zero, out)
+    any_ops.bn_relu(x, one, zero, out)
     assert out.isnan().tolist() == [[[True, False, False]]]
 
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from effdense import reference
-from tests.cases import DTYPES, SHAPES, assert_as_exact, make_features, to_dtype
+from tests.cases import (
+    DTYPES,
+    SHAPES,
+    assert_as_exact,
+    away_from_the_kink,
+    make_features,
+    random_scale,
+    to_dtype,
+)
 
 Case = tuple[list[Tensor], dict[str, Tensor]]
 
@@ -19,7 +27,7 @@ def make_case(shape: tuple, offset: float = 0.0) -> Case:
     features = [x + offset for x in make_features(images, spatial, channels)]
     mean, var = reference.channel_statistics(features)
     total = sum(channels)
-    scale = torch.randn(total, dtype=torch.float64) * (var + 1e-5).rsqrt()
+    scale = random_scale((var + 1e-5).rsqrt())
     return features, {
         "scale": scale,
         "shift": torch.randn(total, dtype=torch.float64) - mean * scale,
@@ -40,8 +48,11 @@ def in_dtype(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Te
 
 
 def rounded(case: Case, dtype: torch.dtype) -> Case:
-    features, rest = in_dtype(case, dtype)
-    return to_dtype(features, torch.float64), {k: v.double() for k, v in rest.items()}
+    rest = {k: v.double() for k, v in in_dtype(case, dtype)[1].items()}
+    channels = [x.shape[1] for x in case[0]]
+    vectors = zip(rest["scale"].split(channels), rest["shift"].split(channels), strict=True)
+    features = [away_from_the_kink(x, *v, dtype) for x, v in zip(case[0], vectors, strict=True)]
+    return features, rest
 
 
 def run_forward(case: Case, bias: bool, statistics: bool) -> Any:
@@ -97,32 +108,62 @@ def test_a_mean_far_larger_than_the_deviation(ops: Any) -> None:
     assert_as_exact(run_backward(case), ops, torch.float32)
 
 
-def test_unwanted_gradients_are_not_written(ops: Any) -> None:
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0]])
+def test_together_they_are_torchs_convolution(any_ops: Any, shape: tuple) -> None:
+    features, p = make_case(shape)
+    x = torch.cat(features, 1).requires_grad_()
+    vectors = [p[name].view(-1, *[1] * len(shape[1])) for name in ("scale", "shift", "mean")]
+    before_relu = x * vectors[0] + vectors[1]
+    weight = p["weight"].requires_grad_()
+    z = before_relu.relu()
+    y = torch.einsum("oc,nc...->no...", weight, z) + p["bias"].view(-1, *[1] * len(shape[1]))
+    d, grad_weight, grad_x = torch.autograd.grad(y, (before_relu, weight, x), p["grad_y"])
+    dims = [i for i in range(x.dim()) if i != 1]
+    p["weight"] = weight.detach()
+
+    got, mean, var = any_ops.bottleneck(features, p["scale"], p["shift"], p["weight"], p["bias"], True)
+    torch.testing.assert_close(got, y)
+    if y.numel():
+        torch.testing.assert_close(mean, y.mean(dims))
+        torch.testing.assert_close(var, y.var(dims, correction=0))
+    grads = [torch.empty_like(f) for f in features]
+    got_weight, sum_d, sum_dx = any_ops.bottleneck_backward(
+        features, p["grad_y"], p["scale"], p["shift"], p["mean"], p["weight"], grads, True, True
+    )
+    torch.testing.assert_close(got_weight, grad_weight)
+    torch.testing.assert_close(torch.cat(grads, 1), grad_x)
+    torch.testing.assert_close(sum_d, d.sum(dims))
+    torch.testing.assert_close(sum_dx, (d * (x - vectors[2])).sum(dims))
+
+
+def test_unwanted_gradients_are_not_written(any_ops: Any) -> None:
     features, p = make_case(SHAPES[0])
     grads = [torch.empty_like(features[0]), features[1].new_empty(0), torch.empty_like(features[2])]
     every = [torch.empty_like(x) for x in features]
     arguments = features, p["grad_y"], p["scale"], p["shift"], p["mean"], p["weight"]
-    some_sums = ops.bottleneck_backward(*arguments, grads, True, True)
-    all_sums = ops.bottleneck_backward(*arguments, every, True, True)
+    some_sums = any_ops.bottleneck_backward(*arguments, grads, True, True)
+    all_sums = any_ops.bottleneck_backward(*arguments, every, True, True)
     for a, b in zip(some_sums, all_sums, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert grads[1].numel() == 0
     torch.testing.assert_close(grads[2], every[2], rtol=0, atol=0)
 
 
-def test_features_that_are_not_dense_are_read_right(ops: Any) -> None:
+def test_features_that_are_not_dense_are_read_right(any_ops: Any) -> None:
     features, p = make_case(SHAPES[0])
     strided = [x.contiguous(memory_format=torch.channels_last) for x in features]
     strided[1] = torch.stack([features[1], features[1]], -1)[..., 0]
     arguments = p["scale"], p["shift"], p["weight"], p["bias"], True
-    for a, b in zip(ops.bottleneck(strided, *arguments), ops.bottleneck(features, *arguments), strict=True):
+    for a, b in zip(
+        any_ops.bottleneck(strided, *arguments), any_ops.bottleneck(features, *arguments), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
-def test_nan_stays_nan(ops: Any) -> None:
+def test_nan_stays_nan(any_ops: Any) -> None:
     features, p = make_case(SHAPES[0])
     features[0][0, 0, 0, 0] = float("nan")
-    y = ops.bottleneck(features, p["scale"], p["shift"], p["weight"], None, False)[0]
+    y = any_ops.bottleneck(features, p["scale"], p["shift"], p["weight"], None, False)[0]
     assert y[0, :, 0, 0].isnan().all() and not y[1].isnan().any()
 
 
@@ -177,7 +218,7 @@ def wrong(**changes: Any) -> Any:
         (
             {"weight": torch.ones(6, 9).double()},
             ValueError,
-            r"bottleneck: weight must .*\[out_channels, 10\].*\[6, 9\]",
+            r"bottleneck: weight must be a matrix \[out_channels, 10\].*\[6, 9\]",
         ),
         ({"weight": torch.ones(6, 10)}, TypeError, r"bottleneck: weight must be Double .* got Float"),
         (

@@ -28,9 +28,9 @@ def test_channel_statistics_match_the_float64_twin(ops: Any, shape: tuple, dtype
     assert_as_exact(run, ops, dtype)
 
 
-def test_the_variance_survives_a_large_mean(ops: Any) -> None:
+def test_the_variance_survives_a_large_mean(any_ops: Any) -> None:
     features = rounded_features(SHAPES[6], torch.float32, offset=2e4)  # 1e4 deviations
-    mean, var = ops.channel_statistics(to_dtype(features, torch.float32))
+    mean, var = any_ops.channel_statistics(to_dtype(features, torch.float32))
     exact_mean, exact_var = reference.channel_statistics(features)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=2.4e-7, atol=0)
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0)
@@ -73,3 +73,20 @@ def test_take_gradient_refuses_what_it_cannot_write() -> None:
         ValueError, match=r"take_gradient: b must be a contiguous vector of 10 .* got shape \[3\]"
     ):
         torch.ops.effdense.take_gradient(features, *vectors[:2], vectors[2][:3], features)
+
+
+def test_take_gradient_is_affine_in_the_features(any_ops: Any) -> None:
+    features = make_features(*SHAPES[0][:3])
+    mean, a, b = torch.randn(3, 10).double()
+    grads = [torch.randn_like(x).contiguous() for x in features]
+    x, g = torch.cat(features, 1), torch.cat(grads, 1)
+    column = (slice(None), None, None)
+    any_ops.take_gradient(features, mean, a, b, grads)
+    torch.testing.assert_close(torch.cat(grads, 1), g - a[column] - b[column] * (x - mean[column]))
+
+
+def test_channel_statistics_are_torchs(any_ops: Any) -> None:
+    x = torch.cat(make_features(*SHAPES[6][:3]), 1)
+    mean, var = any_ops.channel_statistics([x])
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(var, x.var((0, 2, 3), correction=0))

@@ -163,15 +163,46 @@ def test_nothing_but_inputs_statistics_and_output_is_kept() -> None:
     assert all(x.shape == (channels,) for x in others)
 
 
-def test_autocast_runs_the_convolution_in_its_dtype_and_keeps_the_norm_in_float32() -> None:
+@pytest.mark.parametrize("dtypes", [("float32",) * 3, ("bfloat16",) * 3, ("bfloat16", "float32", "bfloat16")])
+def test_autocast_is_as_exact_as_the_naive_composition(dtypes: tuple[str, ...]) -> None:
+    """Float32 features with a large mean, too: they must not be rounded before they are normalised."""
     features, arguments = make_case(SHAPES[6], torch.float32)
+    offset = 300.0 if "bfloat16" not in dtypes else 0.0
+    features = [
+        (x.detach() + offset).to(getattr(torch, dtype)).requires_grad_()
+        for x, dtype in zip(features, dtypes, strict=True)
+    ]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, mean, var, *grads = run(cat_bn_relu_conv1x1, features, arguments)
-        y_naive, *_ = run(naive, features, arguments)
-    assert y.dtype == y_naive.dtype == torch.bfloat16
-    assert {g.dtype for g in grads} == {mean.dtype} == {var.dtype} == {torch.float32}
-    exact = run(naive, features, arguments)[0]
-    assert rms(y.float() - exact) <= 2 * rms(y_naive.float() - exact)
+        ours = run(cat_bn_relu_conv1x1, features, arguments)
+        theirs = run(naive, features, arguments)
+    exact = run(
+        naive,
+        [x.detach().double().requires_grad_() for x in features],
+        {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in arguments.items()},
+    )
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert rms(a.double() - c) <= 2 * rms(b.double() - c) + torch.finfo(a.dtype).eps * rms(c)
+    assert ours[0].dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    case = make_case()
+    expected = run(cat_bn_relu_conv1x1, *case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a, b in zip(run(cat_bn_relu_conv1x1, *case), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_strided_parameters_and_inference_tensors_are_taken() -> None:
+    features, arguments = make_case()
+    wide = {k: torch.stack([v, v], -1)[..., 0] for k, v in arguments.items() if not k.startswith("running")}
+    expected = cat_bn_relu_conv1x1(features, **arguments)
+    torch.testing.assert_close(cat_bn_relu_conv1x1(features, **arguments | wide), expected)
+    with torch.inference_mode():
+        copies = [x.clone() for x in features]
+        cat_bn_relu_conv1x1(copies, **arguments)
+    cat_bn_relu_conv1x1(copies, **arguments).sum().backward()
 
 
 def test_half_on_the_cpu_runs_on_the_twin() -> None:
@@ -255,6 +286,12 @@ A, B, C = (2, 3, 5, 7), (2, 5, 5, 7), (2, 2, 5, 7)
             TypeError,
             r"conv_weight must be torch.float64 like the features, got torch.float32",
         ),
+        (
+            {"conv_weight": ones(0, 10, 1, 1)},
+            ValueError,
+            r"conv_weight must have at least one output channel, got \(0, 10, 1, 1\)",
+        ),
+        ({"momentum": None}, TypeError, r"momentum must be a number, got NoneType"),
         ({"conv_bias": ones(5)}, ValueError, r"conv_bias must have 6 elements .* got shape \(5,\)"),
         (
             {"training": False, "running_var": None},

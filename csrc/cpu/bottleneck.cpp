@@ -88,10 +88,11 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck(TensorList features, const Tensor&
   constexpr const char* op = "bottleneck";
   check_features(op, features);
   const Tensor& first = features[0];
-  const int64_t channels = count_channels(features), out_channels = weight.size(0);
+  const int64_t channels = count_channels(features);
   check_per_channel(op, "scale", scale, first, channels);
   check_per_channel(op, "shift", shift, first, channels);
   check_weight(op, weight, first, channels);
+  const int64_t out_channels = weight.size(0);
   if (bias) check_per_channel(op, "bias", *bias, first, out_channels);
 
   std::vector<int64_t> sizes = first.sizes().vec();
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck(TensorList features, const Tensor&
     const Planes<T> x = Planes<T>::readable(features);
     const Planes<T> out = Planes<T>::writable(op, "y", {y}, {y});
     const Tensor w = weight.to(scale.scalar_type());
-    A* w_data = w.mutable_data_ptr<A>();
+    A* w_data = const_cast<A*>(w.const_data_ptr<A>());  // only read; a Matrix can be written
     const A* bias_data = bias ? bias->const_data_ptr<A>() : nullptr;
     const Tiling tiles(first.size(0), count_pixels(first), tile_columns<A>(channels + out_channels));
     const int64_t slots = count_slots(tiles.count()), width = tiles.columns();
@@ -157,11 +158,12 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
   constexpr const char* op = "bottleneck_backward";
   check_features(op, features);
   const Tensor& first = features[0];
-  const int64_t channels = count_channels(features), out_channels = weight.size(0);
+  const int64_t channels = count_channels(features);
   check_per_channel(op, "scale", scale, first, channels);
   check_per_channel(op, "shift", shift, first, channels);
   check_per_channel(op, "mean", mean, first, channels);
   check_weight(op, weight, first, channels);
+  const int64_t out_channels = weight.size(0);
   check_same_images(op, "grad_y", grad_y, first);
   TORCH_CHECK_VALUE(grad_y.size(1) == out_channels, op, ": grad_y must have ", out_channels,
                     " channels (the weight's rows), got shape ", grad_y.sizes());
@@ -176,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
     const Planes<T> x = Planes<T>::readable(features), dy = Planes<T>::readable(grad_y);
     const Planes<T> grad = Planes<T>::writable(op, "grad_features", grad_features, features);
     const Tensor w = weight.to(scale.scalar_type());
-    A* w_data = w.mutable_data_ptr<A>();
+    A* w_data = const_cast<A*>(w.const_data_ptr<A>());
     const Tiling tiles(first.size(0), count_pixels(first), tile_columns<A>(2 * channels + out_channels));
     const int64_t slots = count_slots(tiles.count()), width = tiles.columns(),
                   rows_used = 2 * channels + out_channels;
