@@ -13,7 +13,7 @@ from torch import Tensor
 from effdense.batch_norm import Norm
 
 
-def check_features(op: str, features: Sequence[Tensor], same_dtype: bool = True) -> int:
+def check_features(op: str, features: Sequence[Tensor]) -> int:
     """Checks a list of [N, C_i, *spatial] and returns the sum of C_i."""
     if not isinstance(features, (list, tuple)):
         raise TypeError(f"{op}: features must be a list or tuple of tensors, got {type(features).__name__}")
@@ -34,8 +34,6 @@ def check_features(op: str, features: Sequence[Tensor], same_dtype: bool = True)
             raise ValueError(
                 f"{op}: features[{i}] must have at least one channel, got shape {tuple(x.shape)}"
             )
-        if same_dtype and x.dtype != first.dtype:
-            raise TypeError(f"{op}: features[{i}] must be {first.dtype} like features[0], got {x.dtype}")
         if x.device != first.device:
             raise ValueError(
                 f"{op}: features[{i}] must be on {first.device} like features[0], got {x.device}"
@@ -46,6 +44,15 @@ def check_features(op: str, features: Sequence[Tensor], same_dtype: bool = True)
                 f"({tuple(first.shape)}), got shape {tuple(x.shape)}"
             )
     return sum(x.shape[1] for x in features)
+
+
+def check_same_dtype(op: str, features: Sequence[Tensor]) -> None:
+    """Checks that the features, checked otherwise, can be read together; autocast may mix dtypes, nothing else."""
+    for i, x in enumerate(features):
+        if x.dtype != features[0].dtype:
+            raise TypeError(
+                f"{op}: features[{i}] must be {features[0].dtype} like features[0], got {x.dtype}"
+            )
 
 
 def check_vector(op: str, name: str, vector: Tensor | None, size: int, like: Tensor, what: str) -> None:

@@ -18,42 +18,52 @@ import torch
 from torch import Tensor
 
 from effdense.batch_norm import Folded, Norm, fold
-from effdense.checks import check_conv_weight, check_features, check_norm, check_vector
+from effdense.checks import (
+    check_conv_weight,
+    check_features,
+    check_norm,
+    check_same_dtype,
+    check_vector,
+)
 from effdense.operators import operators
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _autocast(
     features: Sequence[Tensor], parameters: Sequence[Tensor | None]
-) -> tuple[Sequence[Tensor], list[Tensor | None], torch.dtype | None]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None], torch.dtype | None]:
     """Features and convolution parameters as they run under torch.autocast, and the dtype that the result has there.
 
     As in torch's own concatenation and batch norm, the widest feature decides: features of autocast's dtype stay as they
     are, and a float32 one makes all of it run in float32, up to the result. float64 stays out of autocast.
     """
-    kind = features[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return features, list(parameters), None
     widest = features[0].dtype
     for x in features:
         widest = torch.promote_types(widest, x.dtype)
+    features = [x.to(widest) for x in features]
     if widest == torch.float64:
-        return features, list(parameters), None
+        return features, parameters, None
     cast = [p if p is None or p.dtype == torch.float64 else p.to(widest) for p in parameters]
-    return [x.to(widest) for x in features], cast, torch.get_autocast_dtype(kind)
+    return features, cast, torch.get_autocast_dtype(features[0].device.type)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if _autocast_enabled(x) else nullcontext()
 
 
 def _prepare(
     op: str, features: Sequence[Tensor], parameters: Sequence[Tensor | None]
-) -> tuple[int, Sequence[Tensor], list[Tensor | None], torch.dtype | None]:
-    """Checks the features; returns their channels, and what `_autocast` makes of all."""
-    check_features(op, features, same_dtype=False)
-    features, parameters, result = _autocast(features, parameters)
-    channels = check_features(op, features)
+) -> tuple[int, Sequence[Tensor], Sequence[Tensor | None], torch.dtype | None]:
+    """Checks the features; returns their channels, and what `_autocast` makes of all where that is on."""
+    channels, result = check_features(op, features), None
+    if _autocast_enabled(features[0]):
+        features, parameters, result = _autocast(features, parameters)
+    else:
+        check_same_dtype(op, features)
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         # Inference tensors cannot be saved for a backward.
         features = [x.clone() if x.is_inference() else x for x in features]
