@@ -140,11 +140,11 @@ def _difference(module: nn.Module, ours: type) -> str | None:
     for training in (True, False):
         try:
             expected = _run(_bare_copy(module, ours), training, ours)
+            mine = _bare_copy(module, ours)
+            _adopt(mine, ours, "balanced")
+            got = _run(mine, training, ours)
         except Exception as error:
             return f"its forward failed on a probe ({type(error).__name__}: {error})"
-        mine = _bare_copy(module, ours)
-        _adopt(mine, ours, "balanced")
-        got = _run(mine, training, ours)
         if expected[0].shape != got[0].shape:
             return f"its forward gives {tuple(expected[0].shape)} on a probe, not {tuple(got[0].shape)}"
         if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(expected, got, strict=True)):
@@ -157,6 +157,7 @@ def _adopt(module: Any, ours: type, memory: str) -> None:
     module.__class__ = ours
     if issubclass(ours, DenseLayer):
         module.memory = memory
+        module.__dict__.setdefault("drop_rate", 0.0)  # a class without dropout need not have it
 
 
 class _Examiner:

@@ -373,6 +373,31 @@ def test_checkpointed_layers_are_converted() -> None:
     assert_same_step(naive, ours, make_batch(), 1e-9)
 
 
+class OwnLayer(nn.Module):
+    """A user's own class of the same structure, without dropout and written for one tensor."""
+
+    def __init__(self, channels: int, growth_rate: int) -> None:
+        super().__init__()
+        self.norm1, self.relu1 = nn.BatchNorm2d(channels), nn.ReLU()
+        self.conv1 = nn.Conv2d(channels, 2 * growth_rate, 1)
+        self.norm2, self.relu2 = nn.BatchNorm2d(2 * growth_rate), nn.ReLU()
+        self.conv2 = nn.Conv2d(2 * growth_rate, growth_rate, 3, padding=1)
+
+    def forward(self, features: Any) -> Tensor:
+        x = features if isinstance(features, Tensor) else torch.cat(features, 1)
+        y = self.conv1(self.relu1(self.norm1(x)))
+        return self.conv2(self.relu2(self.norm2(y)))
+
+
+def test_a_users_own_class_is_recognised_by_its_structure() -> None:
+    naive = OwnLayer(6, 4)
+    ours = copy.deepcopy(naive)
+    effdense.convert(ours)
+    assert type(ours) is DenseLayer
+    x = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(ours(x), naive(x))
+
+
 class GatedLayer(models._DenseLayer):
     """Does the usual thing, or something else, depending on a registered parameter that may be None."""
 
