@@ -9,7 +9,6 @@
 
 namespace effdense {
 
-using at::IntArrayRef;
 using at::Tensor;
 using at::TensorList;
 

@@ -26,9 +26,8 @@ class Norm(NamedTuple):
 
     def running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Running mean and variance, as copies: an update in place must not reach what a backward has saved."""
-        assert (
-            self.running_mean is not None and self.running_var is not None
-        )  # check_statistics has seen to it
+        # check_norm has seen to it.
+        assert self.running_mean is not None and self.running_var is not None
         wide = accumulate_dtype(dtype)
         return self.running_mean.detach().to(wide, copy=True), self.running_var.detach().to(wide, copy=True)
 
@@ -73,9 +72,9 @@ def update_running_statistics(
 ) -> None:
     """running <- (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` values.
 
-    Nothing for an empty batch, nor in a checkpoint's second run.
+    Nothing for an empty batch.
     """
-    if count == 0 or recomputing():
+    if count == 0:
         return
     with torch.no_grad():
         if running_mean is not None:
@@ -94,10 +93,10 @@ def read_module(module: Any) -> Norm:
 
 def update_module(module: Any, mean: Tensor, var: Tensor, count: int) -> None:
     """What nn.BatchNorm does to its buffers in a forward; `mean` and `var` are the batch's."""
-    if not module.training or not module.track_running_stats:
+    if not module.training or not module.track_running_stats or recomputing():
         return
     momentum = module.momentum
-    if module.num_batches_tracked is not None and not recomputing():
+    if module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
         if momentum is None:  # the average over all batches so far
             momentum = 1.0 / float(module.num_batches_tracked)

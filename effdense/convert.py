@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effdense.checks import check_memory
-from effdense.nn import TRANSITION_ORDER, DenseBlock, DenseLayer, Transition, obstacle
+from effdense.nn import DenseBlock, DenseLayer, Transition, obstacle, transition_obstacle
 
 _OURS = (DenseLayer, DenseBlock, Transition)
 
@@ -79,13 +79,12 @@ def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
         return f"its class has more than a DenseNet's: {', '.join(sorted(lost))}"
     if ours is DenseBlock:
         return None
-    parts = DenseLayer.parts if ours is DenseLayer else Transition.parts
-    extra = set(module._modules) - set(parts) - {"pool"}
+    if ours is Transition:
+        return transition_obstacle(module._modules, ignore_hooks=True)
+    extra = set(module._modules) - set(DenseLayer.parts)
     if extra:
         return f"it has further submodules: {', '.join(sorted(extra))}"
-    if ours is Transition and list(module._modules) != TRANSITION_ORDER:
-        return f"the submodules are {list(module._modules)}, not {TRANSITION_ORDER}"
-    return obstacle(module._modules, parts, ignore_hooks=True)
+    return obstacle(module._modules, DenseLayer.parts, ignore_hooks=True)
 
 
 def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
@@ -127,9 +126,8 @@ def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
     probe.train(training)
     torch.manual_seed(2)  # the same dropout both times
     y = probe([x] if ours is DenseLayer else x)
-    buffers = [
-        b.clone() for b in probe.buffers()
-    ]  # before the backward: checkpointing updates them again there
+    # Before the backward: checkpointing updates them again there.
+    buffers = [b.clone() for b in probe.buffers()]
     weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     grads = torch.autograd.grad((y * weights).sum(), [x, *probe.parameters()], materialize_grads=True)
     return [y.detach(), *buffers, *grads]
@@ -216,10 +214,12 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     check_memory("convert", memory)
-    examine, found = _Examiner(), []
+    examine = _Examiner()
+    found: list[tuple[nn.Module, type]] = []
     for module in model.modules():
-        ours = type(module) if isinstance(module, _OURS) else _looks_like(module)
-        if ours is not None and (isinstance(module, _OURS) or examine(module, ours) is None):
+        if isinstance(module, _OURS):
+            found.append((module, type(module)))
+        elif (ours := _looks_like(module)) is not None and examine(module, ours) is None:
             found.append((module, ours))
     for module, ours in found:
         _adopt(module, ours, memory)

@@ -244,7 +244,7 @@ class DenseLayerNode(torch.autograd.Function):
             features, norm1.scale, norm1.shift, _matrix(conv1_weight), bias, batch_statistics[1]
         )
         if mean2 is not None and var2 is not None:
-            mean, var = mean2.clone(), var2.clone()
+            mean, var = mean2.clone(), var2.clone()  # an input may not be an output
         norm2 = fold(mean, var, eps[1], norm2_weight, norm2_bias, batch_statistics[1])
         z = torch.empty_like(y)
         ops.bn_relu(y, norm2.scale, norm2.shift, z)
@@ -310,9 +310,6 @@ class DenseLayerNode(torch.autograd.Function):
         )
 
 
-Result = tuple[Tensor, Tensor, Tensor]
-
-
 def bottleneck(
     op: str,
     names: Sequence[str],
@@ -320,7 +317,7 @@ def bottleneck(
     norm: Norm,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
-) -> Result:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Checks and runs the bottleneck; `names` are the parameters' names in messages. Returns y and norm's statistics."""
     channels, features, (weight, bias), result = _prepare(op, features, (conv_weight, conv_bias))
     x = features[0]
@@ -335,6 +332,11 @@ def bottleneck(
     return y if result is None else y.to(result), mean, var
 
 
+_NORM_NAMES = [
+    [f"norm{i}.{part}" for part in ("weight", "bias", "running_mean", "running_var")] for i in (1, 2)
+]
+
+
 def dense_layer(
     memory: str, features: Sequence[Tensor], norm1: Norm, conv1: Any, norm2: Norm, conv2: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -345,9 +347,8 @@ def dense_layer(
     )
     x = features[0]
     for i, norm, conv, inputs, kernel in ((1, norm1, conv1, channels, 1), (2, norm2, conv2, width, 3)):
-        names = [f"norm{i}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
         weight, bias = convs[2 * i - 2 : 2 * i]
-        check_norm(op, names, norm, inputs, x)
+        check_norm(op, _NORM_NAMES[i - 1], norm, inputs, x)
         check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, x)
         check_vector(op, f"conv{i}.bias", bias, conv.out_channels, x, "the convolution's output channels")
     with _without_autocast(x):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from effdense import dense_block
-from effdense.batch_norm import Norm, update_running_statistics
+from effdense.batch_norm import Norm, recomputing, update_running_statistics
 from effdense.checks import check_number
 
 
@@ -54,7 +54,7 @@ def cat_bn_relu_conv1x1(
     check_number(op, "eps", eps)
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
     y, mean, var = dense_block.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
-    if training:
+    if training and not recomputing():
         update_running_statistics(running_mean, running_var, mean, var, y.numel() // y.shape[1], momentum)
     return y
 

@@ -7,6 +7,7 @@ one by one instead (`obstacle` says why).
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ACTIVATIONS = (nn.ReLU,)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-TRANSITION_ORDER = ["norm", "relu", "conv", "pool"]
+_TRANSITION = {"norm": None, "relu": None, "conv": 1}
 
 
 def _module_obstacle(name: str, module: Any, kinds: tuple[type, ...], ignore_hooks: bool) -> str | None:
@@ -44,10 +45,9 @@ def _module_obstacle(name: str, module: Any, kinds: tuple[type, ...], ignore_hoo
     return None
 
 
-def _conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
-    """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size, or None."""
-    spatial = len(conv.kernel_size)
-    expected = {
+@functools.cache
+def _plain_conv(kernel: int, spatial: int) -> dict[str, Any]:
+    return {
         "kernel_size": (kernel,) * spatial,
         "stride": (1,) * spatial,
         "padding": (kernel // 2,) * spatial,
@@ -55,7 +55,11 @@ def _conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
         "groups": 1,
         "padding_mode": "zeros",
     }
-    for attribute, value in expected.items():
+
+
+def _conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
+    """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size, or None."""
+    for attribute, value in _plain_conv(kernel, len(conv.kernel_size)).items():
         got = getattr(conv, attribute)
         if got != value:
             return f"{name}.{attribute} is {got}, not {value}"
@@ -85,6 +89,14 @@ def obstacle(
     if len(set(dimensions.values())) > 1:
         return f"its submodules have different numbers of spatial dimensions: {dimensions}"
     return None
+
+
+def transition_obstacle(children: Mapping[str, nn.Module | None], ignore_hooks: bool = False) -> str | None:
+    """Why norm, relu, conv, pool must be called one by one, or None; the pool always is."""
+    order = [*_TRANSITION, "pool"]
+    if list(children) != order:
+        return f"the submodules are {list(children)}, not {order}"
+    return obstacle(children, _TRANSITION, ignore_hooks)
 
 
 def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
@@ -228,7 +240,6 @@ class Transition(nn.Sequential):
         num_output_features: channels of the output.
     """
 
-    parts: ClassVar[Mapping[str, int | None]] = {"norm": None, "relu": None, "conv": 1}
     names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
@@ -243,9 +254,7 @@ class Transition(nn.Sequential):
 
     def obstacle(self) -> str | None:
         """Why the transition runs its submodules one by one at the moment, or None where it runs fused."""
-        if list(self._modules) != TRANSITION_ORDER:
-            return f"the submodules are {list(self._modules)}, not {TRANSITION_ORDER}"
-        return obstacle(self._modules, self.parts)
+        return transition_obstacle(self._modules)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""

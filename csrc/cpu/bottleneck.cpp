@@ -78,7 +78,7 @@ void write_moments(const std::vector<Moments>& moments, int64_t slots, int64_t c
       total.merge(part.count, part.mean, part.m2);
     }
     mean[c] = static_cast<A>(total.mean);
-    var[c] = static_cast<A>(total.count > 0 ? total.m2 / total.count : 1.0);
+    var[c] = static_cast<A>(total.variance());
   }
 }
 
@@ -208,13 +208,16 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
                        sums[slot]);
       }
     });
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      if (need_weight) grad_weight.add_(partial[slot]);
-      for (int64_t c = 0; c < channels; ++c) {
-        if (slot > 0) sums[0][2 * c] += sums[slot][2 * c], sums[0][2 * c + 1] += sums[slot][2 * c + 1];
-        sum_d.mutable_data_ptr<A>()[c] = static_cast<A>(sums[0][2 * c]);
-        sum_dx.mutable_data_ptr<A>()[c] = static_cast<A>(sums[0][2 * c + 1]);
+    for (int64_t slot = 0; need_weight && slot < slots; ++slot) grad_weight.add_(partial[slot]);
+    A *sum_d_data = sum_d.mutable_data_ptr<A>(), *sum_dx_data = sum_dx.mutable_data_ptr<A>();
+    for (int64_t c = 0; c < channels; ++c) {
+      double d = 0, dx = 0;
+      for (const std::vector<double>& part : sums) {
+        d += part[2 * c];
+        dx += part[2 * c + 1];
       }
+      sum_d_data[c] = static_cast<A>(d);
+      sum_dx_data[c] = static_cast<A>(dx);
     }
   });
   return {grad_weight, sum_d, sum_dx};

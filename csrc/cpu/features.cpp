@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> channel_statistics(TensorList features) {
             total.merge(static_cast<double>(count), row_mean, row_m2);
           }
         mean_data[c] = static_cast<A>(total.mean);
-        var_data[c] = static_cast<A>(total.count > 0 ? total.m2 / total.count : 1.0);
+        var_data[c] = static_cast<A>(total.variance());
       }
     });
   });

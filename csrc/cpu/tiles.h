@@ -140,6 +140,8 @@ struct Moments {
     m2 += other_m2 + delta * delta * count * other_count / total;
     count = total;
   }
+  // Biased; 1 where there is no value.
+  double variance() const { return count > 0 ? m2 / count : 1.0; }
 };
 
 template <typename scalar_t>
