@@ -205,10 +205,15 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
     add(
         "--model",
         default="densenet_bc_100_12",
-        help="densenet121 ..., densenet_bc_<depth>_<growth>, torchvision:NAME",
+        help="densenet121 ..., densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), "
+        "densenet_d2l, torchvision:NAME",
     )
-    add("--batch", type=_positive, help="images per step (64 for the BC models, else 8)")
-    add("--image-size", type=_positive, help="pixels on a side (32 for the BC models, else 224)")
+    add("--batch", type=_positive, help="images per step (8 for densenet121 ..., else 64)")
+    add(
+        "--image-size",
+        type=_positive,
+        help="pixels on a side (224 for densenet121 ..., 96 for densenet_d2l, else 32)",
+    )
     add(
         "--impl",
         default=DEFAULT_IMPLS,

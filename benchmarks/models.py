@@ -1,4 +1,4 @@
-"""The measured models, by name: the plain PyTorch DenseNet (torchvision's twin) and all built from it.
+"""The measured models, by name: the DenseNet in plain PyTorch (torchvision's twin) and all built from it.
 
 `build(name, impl)` returns the model together with what it is; `parse_impl` reads the implementations' names.
 """
@@ -42,15 +42,16 @@ class _DenseLayer(nn.Module):
         bn_size: int,
         drop_rate: float,
         memory_efficient: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         width = bn_size * growth_rate
         self.norm1 = nn.BatchNorm2d(in_features)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(in_features, width, kernel_size=1, bias=False)
+        self.conv1 = nn.Conv2d(in_features, width, kernel_size=1, bias=bias)
         self.norm2 = nn.BatchNorm2d(width)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=bias)
         self.drop_rate = float(drop_rate)
         self.memory_efficient = memory_efficient
 
@@ -69,20 +70,59 @@ class _DenseLayer(nn.Module):
         return self.conv1(self.relu1(self.norm1(torch.cat(inputs, 1))))
 
 
+class _PlainLayer(nn.Module):
+    """BN-ReLU-conv3x3 of the concatenated features before it, without bottleneck; returns only the new ones."""
+
+    def __init__(
+        self,
+        in_features: int,
+        growth_rate: int,
+        drop_rate: float,
+        bias: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(in_features, growth_rate, kernel_size=3, padding=1, bias=bias)
+        self.drop_rate = float(drop_rate)
+        self.memory_efficient = memory_efficient
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        inputs = [features] if isinstance(features, Tensor) else list(features)
+        if self.memory_efficient and any(x.requires_grad for x in inputs):
+            new_features = checkpoint(self._convolved, *inputs, use_reentrant=False)
+        else:
+            new_features = self._convolved(*inputs)
+        if self.drop_rate > 0:
+            new_features = F.dropout(new_features, p=self.drop_rate, training=self.training)
+        return new_features
+
+    def _convolved(self, *inputs: Tensor) -> Tensor:
+        return self.conv1(self.relu1(self.norm1(torch.cat(inputs, 1))))
+
+
 class _DenseBlock(nn.ModuleDict):
+    """Layers of which each reads the input and all layers before it; plain ones where `bn_size` is None."""
+
     def __init__(
         self,
         num_layers: int,
         in_features: int,
-        bn_size: int,
+        bn_size: int | None,
         growth_rate: int,
         drop_rate: float,
         memory_efficient: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         for i in range(num_layers):
             width = in_features + i * growth_rate
-            self[f"denselayer{i + 1}"] = _DenseLayer(width, growth_rate, bn_size, drop_rate, memory_efficient)
+            self[f"denselayer{i + 1}"] = (
+                _PlainLayer(width, growth_rate, drop_rate, bias, memory_efficient)
+                if bn_size is None
+                else _DenseLayer(width, growth_rate, bn_size, drop_rate, memory_efficient, bias)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
@@ -92,19 +132,21 @@ class _DenseBlock(nn.ModuleDict):
 
 
 class _Transition(nn.Sequential):
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(in_features)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(in_features, out_features, kernel_size=1, bias=False)
+        self.conv = nn.Conv2d(in_features, out_features, kernel_size=1, bias=bias)
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
 
 class DenseNet(nn.Module):
-    """DenseNet-BC in plain PyTorch with torchvision's structure, names, state_dict keys and initialisation.
+    """DenseNet in plain PyTorch with torchvision's structure, names, state_dict keys and initialisation.
 
-    `small_inputs` gives the CIFAR form: a 3x3 stem without normalisation and pooling. Input
-    `[N, in_channels, H, W]`, output `[N, num_classes]`. Paper: arXiv:1608.06993, sections 3 and 4.
+    `small_inputs` gives the CIFAR form: a 3x3 stem without normalisation and pooling. `bn_size=None` gives
+    plain layers, `compression` is a transition's output channels per input channel, `bias` is for every
+    convolution. Input `[N, in_channels, H, W]`, output `[N, num_classes]`. Paper: arXiv:1608.06993, sections
+    3 and 4.
     """
 
     def __init__(
@@ -112,20 +154,22 @@ class DenseNet(nn.Module):
         growth_rate: int = 32,
         block_config: Sequence[int] = (6, 12, 24, 16),
         num_init_features: int = 64,
-        bn_size: int = 4,
+        bn_size: int | None = 4,
         drop_rate: float = 0,
         num_classes: int = 1000,
         memory_efficient: bool = False,
         *,
         small_inputs: bool = False,
         in_channels: int = 3,
+        compression: float = 0.5,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if small_inputs:
-            stem = {"conv0": _small_stem(in_channels, num_init_features)}
+            stem = {"conv0": _small_stem(in_channels, num_init_features, bias)}
         else:
             stem = {
-                "conv0": _large_stem(in_channels, num_init_features),
+                "conv0": _large_stem(in_channels, num_init_features, bias),
                 "norm0": nn.BatchNorm2d(num_init_features),
                 "relu0": nn.ReLU(inplace=True),
                 "pool0": nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
@@ -133,12 +177,13 @@ class DenseNet(nn.Module):
         self.features = nn.Sequential(OrderedDict(stem))
         width = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
-            block = _DenseBlock(num_layers, width, bn_size, growth_rate, drop_rate, memory_efficient)
+            block = _DenseBlock(num_layers, width, bn_size, growth_rate, drop_rate, memory_efficient, bias)
             self.features.add_module(f"denseblock{i}", block)
             width += num_layers * growth_rate
             if i < len(block_config):
-                self.features.add_module(f"transition{i}", _Transition(width, width // 2))
-                width //= 2
+                compressed = int(compression * width)
+                self.features.add_module(f"transition{i}", _Transition(width, compressed, bias))
+                width = compressed
         self.features.add_module("norm5", nn.BatchNorm2d(width))
         self.classifier = nn.Linear(width, num_classes)
         for module in self.modules():
@@ -151,12 +196,12 @@ class DenseNet(nn.Module):
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
 
 
-def _small_stem(in_channels: int, num_init_features: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
+def _small_stem(in_channels: int, num_init_features: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=bias)
 
 
-def _large_stem(in_channels: int, num_init_features: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False)
+def _large_stem(in_channels: int, num_init_features: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,13 +227,22 @@ class Built:
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """A model's name, taken apart."""
+    """A model's name, taken apart; the defaults are those of the ImageNet models."""
 
     growth_rate: int
     block_config: tuple[int, ...]
     num_init_features: int
-    small_inputs: bool
-    num_classes: int
+    small_inputs: bool = False
+    num_classes: int = 1000
+    bn_size: int | None = 4  # None: plain layers
+    compression: float = 0.5
+    bias: bool = False
+    image_channels: int = 3
+    sizes: tuple[int, int] = (8, 224)  # batch and image size
+
+
+# Zhang et al., "Dive into Deep Learning", section 8.7: gray images of 96 pixels, plain layers, biases.
+_D2L = _Spec(32, (4, 4, 4, 4), 64, num_classes=10, bn_size=None, bias=True, image_channels=1, sizes=(64, 96))
 
 
 def parse_impl(name: str) -> Impl:
@@ -207,21 +261,25 @@ def parse_impl(name: str) -> Impl:
 
 def default_sizes(name: str) -> tuple[int, int]:
     """Return the usual batch and image size of model `name`; ValueError when there is no such model here."""
-    return (64, 32) if _spec(name).small_inputs else (8, 224)
+    return _spec(name).sizes
 
 
-def build(name: str, impl: str, *, image_channels: int = 3, num_classes: int | None = None) -> Built:
+def build(
+    name: str, impl: str, *, image_channels: int | None = None, num_classes: int | None = None
+) -> Built:
     """Build model `name` as implementation `impl`, with weights from the global random state.
 
-    `name`: densenet121, 161, 169, 201, 264; densenet_bc_<depth>_<growth>; torchvision:NAME. `num_classes` is
-    10 for the BC models and 1000 for the others unless given. The same random state gives every `impl` the
-    same weights. Raises ValueError for unknown names, RuntimeError where effdense would not run as named.
+    `name`: densenet121, 161, 169, 201, 264; densenet_bc_<depth>_<growth>; densenet_<depth>_<growth> (plain
+    layers, no compression); densenet_d2l; torchvision:NAME. Unless given, `image_channels` is 3 (1 for
+    densenet_d2l) and `num_classes` 1000 (10 for the models of small images). The same random state gives
+    every `impl` the same weights. Raises ValueError for unknown names, RuntimeError where effdense would not
+    run as named.
     """
     parsed, spec = parse_impl(impl), _spec(name)
-    if num_classes is not None:
-        spec = dataclasses.replace(spec, num_classes=num_classes)
+    given = {"image_channels": image_channels, "num_classes": num_classes}
+    spec = dataclasses.replace(spec, **{key: value for key, value in given.items() if value is not None})
     compiled = parsed.base == "effdense" and _check_effdense(parsed)
-    model, label = _plain(spec, image_channels, memory_efficient=parsed.base == "checkpoint")
+    model, label = _naive(spec, memory_efficient=parsed.base == "checkpoint")
     if parsed.base == "checkpoint":
         label += ", checkpointed"
     elif parsed.base == "compile":
@@ -243,38 +301,55 @@ def _spec(name: str) -> _Spec:
             raise ValueError(
                 f"model {name!r} needs torchvision, which is not installed; {plain_name!r} does not"
             )
-        return _Spec(*IMAGENET_CONFIGS[plain_name], small_inputs=False, num_classes=1000)
-    if match := re.fullmatch(r"densenet_bc_(\d+)_(\d+)", name):
-        depth, growth_rate = int(match[1]), int(match[2])
-        layers, rest = divmod(depth - 4, 6)
-        if rest or layers < 1 or growth_rate < 1:
-            nearest = max(10, 6 * round((depth - 4) / 6) + 4)
-            raise ValueError(
-                f"model {name!r}: growth must be at least 1, depth 6 n + 4 (three blocks of n layers of two "
-                f"convolutions); the nearest depth is {nearest}"
-            )
-        return _Spec(growth_rate, (layers,) * 3, 2 * growth_rate, small_inputs=True, num_classes=10)
-    if re.fullmatch(r"densenet_\d+_\d+|densenet_d2l|densenet169_tutorial", name):
-        raise ValueError(f"model {name!r} cannot be measured yet: only torchvision's kind of layers can")
+        return _Spec(*IMAGENET_CONFIGS[plain_name])
+    if match := re.fullmatch(r"densenet_(bc_)?(\d+)_(\d+)", name):
+        return _cifar_spec(name, int(match[2]), int(match[3]), bottleneck=bool(match[1]))
+    if name == "densenet_d2l":
+        return _D2L
+    if name == "densenet169_tutorial":
+        raise ValueError(f"model {name!r} cannot be measured yet: only torchvision's and plain layers can")
     torchvisions = [f"torchvision:{known}" for known in IMAGENET_CONFIGS if known != "densenet264"]
-    suggestion = _did_you_mean(name, [*IMAGENET_CONFIGS, "densenet_bc_100_12", *torchvisions])
+    others = ["densenet_bc_100_12", "densenet_40_12", "densenet_d2l"]
+    suggestion = _did_you_mean(name, [*IMAGENET_CONFIGS, *others, *torchvisions])
     raise ValueError(
         f"unknown model {name!r}{suggestion}; there are {', '.join(IMAGENET_CONFIGS)}, "
-        "densenet_bc_<depth>_<growth> and torchvision:NAME"
+        "densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), densenet_d2l and "
+        "torchvision:NAME"
     )
 
 
-def _plain(spec: _Spec, in_channels: int, memory_efficient: bool) -> tuple[nn.Module, str]:
-    """Build torchvision's DenseNet where it is installed, else the twin, and say which."""
+def _cifar_spec(name: str, depth: int, growth_rate: int, bottleneck: bool) -> _Spec:
+    """Three blocks for images of 32 pixels: DenseNet-BC, or plain layers without compression."""
+    convolutions = 2 if bottleneck else 1
+    step = 3 * convolutions
+    layers, rest = divmod(depth - 4, step)
+    if rest or layers < 1 or growth_rate < 1:
+        nearest = step * max(1, round((depth - 4) / step)) + 4
+        raise ValueError(
+            f"model {name!r}: growth must be at least 1, depth {step} n + 4 (three blocks of n layers of "
+            f"{convolutions} convolution{'s' * bottleneck}); the nearest depth is {nearest}"
+        )
+    form = {"small_inputs": True, "num_classes": 10, "sizes": (64, 32)}
+    if bottleneck:
+        return _Spec(growth_rate, (layers,) * 3, 2 * growth_rate, **form)
+    return _Spec(growth_rate, (layers,) * 3, 16, bn_size=None, compression=1.0, **form)
+
+
+def _naive(spec: _Spec, memory_efficient: bool) -> tuple[nn.Module, str]:
+    """Build torchvision's DenseNet where it is installed and has such layers, else the twin, and say which."""
     arguments = dict(
         growth_rate=spec.growth_rate,
         block_config=spec.block_config,
         num_init_features=spec.num_init_features,
+        bn_size=spec.bn_size,
         num_classes=spec.num_classes,
         memory_efficient=memory_efficient,
     )
-    if not _has_torchvision():
-        return DenseNet(**arguments, small_inputs=spec.small_inputs, in_channels=in_channels), "plain twin"
+    in_channels = spec.image_channels
+    if spec.bn_size is None or not _has_torchvision():
+        form = {key: getattr(spec, key) for key in ("small_inputs", "compression", "bias")}
+        model = DenseNet(**arguments, in_channels=in_channels, **form)
+        return model, "plain twin" + (" (torchvision has no plain layers)" if spec.bn_size is None else "")
     import torchvision
 
     model = torchvision.models.DenseNet(**arguments)

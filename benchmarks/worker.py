@@ -123,7 +123,7 @@ class _Session:
         real = wanted.data != "synthetic"
         torch.manual_seed(wanted.seed)
         built = models.build(
-            wanted.model, impl, image_channels=1 if real else 3, num_classes=10 if real else None
+            wanted.model, impl, image_channels=1 if real else None, num_classes=10 if real else None
         )
         images, labels = _batch(wanted, built.model)
         if models.parse_impl(impl).channels_last:
@@ -170,9 +170,10 @@ def _batch(settings: Settings, model: Any) -> tuple[Any, Any]:
                 f"batch {settings.batch} is too large: the cut of Fashion-MNIST has {len(labels)} images"
             )
         return data.to_tensors(images[: settings.batch], labels[: settings.batch], settings.image_size)
-    classes = list(model.parameters())[-1].numel()  # the classifier's bias
+    parameters = list(model.parameters())  # the first is the stem's weight, the last the classifier's bias
+    channels, classes = parameters[0].shape[1], parameters[-1].numel()
     generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.batch, 3, settings.image_size, settings.image_size)
+    shape = (settings.batch, channels, settings.image_size, settings.image_size)
     images = torch.randn(shape, generator=generator)
     return images, torch.randint(classes, (settings.batch,), generator=generator)
 

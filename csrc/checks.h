@@ -5,7 +5,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <string>
+#include <vector>
 
 namespace effdense {
 
@@ -49,14 +51,18 @@ inline void check_same_images(const char* op, const std::string& name, const Ten
                     ", got ", tensor.sizes());
 }
 
+// [N, C, *spatial] with one to three spatial dimensions and at least one channel.
+inline void check_map(const char* op, const std::string& name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 3 && x.dim() <= 5, op, ": ", name,
+                    " must be [N, C, *spatial] with 1 to 3 spatial dimensions, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) > 0, op, ": ", name, " must have at least one channel, got shape ", x.sizes());
+}
+
 inline void check_features(const char* op, TensorList features) {
   TORCH_CHECK_VALUE(!features.empty(), op, ": features must hold at least one tensor, got an empty list");
   for (size_t i = 0; i < features.size(); ++i) {
     const std::string name = "features[" + std::to_string(i) + "]";
-    TORCH_CHECK_VALUE(features[i].dim() >= 2, op, ": ", name, " must be [N, C, *spatial], got shape ",
-                      features[i].sizes());
-    TORCH_CHECK_VALUE(features[i].size(1) > 0, op, ": ", name, " must have at least one channel, got shape ",
-                      features[i].sizes());
+    check_map(op, name, features[i]);
     if (i > 0) check_same_images(op, name, features[i], features[0]);
   }
 }
@@ -92,6 +98,42 @@ inline void check_grad_features(const char* op, TensorList grad_features, Tensor
   for (size_t i = 0; i < features.size(); ++i)
     if (grad_features[i].numel() > 0)
       check_same_shape(op, "grad_features[" + std::to_string(i) + "]", grad_features[i], features[i]);
+}
+
+inline void check_channels(const char* op, const char* name, const Tensor& tensor, int64_t channels,
+                           const char* why) {
+  TORCH_CHECK_VALUE(tensor.size(1) == channels, op, ": ", name, " must have ", channels, " channels (", why,
+                    "), got shape ", tensor.sizes());
+}
+
+// The normalisation that may follow a convolution: both vectors or none.
+inline void check_epilogue(const char* op, const std::optional<Tensor>& out_scale,
+                           const std::optional<Tensor>& out_shift, const Tensor& like, int64_t channels) {
+  TORCH_CHECK_VALUE(out_scale.has_value() == out_shift.has_value(), op,
+                    ": out_scale and out_shift must be given together, got one of them");
+  if (!out_scale) return;
+  check_per_channel(op, "out_scale", *out_scale, like, channels);
+  check_per_channel(op, "out_shift", *out_shift, like, channels);
+}
+
+// One whole number of at least `smallest` per spatial dimension.
+inline void check_kernel(const char* op, const char* name, at::IntArrayRef sizes, const Tensor& x,
+                         int64_t smallest) {
+  bool right = static_cast<int64_t>(sizes.size()) == x.dim() - 2;
+  for (int64_t size : sizes) right = right && size >= smallest;
+  TORCH_CHECK_VALUE(right, op, ": ", name, " must have ", x.dim() - 2,
+                    " numbers (one per spatial dimension) of at least ", smallest, ", got ", sizes);
+}
+
+// What a pool makes of x: its batch and channels, and the spatial sizes given.
+inline void check_pooled(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                         at::IntArrayRef spatial) {
+  check_device(op, name, tensor, x.device());
+  check_type(op, name, tensor, x.scalar_type(), "the features' type");
+  std::vector<int64_t> expected{x.size(0), x.size(1)};
+  expected.insert(expected.end(), spatial.begin(), spatial.end());
+  TORCH_CHECK_VALUE(tensor.sizes() == at::IntArrayRef(expected), op, ": ", name,
+                    " must have the pooled shape ", at::IntArrayRef(expected), ", got ", tensor.sizes());
 }
 
 }  // namespace effdense

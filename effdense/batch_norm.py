@@ -6,11 +6,13 @@ per channel: docs/design.md, "The mathematics".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from effdense.operators import operators
 from effdense.reference import accumulate_dtype
 
 
@@ -41,25 +43,25 @@ class Folded(NamedTuple):
     shift: Tensor
     batch_statistics: bool
 
-    def deferred(self, sum_d: Tensor, sum_dx: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The coefficients a, b of the part of the gradient that needs the whole batch: -(a + b * (x - mean))."""
-        over = self.scale / max(count, 1)
-        return over * sum_d, over * self.rstd.square() * sum_dx
-
 
 def fold(
     mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, batch_statistics: bool
 ) -> Folded:
     """Folds statistics and affine parameters (of any dtype; None: 1 and 0) into scale and shift."""
-    rstd = (var + eps).rsqrt()
-    scale = rstd if weight is None else rstd * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return Folded(mean, rstd, scale.to(mean.dtype), shift.to(mean.dtype), batch_statistics)
+    return Folded(mean, *operators(mean).fold(mean, var, weight, bias, eps), batch_statistics)
 
 
 def recomputing() -> bool:
     """True where a forward runs inside a backward: a checkpoint's second run, whose first has updated the statistics."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def read_module(module: Any) -> Norm:
+    """An nn.BatchNorm, as it would run now."""
+    batch_statistics = module.training or (module.running_mean is None and module.running_var is None)
+    return Norm(
+        module.weight, module.bias, module.running_mean, module.running_var, module.eps, batch_statistics
+    )
 
 
 def update_running_statistics(
@@ -74,30 +76,75 @@ def update_running_statistics(
 
     Nothing for an empty batch.
     """
-    if count == 0:
+    pairs = [(r, v) for r, v in ((running_mean, mean), (running_var, var)) if r is not None]
+    unbiased = [momentum * (count / max(count - 1, 1) if r is running_var else 1.0) for r, _ in pairs]
+    if pairs and count > 0:
+        torch.ops.effdense.update_running_statistics(
+            [r for r, _ in pairs], [v for _, v in pairs], [1 - momentum] * len(pairs), unbiased
+        )
+
+
+def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> None:
+    """What nn.BatchNorms do to their buffers in a forward; (module, mean, var) with the batch's statistics of `count` values.
+
+    All at once: torch.compile takes tens of seconds over hundreds of small updates.
+    """
+    if recomputing():
         return
+    buffers: list[Tensor] = []
+    values: list[Tensor] = []
+    keep: list[float] = []
+    take: list[float] = []
+    counters: list[Tensor] = []
+    for module, mean, var in norms:
+        if not module.training or not module.track_running_stats:
+            continue
+        momentum = module.momentum
+        if module.num_batches_tracked is not None:
+            counters.append(module.num_batches_tracked)
+            if momentum is None:  # the average over all batches so far
+                momentum = 1.0 / (float(module.num_batches_tracked) + 1)
+        momentum = momentum or 0.0
+        for buffer, value, factor in (
+            (module.running_mean, mean, 1.0),
+            (module.running_var, var, count / max(count - 1, 1)),
+        ):
+            if buffer is not None and count > 0:
+                buffers.append(buffer)
+                values.append(value)
+                keep.append(1 - momentum)
+                take.append(momentum * factor)
+    if counters:
+        torch.ops.effdense.count_batches(counters)
+    if buffers:
+        torch.ops.effdense.update_running_statistics(buffers, values, keep, take)
+
+
+_library = torch.library.Library("effdense", "FRAGMENT")
+_library.define(
+    "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()"
+)
+_library.define("count_batches(Tensor(a!)[] counters) -> ()")
+
+
+@torch.library.impl(_library, "update_running_statistics", "CompositeExplicitAutograd")
+def _update(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
     with torch.no_grad():
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running_var is not None:
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        torch._foreach_mul_(running, keep)
+        scaled = torch._foreach_mul([b.to(r.dtype) for r, b in zip(running, batch, strict=True)], take)
+        torch._foreach_add_(running, scaled)
 
 
-def read_module(module: Any) -> Norm:
-    """An nn.BatchNorm, as it would run now."""
-    batch_statistics = module.training or (module.running_mean is None and module.running_var is None)
-    return Norm(
-        module.weight, module.bias, module.running_mean, module.running_var, module.eps, batch_statistics
-    )
+@torch.library.impl(_library, "count_batches", "CompositeExplicitAutograd")
+def _count(counters: list[Tensor]) -> None:
+    torch._foreach_add_(counters, 1)
 
 
-def update_module(module: Any, mean: Tensor, var: Tensor, count: int) -> None:
-    """What nn.BatchNorm does to its buffers in a forward; `mean` and `var` are the batch's."""
-    if not module.training or not module.track_running_stats or recomputing():
-        return
-    momentum = module.momentum
-    if module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if momentum is None:  # the average over all batches so far
-            momentum = 1.0 / float(module.num_batches_tracked)
-    update_running_statistics(module.running_mean, module.running_var, mean, var, count, momentum or 0.0)
+@torch.library.register_fake("effdense::update_running_statistics")
+def _(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
+    return None
+
+
+@torch.library.register_fake("effdense::count_batches")
+def _(counters: list[Tensor]) -> None:
+    return None

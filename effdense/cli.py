@@ -28,7 +28,7 @@ def _check(arguments: argparse.Namespace) -> int:
         name = str(result.dtype).removeprefix("torch.")
         verdict = "passed" if result.passed else "FAILED"
         print(
-            f"  {result.operator:<20} {name:<9} error {result.error:.1e} of {result.allowed:.1e}  {verdict}"
+            f"  {result.operator:<25} {name:<9} error {result.error:.1e} of {result.allowed:.1e}  {verdict}"
         )
     failed = sum(not result.passed for result in results)
     print(f"{len(results) - failed} passed, {failed} failed")

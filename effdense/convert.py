@@ -1,4 +1,4 @@
-"""convert: the dense layers, blocks and transitions of an existing model run fused, in place; report: what was done.
+"""convert: the dense parts of an existing model run fused, in place; report: what was done.
 
 A module is recognised by its structure, then its own forward is compared with ours on a copy with random weights, in
 training and in evaluation, outputs and gradients. Only then does it change its class: the object, its submodules,
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from effdense.checks import check_memory
-from effdense.nn import DenseBlock, DenseLayer, Transition, obstacle, transition_obstacle
+from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
+from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 
-_OURS = (DenseLayer, DenseBlock, Transition)
+_OURS = (DenseLayer, PlainDenseLayer, DenseBlock, Transition, DenseFeatures, DenseNet)
+_LAYERS = (DenseLayer, PlainDenseLayer)
 
 
 class Entry(NamedTuple):
     """One line of a report."""
 
     name: str  # as in model.named_modules()
-    kind: str  # the class that it has, or would have: DenseLayer, DenseBlock, Transition
+    kind: str  # the class in effdense.nn that it has, or would have
     converted: bool
     reason: str | None  # why it was not converted, or why it runs its submodules one by one at the moment
 
@@ -55,12 +57,22 @@ def _looks_like(module: nn.Module) -> type | None:
         return None  # a container that nobody calls
     if {"norm1", "conv1", "norm2", "conv2"} <= names:
         return DenseLayer
+    if {"norm1", "conv1"} <= names and "conv2" not in names:
+        return PlainDenseLayer
     if {"norm", "conv", "pool"} <= names:
         return Transition
+    if {"features", "classifier"} == names and _holds_blocks(module._modules["features"]):
+        return DenseNet
+    if type(module) is nn.Sequential and _holds_blocks(module):
+        return DenseFeatures
     layers = list(module._modules.values())
-    if layers and all(m is not None and _looks_like(m) is DenseLayer for m in layers):
+    if layers and all(m is not None and _looks_like(m) in _LAYERS for m in layers):
         return DenseBlock
     return None
+
+
+def _holds_blocks(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Sequential) and any(_looks_like(m) is DenseBlock for m in module)
 
 
 # Parts of torchvision's own layer that are of no use outside of its forward.
@@ -77,22 +89,29 @@ def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
     lost = {name for name in set(dir(type(module))) - set(dir(ours)) - _INTERNAL if not name.startswith("_")}
     if lost:
         return f"its class has more than a DenseNet's: {', '.join(sorted(lost))}"
-    if ours is DenseBlock:
-        return None
     if ours is Transition:
         return transition_obstacle(module._modules, ignore_hooks=True)
-    extra = set(module._modules) - set(DenseLayer.parts)
+    if not issubclass(ours, _LAYERS):
+        return None
+    extra = set(module._modules) - set(ours.parts)
     if extra:
         return f"it has further submodules: {', '.join(sorted(extra))}"
-    return obstacle(module._modules, DenseLayer.parts, ignore_hooks=True)
+    return chain_obstacle(module._modules, ours.parts, ignore_hooks=True)
 
 
 def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
-    """A copy in float64 with random parameters and buffers and without hooks; a block's layers become small ones."""
+    """A copy in float64 with random parameters and buffers and without hooks.
+
+    A block's layers become small ones, a net's features a convolution.
+    """
     memo: dict[int, Any] = {}
     if ours is DenseBlock:
         for i, layer in enumerate(module._modules.values()):
             memo[id(layer)] = DenseLayer(_CHANNELS + 2 * i, 2, 1, 0.0)
+    if ours is DenseNet:
+        conv, classifier = _first_conv(module), module.classifier
+        width = classifier.in_features if isinstance(classifier, nn.Linear) else _CHANNELS
+        memo[id(module.features)] = nn.Sequential(type(conv)(_CHANNELS, width, 1))
     for submodule in module.modules():
         for name, value in submodule.__dict__.items():
             if name.endswith("_hooks"):
@@ -117,15 +136,19 @@ def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
 _CHANNELS = 3  # of a block's probe
 
 
+def _first_conv(module: nn.Module) -> Any:
+    return next(m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+
+
 def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
     """Output, buffers and gradients of one step on a small random input."""
-    conv: Any = next(m for m in probe.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    conv = _first_conv(probe)
     generator = torch.Generator().manual_seed(1)
     shape = (2, conv.in_channels, *(2,) * len(conv.kernel_size))
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     probe.train(training)
     torch.manual_seed(2)  # the same dropout both times
-    y = probe([x] if ours is DenseLayer else x)
+    y = probe([x] if ours in _LAYERS else x)
     # Before the backward: checkpointing updates them again there.
     buffers = [b.clone() for b in probe.buffers()]
     weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
@@ -153,7 +176,7 @@ def _difference(module: nn.Module, ours: type) -> str | None:
 
 def _adopt(module: Any, ours: type, memory: str) -> None:
     module.__class__ = ours
-    if issubclass(ours, DenseLayer):
+    if issubclass(ours, _LAYERS):
         module.memory = memory
         module.__dict__.setdefault("drop_rate", 0.0)  # a class without dropout need not have it
 
@@ -170,11 +193,14 @@ class _Examiner:
 
     def __call__(self, module: nn.Module, ours: type) -> str | None:
         structure = _structure_obstacle(module, ours)
-        if structure is not None:
+        if (
+            structure is not None or ours is DenseFeatures
+        ):  # nn.Sequential itself: there is nothing to compare
             return structure
         attributes = {k: repr(v) for k, v in vars(module).items() if k not in _MODULE_STATE}
-        children = () if ours is DenseBlock else tuple((n, type(m)) for n, m in module.named_modules())
-        key = (type(module), *sorted(attributes.items()), *children)
+        whole = ours not in (DenseBlock, DenseNet)
+        children = tuple((n, type(m)) for n, m in module.named_modules()) if whole else ()
+        key = (ours, type(module), *sorted(attributes.items()), *children)
         if key not in self.known:
             # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
             with (
@@ -192,7 +218,7 @@ _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
-    """Makes the dense layers, blocks and transitions of `model` run fused, in place.
+    """Makes the dense layers, blocks, transitions, stem and head of `model` run fused, in place.
 
     Parameters, buffers, submodules, hooks, modes and state_dict keys stay the same objects and names, so an optimizer
     built before keeps working; converted modules change their class. What is not recognised stays as it is, and
@@ -227,7 +253,7 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """Says of every dense layer, block and transition of `model` whether it runs fused, and why not.
+    """Says of every part of `model` that effdense knows whether it runs fused, and why not.
 
     It looks at the model as it is now: a hook that was put on after `convert` shows.
     """

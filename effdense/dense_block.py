@@ -1,371 +1,411 @@
-"""The engine: forward and backward of dense layers over the operators, as nodes of autograd.
+"""The block engine: a whole dense stage, forward and backward, as one node of autograd.
 
-One node is a bottleneck alone (`BottleneckNode`) or a whole layer (`DenseLayerNode`):
+A stage is a dense block and, where the caller knows it, the BN-ReLU-average-pool behind it (a transition's, or a head's).
+It owns one feature buffer in channels-last layout. Each layer reads a prefix and appends its channels; a channel's
+statistics are taken once, when it is appended, and serve every norm that reads it:
 
-    y = W1 relu(bn1(cat(features)))        new = conv3x3(relu(bn2(y)))
+    y = W1 relu(norm1(prefix))      new = conv3x3(relu(norm2(y)))      plain layers: new = conv3x3(relu(norm1(prefix)))
 
-A node saves its features and, with memory="balanced", y; relu(bn2(y)) is always made again, and with memory="minimal"
-so is y. Nothing else is kept. Statistics come in from outside (bn1) or are taken while y is made (bn2).
+The backward walks the layers in reverse over one gradient buffer of the same size. What batch normalisation's backward
+subtracts is affine in x, so each reader adds two numbers per channel to (a, b) and the correction is made once, when the
+channel's own gradient is taken (docs/design.md, "The mathematics").
+
+`forward` and `backward` string the operators together; `dense_stage` and `dense_stage_backward` are they as opaque
+operators (so that torch.compile sees one node each way); `run` is what modules call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effdense.batch_norm import Folded, Norm, fold
-from effdense.checks import (
-    check_conv_weight,
-    check_features,
-    check_norm,
-    check_same_dtype,
-    check_vector,
+from effdense import workspace
+from effdense.autograd import (
+    channels_last,
+    convolve,
+    convolve_backward,
+    differentiable_once,
+    empty_channels_last,
+    matrix,
+    shaped,
+    sum_per_channel,
+    vector,
+    without_autocast,
 )
+from effdense.batch_norm import Folded
 from effdense.operators import operators
+from effdense.reference import accumulate_dtype
+from effdense.stage import POOL_PARAMETERS, Layer, Settings, Stage
+from effdense.workspace import on_large_pages
+
+Parameters = Sequence[Tensor | None]
 
 
-def _autocast_enabled(x: Tensor) -> bool:
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def empty_buffer(like: Tensor, channels: int) -> Tensor:
+    """An uninitialised [N, channels, *spatial], channels-last: a view of rows of whole 16 bytes."""
+    unit = max(1, 16 // like.element_size())
+    return empty_channels_last(like, -(-channels // unit) * unit)[:, :channels]
 
 
-def _autocast(
-    features: Sequence[Tensor], parameters: Sequence[Tensor | None]
-) -> tuple[Sequence[Tensor], Sequence[Tensor | None], torch.dtype | None]:
-    """Features and convolution parameters as they run under torch.autocast, and the dtype that the result has there.
+def _drop_(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    """Dropout and its backward, in place: zero where the mask is, the rest scaled up."""
+    return x if mask is None else x.mul_(mask).mul_(1 / keep if keep > 0 else 0.0)
 
-    As in torch's own concatenation and batch norm, the widest feature decides: features of autocast's dtype stay as they
-    are, and a float32 one makes all of it run in float32, up to the result. float64 stays out of autocast.
+
+def _set(vectors: tuple[Tensor, Tensor], values: Parameters) -> None:
+    for to, value in zip(vectors, values, strict=True):
+        assert value is not None
+        to.copy_(value)
+
+
+def _bottleneck(
+    ops: Any, layer: Layer, norm1: Folded, prefix: Tensor, y: Tensor, then: Folded | None, statistics: bool
+) -> Any:
+    """Writes y = W1 relu(norm1(prefix)), or relu(then(y)); returns y's statistics."""
+    assert layer.conv1 is not None
+    out = (None, None) if then is None else (then.scale, then.shift)
+    bias = vector(layer.conv1_bias, norm1.mean)
+    return ops.bottleneck([prefix], norm1.scale, norm1.shift, matrix(layer.conv1), bias, *out, statistics, y)
+
+
+def forward(
+    ops: Any,
+    settings: Settings,
+    x: Tensor,
+    parameters: Parameters,
+    running: Parameters,
+    masks: Parameters,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The whole stage: returns the pooled output (or nothing), the feature buffer, every kept y, the norms' vectors.
+
+    `parameters`: per layer norm1's weight and bias, conv1's weight and bias, norm2's, conv2's (plain: norm1's, conv2's),
+    then the pool's norm's, and those of a transition's 1x1 convolution, which comes after the pool (they commute, and
+    there it has less to do); None for a head. `running`: mean and variance of every norm that does not use the batch's, else None.
+    `masks`: of dropout, per layer y's and the new features' (bool, or None), or nothing.
     """
-    widest = features[0].dtype
-    for x in features:
-        widest = torch.promote_types(widest, x.dtype)
-    features = [x.to(widest) for x in features]
-    if widest == torch.float64:
-        return features, parameters, None
-    cast = [p if p is None or p.dtype == torch.float64 else p.to(widest) for p in parameters]
-    return features, cast, torch.get_autocast_dtype(features[0].device.type)
+    stage = Stage(settings, x.shape[1], parameters, masks)
+    features = on_large_pages(empty_buffer(x, stage.channels))
+    saved = on_large_pages(x.new_empty(stage.saved_size(x)))
+    kept = stage.split_saved(saved, x)
+    vectors = x.new_empty(stage.vector_size(), dtype=accumulate_dtype(x.dtype))
+    (mean, var), norms = stage.split_vectors(vectors)
+    for i, batch in enumerate(settings.batch_statistics):
+        if not batch:
+            _set(norms[i], running[2 * i : 2 * i + 2])
+
+    def append(new: Tensor, start: int) -> None:
+        end = start + new.shape[1]
+        _set((mean[start:end], var[start:end]), ops.append_features(new, features[:, start:end]))
+
+    append(x, 0)
+    size = workspace.size_of(x, stage.forward_scratch())
+    for layer in stage.layers:
+        prefix, norm1 = features[:, : layer.channels], stage.norm1(layer, norms)
+        with workspace.lease(x.device, size) as scratch:
+            z = scratch.channels_last(x, layer.width or layer.channels)
+            if not layer.width:
+                ops.bn_relu(prefix, norm1.scale, norm1.shift, z)
+            elif settings.memory == "inference" and not settings.batch_statistics[layer.norm1 + 1]:
+                _bottleneck(ops, layer, norm1, prefix, z, stage.norm2(layer, norms), False)
+            else:
+                y = kept[layer.index] if layer.index in kept else scratch.channels_last(x, layer.width)
+                batch, mask = settings.batch_statistics[layer.norm1 + 1], layer.masks[0]
+                statistics = _bottleneck(ops, layer, norm1, prefix, y, None, batch and mask is None)
+                if mask is not None:
+                    _drop_(y, mask, layer.keep[0])
+                    statistics = ops.channel_statistics([y]) if batch else None
+                if batch:
+                    _set(norms[layer.norm1 + 1], statistics)
+                norm2 = stage.norm2(layer, norms)
+                ops.bn_relu(y, norm2.scale, norm2.shift, z)
+            new = convolve(z, layer.conv2, layer.conv2_bias)
+        append(_drop_(new, layer.masks[1], layer.keep[1]), layer.channels)
+    out = x.new_empty(0)
+    if settings.pool:
+        norm = stage.pool_norm(norms)
+        out = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, settings.pool)
+        weight, bias = stage.pool_parameters[2:]
+        out = out if weight is None else channels_last(convolve(out, weight, bias))
+    return out, features, saved, vectors
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(x.device.type, enabled=False) if _autocast_enabled(x) else nullcontext()
+def backward(
+    ops: Any,
+    settings: Settings,
+    grad: Tensor,
+    channels: int,
+    features: Tensor,
+    saved: Tensor,
+    vectors: Tensor,
+    parameters: Parameters,
+    masks: Parameters,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the input (of `channels` channels) and of every parameter, as far as `needs` asks for them."""
+    stage = Stage(settings, channels, parameters, masks)
+    (mean, _), norms = stage.split_vectors(vectors)
+    kept = stage.split_saved(saved, features)
+    count = features.shape[0] * features.shape[2:].numel()
+    step = 8 if settings.bottleneck else 4
+    result: list[Tensor | None] = [None] * len(needs)
+    grad_features = on_large_pages(empty_buffer(features, stage.channels))
+    a, b = torch.zeros_like(mean), torch.zeros_like(mean)
 
+    def normalised(norm: Folded, sums: Sequence[Tensor], position: int) -> None:
+        """The gradients of a norm's parameters, and its part of the deferred correction."""
+        sum_d, sum_dx = sums
+        result[position], result[position + 1] = sum_dx * norm.rstd, sum_d
+        if norm.batch_statistics:
+            ops.defer(sum_d, sum_dx, norm.rstd, norm.scale, count, a, b)
 
-def _prepare(
-    op: str, features: Sequence[Tensor], parameters: Sequence[Tensor | None]
-) -> tuple[int, Sequence[Tensor], Sequence[Tensor | None], torch.dtype | None]:
-    """Checks the features; returns their channels, and what `_autocast` makes of all where that is on."""
-    channels, result = check_features(op, features), None
-    if _autocast_enabled(features[0]):
-        features, parameters, result = _autocast(features, parameters)
+    def take(start: int, end: int, out: Tensor) -> Tensor:
+        """The finished gradient of channels start..end."""
+        of = slice(start, end)
+        ops.take_gradient(features[:, of], mean[of], a[of], b[of], grad_features[:, of], out)
+        return out
+
+    if settings.pool:
+        norm, (weight, bias) = stage.pool_norm(norms), stage.pool_parameters[2:]
+        if weight is not None:  # what went into the convolution is made again: one read of the features
+            pooled = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, settings.pool)
+            grad, *result[-2:] = convolve_backward(grad, pooled, weight, bias, (True, needs[-2], needs[-1]))
+            del pooled
+        sums = ops.bn_relu_avg_pool_backward(
+            channels_last(grad), features, norm.scale, norm.shift, norm.mean, settings.pool, grad_features
+        )
+        normalised(norm, sums, len(needs) - POOL_PARAMETERS)
+        del grad  # of the pooled size
     else:
-        check_same_dtype(op, features)
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        # Inference tensors cannot be saved for a backward.
-        features = [x.clone() if x.is_inference() else x for x in features]
-    return channels, features, parameters, result
-
-
-def _statistics(features: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] that `norm` normalises the features with."""
-    x = features[0]
-    if not norm.batch_statistics:
-        return norm.running(x.dtype)
-    with torch.no_grad():
-        mean, var = operators(x).channel_statistics(features)
-    return mean, var
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Passes gradients through, and says what is wrong when they are differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.op = op
-        return tuple(g if g is None else g.view_as(g) for g in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> Any:
-        raise RuntimeError(
-            f"{ctx.op}: double backward is not supported (its gradient was differentiated again, as by a gradient "
-            "penalty or a Hessian); use the unconverted model for that"
-        )
-
-
-def _differentiable_once(op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """What a backward returns: gradients that refuse, clearly, to be differentiated."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return grads
-    result: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(
-        op, *(g if g is None else g.detach().requires_grad_() for g in grads)
-    )
-    return result
-
-
-def _bottleneck_backward(
-    features: Sequence[Tensor],
-    norm: Folded,
-    conv_weight: Tensor,
-    grad_y: Tensor,
-    need_features: Sequence[bool],
-    need_norm: bool,
-    need_conv: bool,
-) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
-    """Gradients of the features, of norm1's weight and bias, and of the 1x1 convolution's weight."""
-    ops = operators(features[0])
-    grads = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for x, need in zip(features, need_features, strict=True)
+        grad_features.copy_(grad)
+    lowest = -1 if needs[0] else next((i - 1 for i, need in enumerate(needs) if need), len(needs)) // step
+    size = workspace.size_of(features, stage.backward_scratch())
+    for layer in reversed(stage.layers[max(lowest, 0) :]):
+        first = 1 + step * layer.index
+        wanted = needs[first : first + step]
+        below = layer.index > lowest  # something before this layer needs a gradient
+        prefix, norm1 = features[:, : layer.channels], stage.norm1(layer, norms)
+        with workspace.lease(features.device, size) as scratch:
+            new_end = layer.channels + layer.growth
+            g = take(layer.channels, new_end, scratch.channels_last(features, layer.growth))
+            _drop_(g, layer.masks[1], layer.keep[1])
+            z = scratch.channels_last(features, layer.width or layer.channels)
+            if layer.width:
+                norm2 = stage.norm2(layer, norms)
+                y = kept.get(layer.index)
+                if y is None:
+                    y = scratch.channels_last(features, layer.width)
+                    _bottleneck(ops, layer, norm1, prefix, y, None, False)
+                    _drop_(y, layer.masks[0], layer.keep[0])
+                ops.bn_relu(y, norm2.scale, norm2.shift, z)
+            else:
+                ops.bn_relu(prefix, norm1.scale, norm1.shift, z)
+            need_z = below or any(wanted[:-2])
+            grad_z, *grad_conv2 = convolve_backward(
+                g, z, layer.conv2, layer.conv2_bias, (need_z, wanted[-2], wanted[-1])
+            )
+            result[first + step - 2 : first + step] = grad_conv2
+            if not need_z:
+                continue
+            grad_z = channels_last(grad_z)
+            below_prefix = grad_features[:, : layer.channels]
+            if not layer.width:
+                vectors1 = norm1.scale, norm1.shift, norm1.mean
+                normalised(norm1, ops.bn_relu_accumulate(grad_z, prefix, *vectors1, below_prefix), first)
+                continue
+            sums = ops.bn_relu_backward(
+                grad_z, y, norm2.scale, norm2.shift, norm2.mean, norm2.rstd, norm2.batch_statistics
+            )
+            result[first + 4], result[first + 5] = sums[1] * norm2.rstd, sums[0]
+            grad_y = _drop_(grad_z, layer.masks[0], layer.keep[0])
+            if wanted[3]:
+                result[first + 3] = sum_per_channel(grad_y)
+            if not (below or any(wanted[:3])):
+                continue
+            assert layer.conv1 is not None
+            grad_conv1, *sums = ops.bottleneck_backward(
+                [prefix],
+                grad_y,
+                norm1.scale,
+                norm1.shift,
+                norm1.mean,
+                matrix(layer.conv1),
+                [below_prefix],
+                True,
+                below or wanted[0] or wanted[1],
+                wanted[2],
+            )
+            result[first + 2] = grad_conv1
+            normalised(norm1, sums, first)
+    if needs[0]:
+        result[0] = take(0, channels, empty_channels_last(features, channels))
+    return [
+        None if not need or value is None else value if i == 0 else shaped(like, value)
+        for i, (need, value, like) in enumerate(zip(needs, result, (features, *parameters), strict=True))
     ]
-    grad_weight, sum_d, sum_dx = ops.bottleneck_backward(
-        features,
-        grad_y,
-        norm.scale,
-        norm.shift,
-        norm.mean,
-        _matrix(conv_weight),
-        grads,
-        any(need_features) or need_norm,
-        need_conv,
-    )
-    if norm.batch_statistics and any(need_features):
-        a, b = norm.deferred(sum_d, sum_dx, grad_y.numel() // grad_y.shape[1])
-        ops.take_gradient(features, norm.mean, a, b, grads)
-    wanted = [grad if need else None for grad, need in zip(grads, need_features, strict=True)]
-    return wanted, sum_dx * norm.rstd, sum_d, grad_weight
 
 
-def _matrix(conv_weight: Tensor) -> Tensor:
-    """A 1x1 convolution's weight as the operators want it: [O, C], contiguous."""
-    return conv_weight.flatten(1).contiguous()
+_SETTINGS = (
+    "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool"
+)
+_library = torch.library.Library("effdense", "FRAGMENT")
+_library.define(
+    f"dense_stage(Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor?[] masks, {_SETTINGS})"
+    " -> (Tensor out, Tensor features, Tensor saved, Tensor vectors)"
+)
+_library.define(
+    "dense_stage_backward(Tensor grad, int channels, Tensor features, Tensor saved, Tensor vectors,"
+    f" Tensor?[] parameters, Tensor?[] masks, bool[] needs, {_SETTINGS}) -> Tensor[]"
+)
 
 
-def _vector(conv_bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if conv_bias is None else conv_bias.to(like.dtype).contiguous()
+@torch.library.impl(_library, "dense_stage", "CompositeExplicitAutograd")
+def _dense_stage(
+    x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        return forward(operators(x), Settings(*settings), x, parameters, running, masks)
 
 
-def _sum_per_channel(x: Tensor) -> Tensor:
-    return x.sum([d for d in range(x.dim()) if d != 1])
-
-
-def _as(like: Tensor, grad: Tensor) -> Tensor:
-    return grad.to(like.dtype).view(like.shape)
-
-
-class BottleneckNode(torch.autograd.Function):
-    """y = W relu(bn(cat(features))) + b; gradients for everything but the statistics."""
-
-    @staticmethod
-    def forward(
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        batch_statistics: bool,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        conv_weight: Tensor,
-        conv_bias: Tensor | None,
-        *features: Tensor,
-    ) -> Tensor:
-        norm = fold(mean, var, eps, norm_weight, norm_bias, batch_statistics)
-        bias = _vector(conv_bias, mean)
-        y: Tensor = operators(features[0]).bottleneck(
-            features, norm.scale, norm.shift, _matrix(conv_weight), bias, False
-        )[0]
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        mean, var, ctx.eps, ctx.batch_statistics, *tensors = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, var, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad
-        if grad_y is None:
-            return (None,) * len(needs)
-        mean, var, norm_weight, norm_bias, conv_weight, conv_bias, *features = ctx.saved_tensors
-        with torch.no_grad(), _without_autocast(grad_y):
-            norm = fold(mean, var, ctx.eps, norm_weight, norm_bias, ctx.batch_statistics)
-            grads, grad_scale, grad_shift, grad_conv = _bottleneck_backward(
-                features, norm, conv_weight, grad_y, needs[8:], needs[4] or needs[5], needs[6]
-            )
-            result = (
-                _as(norm_weight, grad_scale) if needs[4] else None,
-                _as(norm_bias, grad_shift) if needs[5] else None,
-                _as(conv_weight, grad_conv) if needs[6] else None,
-                _as(conv_bias, _sum_per_channel(grad_y)) if needs[7] else None,
-                *grads,
-            )
-        return (None,) * 4 + _differentiable_once("cat_bn_relu_conv1x1", result)
-
-
-def _conv_settings(x: Tensor) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
-    """stride, padding, dilation, transposed, output_padding, groups of the layer's 3x3 convolution."""
-    d = x.dim() - 2
-    return [1] * d, [1] * d, [1] * d, False, [0] * d, 1
-
-
-class DenseLayerNode(torch.autograd.Function):
-    """new = conv3x3(relu(bn2(conv1x1(relu(bn1(cat(features))))))); also returns bn2's mean and variance, and y.
-
-    mean2 and var2 are None where bn2 takes the batch's statistics: they are made here. y is returned because autograd
-    saves nothing but inputs and outputs; the caller drops it.
-    """
-
-    @staticmethod
-    def forward(
-        memory: str,
-        eps: tuple[float, float],
-        batch_statistics: tuple[bool, bool],
-        mean1: Tensor,
-        var1: Tensor,
-        mean2: Tensor | None,
-        var2: Tensor | None,
-        norm1_weight: Tensor | None,
-        norm1_bias: Tensor | None,
-        conv1_weight: Tensor,
-        conv1_bias: Tensor | None,
-        norm2_weight: Tensor | None,
-        norm2_bias: Tensor | None,
-        conv2_weight: Tensor,
-        conv2_bias: Tensor | None,
-        *features: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ops = operators(features[0])
-        norm1 = fold(mean1, var1, eps[0], norm1_weight, norm1_bias, batch_statistics[0])
-        bias = _vector(conv1_bias, mean1)
-        y, mean, var = ops.bottleneck(
-            features, norm1.scale, norm1.shift, _matrix(conv1_weight), bias, batch_statistics[1]
+@torch.library.impl(_library, "dense_stage_backward", "CompositeExplicitAutograd")
+def _dense_stage_backward(
+    grad: Tensor,
+    channels: int,
+    features: Tensor,
+    saved: Tensor,
+    vectors: Tensor,
+    parameters: Parameters,
+    masks: Parameters,
+    needs: Sequence[bool],
+    *settings: Any,
+) -> list[Tensor]:
+    """Without the gradients that are not needed: an operator cannot return None."""
+    with torch.no_grad():
+        grads = backward(
+            operators(features),
+            Settings(*settings),
+            grad,
+            channels,
+            features,
+            saved,
+            vectors,
+            parameters,
+            masks,
+            needs,
         )
-        if mean2 is not None and var2 is not None:
-            mean, var = mean2.clone(), var2.clone()  # an input may not be an output
-        norm2 = fold(mean, var, eps[1], norm2_weight, norm2_bias, batch_statistics[1])
-        z = torch.empty_like(y)
-        ops.bn_relu(y, norm2.scale, norm2.shift, z)
-        new = torch.ops.aten.convolution(z, conv2_weight, conv2_bias, *_conv_settings(z))
-        return new, mean, var, y
+    return [g for g in grads if g is not None]
+
+
+@torch.library.register_fake("effdense::dense_stage")
+def _(
+    x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stage = Stage(Settings(*settings), x.shape[1], parameters, masks)
+    features, pool = empty_buffer(x, stage.channels), stage.settings.pool
+    out = x.new_empty(0)
+    if pool:
+        spatial = [n // k for n, k in zip(x.shape[2:], pool, strict=True)]
+        weight = stage.pool_parameters[2]
+        channels = stage.channels if weight is None else weight.shape[0]
+        out = x.new_empty(x.shape[0], *spatial, channels).movedim(-1, 1)
+    vectors = x.new_empty(stage.vector_size(), dtype=accumulate_dtype(x.dtype))
+    return out, features, x.new_empty(stage.saved_size(x)), vectors
+
+
+@torch.library.register_fake("effdense::dense_stage_backward")
+def _(
+    grad: Tensor,
+    channels: int,
+    features: Tensor,
+    saved: Tensor,
+    vectors: Tensor,
+    parameters: Parameters,
+    masks: Parameters,
+    needs: Sequence[bool],
+    *settings: Any,
+) -> list[Tensor]:
+    of_x = [empty_channels_last(features, channels)] if needs[0] else []
+    wanted = (p for p, need in zip(parameters, needs[1:], strict=True) if need and p is not None)
+    return of_x + [torch.empty_like(p, memory_format=torch.contiguous_format) for p in wanted]
+
+
+class StageNode(torch.autograd.Function):
+    """The stage for autograd: returns its output (the pool's, or the feature buffer) and the norms' vectors."""
+
+    @staticmethod
+    def forward(
+        settings: tuple[Any, ...], norms: int, masks: int, x: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        parameters, running, drops = _parts(norms, masks, tensors)
+        out, features, saved, vectors = torch.ops.effdense.dense_stage(
+            x, parameters, running, drops, *settings
+        )
+        return (out, vectors, saved, features) if settings[-1] else (features, vectors, saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        memory, ctx.eps, ctx.batch_statistics, mean1, var1, _, _, *tensors = inputs
-        _, mean2, var2, y = output
+        ctx.settings, norms, masks, x, *tensors = inputs
+        parameters, _, drops = _parts(norms, masks, tensors)
+        ctx.channels, ctx.count = x.shape[1], len(parameters)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean2, var2, y)
-        ctx.save_for_backward(mean1, var1, mean2, var2, y if memory == "balanced" else None, *tensors)
+        ctx.mark_non_differentiable(*output[1:])
+        features = output[-1] if ctx.settings[-1] else output[0]
+        ctx.save_for_backward(features, output[2], output[1], *parameters, *drops)
 
     @staticmethod
-    def backward(ctx: Any, grad_new: Tensor | None, *_: None) -> Any:
-        needs = ctx.needs_input_grad[7:]
-        if grad_new is None:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        mean1, var1, mean2, var2, y, *tensors = ctx.saved_tensors
-        weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias, *features = tensors
-        ops = operators(features[0])
-        with torch.no_grad(), _without_autocast(grad_new):
-            norm1 = fold(mean1, var1, ctx.eps[0], weight1, bias1, ctx.batch_statistics[0])
-            norm2 = fold(mean2, var2, ctx.eps[1], weight2, bias2, ctx.batch_statistics[1])
-            if y is None:
-                bias = _vector(conv1_bias, mean1)
-                y = ops.bottleneck(features, norm1.scale, norm1.shift, _matrix(conv1), bias, False)[0]
-            z = torch.empty_like(y)
-            ops.bn_relu(y, norm2.scale, norm2.shift, z)
-            need_dz = any(needs[:6]) or any(needs[8:])
-            grad_y, grad_conv2, grad_conv2_bias = torch.ops.aten.convolution_backward(
-                grad_new,
-                z,
-                conv2,
-                None if conv2_bias is None else list(conv2_bias.shape),
-                *_conv_settings(z),
-                [need_dz, needs[6], needs[7]],
+        needs = list(ctx.needs_input_grad[3 : 4 + ctx.count])
+        features, saved, vectors, *tensors = ctx.saved_tensors
+        with torch.no_grad(), without_autocast(grad):
+            grads = iter(
+                torch.ops.effdense.dense_stage_backward(
+                    grad,
+                    ctx.channels,
+                    features,
+                    saved,
+                    vectors,
+                    tensors[: ctx.count],
+                    tensors[ctx.count :],
+                    needs,
+                    *ctx.settings,
+                )
             )
-            del z
-            result: list[Tensor | None] = [None] * 6
-            if need_dz:
-                grad_y = grad_y.contiguous()
-                sum_d, sum_dx = ops.bn_relu_backward(
-                    grad_y, y, norm2.scale, norm2.shift, norm2.mean, norm2.rstd, norm2.batch_statistics
-                )
-                del y
-                grads, grad_scale, grad_shift, grad_conv1 = _bottleneck_backward(
-                    features, norm1, conv1, grad_y, needs[8:], needs[0] or needs[1], needs[2]
-                )
-                result = [
-                    _as(weight1, grad_scale) if needs[0] else None,
-                    _as(bias1, grad_shift) if needs[1] else None,
-                    _as(conv1, grad_conv1) if needs[2] else None,
-                    _as(conv1_bias, _sum_per_channel(grad_y)) if needs[3] else None,
-                    _as(weight2, sum_dx * norm2.rstd) if needs[4] else None,
-                    _as(bias2, sum_d) if needs[5] else None,
-                ]
-            else:
-                grads = [None] * len(features)
-        return (None,) * 7 + _differentiable_once(
-            "DenseLayer", (*result, grad_conv2, grad_conv2_bias, *grads)
+            result = tuple(next(grads) if need else None for need in needs)
+        rest = len(ctx.needs_input_grad) - 3 - len(result)
+        return (None,) * 3 + differentiable_once("DenseBlock", result) + (None,) * rest
+
+
+def _parts(
+    norms: int, masks: int, tensors: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """Parameters, running statistics, masks."""
+    end = len(tensors) - masks
+    start = end - 2 * norms
+    return list(tensors[:start]), list(tensors[start:end]), list(tensors[end:])
+
+
+def run(
+    settings: Settings, x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters
+) -> tuple[Tensor, Stage, Tensor]:
+    """Runs a stage whose arguments have been checked, in x's dtype; `settings.lowest` and "inference" are set here.
+
+    Returns its output (the pool's, or the feature buffer), the stage, and its vectors (see `Stage.split_vectors`).
+    """
+    step = 8 if settings.bottleneck else 4
+    tensors = (x, *parameters)
+    needs = [t is not None and t.requires_grad for t in tensors]
+    if torch.is_grad_enabled() and any(needs):
+        lowest = -1 if needs[0] else (needs.index(True) - 1) // step
+        settings = settings._replace(lowest=lowest)
+        out, vectors, *_ = StageNode.apply(
+            tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks
         )
-
-
-def bottleneck(
-    op: str,
-    names: Sequence[str],
-    features: Sequence[Tensor],
-    norm: Norm,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks and runs the bottleneck; `names` are the parameters' names in messages. Returns y and norm's statistics."""
-    channels, features, (weight, bias), result = _prepare(op, features, (conv_weight, conv_bias))
-    x = features[0]
-    check_norm(op, names[:4], norm, channels, x)
-    check_conv_weight(op, names[4], weight, channels, 1, x)
-    check_vector(op, names[5], bias, conv_weight.shape[0], x, "the convolution's output channels")
-    with _without_autocast(x):
-        mean, var = _statistics(features, norm)
-        y = BottleneckNode.apply(
-            mean, var, norm.eps, norm.batch_statistics, norm.weight, norm.bias, weight, bias, *features
-        )
-    return y if result is None else y.to(result), mean, var
-
-
-_NORM_NAMES = [
-    [f"norm{i}.{part}" for part in ("weight", "bias", "running_mean", "running_var")] for i in (1, 2)
-]
-
-
-def dense_layer(
-    memory: str, features: Sequence[Tensor], norm1: Norm, conv1: Any, norm2: Norm, conv2: Any
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Checks and runs a whole layer; conv1 and conv2 are modules. Returns the new features and both norms' statistics."""
-    op, width = "DenseLayer", conv1.out_channels
-    channels, features, convs, result = _prepare(
-        op, features, (conv1.weight, conv1.bias, conv2.weight, conv2.bias)
-    )
-    x = features[0]
-    for i, norm, conv, inputs, kernel in ((1, norm1, conv1, channels, 1), (2, norm2, conv2, width, 3)):
-        weight, bias = convs[2 * i - 2 : 2 * i]
-        check_norm(op, _NORM_NAMES[i - 1], norm, inputs, x)
-        check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, x)
-        check_vector(op, f"conv{i}.bias", bias, conv.out_channels, x, "the convolution's output channels")
-    with _without_autocast(x):
-        mean1, var1 = _statistics(features, norm1)
-        new, mean2, var2, _ = DenseLayerNode.apply(
-            memory,
-            (norm1.eps, norm2.eps),
-            (norm1.batch_statistics, norm2.batch_statistics),
-            mean1,
-            var1,
-            *((None, None) if norm2.batch_statistics else norm2.running(x.dtype)),
-            norm1.weight,
-            norm1.bias,
-            *convs[:2],
-            norm2.weight,
-            norm2.bias,
-            *convs[2:],
-            *features,
-        )
-    return new if result is None else new.to(result), (mean1, var1), (mean2, var2)
+    else:
+        settings = settings._replace(memory="inference")
+        out, features, _, vectors = torch.ops.effdense.dense_stage(x, parameters, running, masks, *settings)
+        out = out if settings.pool else features
+    return out, Stage(settings, x.shape[1], parameters, masks), vectors

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdense import dense_block
+from effdense import dense_layer
 from effdense.batch_norm import Norm, recomputing, update_running_statistics
 from effdense.checks import check_number
 
@@ -31,7 +31,7 @@ def cat_bn_relu_conv1x1(
 
     Args:
         features: list of tensors [N, C_i, *spatial] with 1 to 3 spatial dimensions, one floating dtype, one device.
-            Slices of larger tensors are read where they lie; images that are not dense (channels-last) are copied.
+            Channels-last and contiguous images, and channel slices of either, are read where they lie; others are copied.
         norm_weight: batch normalisation's weight [C], C = sum of C_i, or None for 1.
         norm_bias: its bias [C], or None for 0.
         running_mean: [C], updated in place if `training`; may be None then.
@@ -43,7 +43,7 @@ def cat_bn_relu_conv1x1(
         eps: added to the variance.
 
     Returns:
-        A contiguous tensor [N, O, *spatial].
+        [N, O, *spatial] in channels-last layout.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which. Nothing has been changed then.
@@ -53,7 +53,7 @@ def cat_bn_relu_conv1x1(
     check_number(op, "momentum", momentum)
     check_number(op, "eps", eps)
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
-    y, mean, var = dense_block.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
+    y, mean, var = dense_layer.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
     if training and not recomputing():
         update_running_statistics(running_mean, running_var, mean, var, y.numel() // y.shape[1], momentum)
     return y

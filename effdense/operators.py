@@ -19,7 +19,7 @@ _COMPILED_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
 
 
 def operators(x: Tensor) -> Any:
-    """The namespace whose operators take tensors like `x`."""
+    """The namespace whose operators take tensors like `x` (a map; the vectors that go with it have the device alone)."""
     if extension is not None and x.dtype in _COMPILED_DTYPES.get(x.device.type, ()):
         return torch.ops.effdense
     return reference
@@ -29,14 +29,36 @@ def _vector(x: Tensor, size: int) -> Tensor:
     return x.new_empty(size, dtype=reference.accumulate_dtype(x.dtype))
 
 
+def _two_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _map(x: Tensor, spatial: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], *spatial, x.shape[1], dtype=dtype).movedim(-1, 1)
+
+
 def _register_fakes() -> None:
-    """Shapes and dtypes of what the operators return, for torch.compile and export."""
+    """Shapes, dtypes and strides of what the operators return, for torch.compile and export."""
     fake = torch.library.register_fake
+    for name in ("defer", "take_gradient", "bn_relu", "max_pool_backward"):
+        fake(f"effdense::{name}", _nothing)
+
+    @fake("effdense::fold")
+    def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
 
     @fake("effdense::channel_statistics")
     def _(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         channels = sum(f.shape[1] for f in features)
         return _vector(features[0], channels), _vector(features[0], channels)
+
+    @fake("effdense::append_features")
+    def _(new_features: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        return _two_vectors(out)
 
     @fake("effdense::bottleneck")
     def _(
@@ -45,11 +67,13 @@ def _register_fakes() -> None:
         shift: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        out_scale: Tensor | None,
+        out_shift: Tensor | None,
         statistics: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, channels = features[0], weight.shape[0]
-        size = channels if statistics else 0
-        return x.new_empty(x.shape[0], channels, *x.shape[2:]), _vector(x, size), _vector(x, size)
+        y: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        size = weight.shape[0] if statistics else 0
+        return _vector(y, size), _vector(y, size)
 
     @fake("effdense::bottleneck_backward")
     def _(
@@ -60,33 +84,41 @@ def _register_fakes() -> None:
         mean: Tensor,
         weight: Tensor,
         grad_features: Sequence[Tensor],
+        accumulate: bool,
         need_features: bool,
         need_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_weight = scale.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1])
         return grad_weight, torch.empty_like(scale), torch.empty_like(scale)
 
-    @fake("effdense::take_gradient")
-    def _(
-        features: Sequence[Tensor], mean: Tensor, a: Tensor, b: Tensor, grad_features: Sequence[Tensor]
-    ) -> None:
-        return None
-
-    @fake("effdense::bn_relu")
-    def _(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-        return None
-
     @fake("effdense::bn_relu_backward")
+    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _two_vectors(x)
+
+    @fake("effdense::bn_relu_accumulate")
+    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _two_vectors(x)
+
+    @fake("effdense::bn_relu_avg_pool")
+    def _(x: Tensor, scale: Tensor, shift: Tensor, kernel_size: Sequence[int]) -> Tensor:
+        return _map(x, [n // k for n, k in zip(x.shape[2:], kernel_size, strict=True)], x.dtype)
+
+    @fake("effdense::bn_relu_avg_pool_backward")
+    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _two_vectors(x)
+
+    @fake("effdense::bn_relu_max_pool")
     def _(
-        grad: Tensor,
         x: Tensor,
         scale: Tensor,
         shift: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        batch_statistics: bool,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(scale), torch.empty_like(scale)
+        windows = zip(x.shape[2:], kernel_size, stride, padding, strict=True)
+        spatial = [(n + 2 * p - k) // s + 1 for n, k, s, p in windows]
+        return _map(x, spatial, x.dtype), _map(x, spatial, torch.uint8)
 
 
 if extension is not None:

@@ -7,9 +7,11 @@ float64 for float64, float32 for everything else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,6 +47,25 @@ def _mix(weight: Tensor, x: Tensor) -> Tensor:
     return torch.matmul(weight, x.flatten(2)).view(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
+def fold(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rstd = 1 / sqrt(var + eps), scale = weight * rstd, shift = bias - mean * scale."""
+    rstd = (var + eps).rsqrt()
+    scale = rstd.clone() if weight is None else rstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return rstd, scale.to(mean.dtype), shift.to(mean.dtype)
+
+
+def defer(
+    sum_d: Tensor, sum_dx: Tensor, rstd: Tensor, scale: Tensor, count: int, a: Tensor, b: Tensor
+) -> None:
+    """a += scale * sum_d / count, b += scale * rstd^2 * sum_dx / count, on their first channels."""
+    over = scale / max(count, 1)
+    a[: sum_d.numel()] += over * sum_d
+    b[: sum_d.numel()] += over * rstd.square() * sum_dx
+
+
 def channel_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel of the list, [C] each (0 and 1 where there is no value)."""
     means, variances = [], []
@@ -59,21 +80,32 @@ def channel_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(means), torch.cat(variances)
 
 
+def append_features(new_features: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """out = new_features, with their statistics."""
+    out.copy_(new_features)
+    return channel_statistics([new_features])
+
+
 def bottleneck(
     features: Sequence[Tensor],
     scale: Tensor,
     shift: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    out_scale: Tensor | None,
+    out_shift: Tensor | None,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = weight relu(scale * x + shift) + bias, with y's mean and biased variance if `statistics`."""
+    y: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y = weight relu(scale * x + shift) + bias, then relu(out_scale * y + out_shift); y's mean and biased variance."""
     x = torch.cat(list(features), 1)
-    y = _mix(_wide(weight), _affine(x, scale, shift).relu_())
+    result = _mix(_wide(weight), _affine(x, scale, shift).relu_())
     if bias is not None:
-        y = y + _column(bias, y)
-    y = y.to(x.dtype)
-    return (y, *(channel_statistics([y]) if statistics else (scale.new_empty(0), scale.new_empty(0))))
+        result = result + _column(bias, result)
+    if out_scale is not None and out_shift is not None:
+        result = _affine(result, out_scale, out_shift).relu_()
+    y.copy_(result)
+    return channel_statistics([y]) if statistics else (scale.new_empty(0), scale.new_empty(0))
 
 
 def bottleneck_backward(
@@ -84,10 +116,11 @@ def bottleneck_backward(
     mean: Tensor,
     weight: Tensor,
     grad_features: Sequence[Tensor],
+    accumulate: bool,
     need_features: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `bottleneck`: writes scale * d into every grad_features[i] that is not empty."""
+    """Backward of `bottleneck`: writes or adds scale * d to every grad_features[i] that is not empty."""
     x, dy = torch.cat(list(features), 1), _wide(grad_y)
     z = _affine(x, scale, shift).relu_()
     grad_weight = scale.new_zeros(weight.shape[0] if need_weight else 0, weight.shape[1])
@@ -100,19 +133,14 @@ def bottleneck_backward(
     d *= _column(scale, d)
     for part, grad in zip(d.split([f.shape[1] for f in features], 1), grad_features, strict=True):
         if grad.numel():
-            grad.copy_(part)
+            grad.copy_(_wide(grad) + part if accumulate else part)
     return grad_weight, sum_d, sum_dx
 
 
-def take_gradient(
-    features: Sequence[Tensor], mean: Tensor, a: Tensor, b: Tensor, grad_features: Sequence[Tensor]
-) -> None:
-    """grad_features -= a + b * (features - mean), in place."""
-    channels = [f.shape[1] for f in features]
-    parts = (vector.split(channels) for vector in (mean, a, b))
-    for x, grad, m, a_, b_ in zip(features, grad_features, *parts, strict=True):
-        if grad.numel():
-            grad.copy_(_wide(grad) - _column(a_, x) - _column(b_, x) * (_wide(x) - _column(m, x)))
+def take_gradient(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, grad: Tensor, out: Tensor) -> None:
+    """out = grad - a - b * (x - mean)."""
+    deviation = (_wide(x) - _column(mean, x)).masked_fill(_column(b == 0, x), 0)
+    out.copy_(_wide(grad) - _column(a, x) - _column(b, x) * deviation)
 
 
 def bn_relu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
@@ -140,3 +168,99 @@ def bn_relu_backward(
         )
     grad.copy_(d)
     return sum_d, sum_dx
+
+
+def bn_relu_accumulate(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """grad_x += scale * d, where grad is the gradient of relu(bn(x))."""
+    d = _wide(grad).masked_fill(_affine(x, scale, shift) <= 0, 0)
+    sum_d, sum_dx = _masked_sums(d, x, mean)
+    grad_x.copy_(_wide(grad_x) + d * _column(scale, x))
+    return sum_d, sum_dx
+
+
+def _as_3d(x: Tensor) -> Tensor:
+    """[N, C, *spatial] with three spatial dimensions, the missing ones in front."""
+    return x.reshape(*x.shape[:2], *[1] * (5 - x.dim()), *x.shape[2:])
+
+
+def _three(sizes: Sequence[int], missing: int) -> list[int]:
+    return [missing] * (3 - len(sizes)) + list(sizes)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def bn_relu_avg_pool(x: Tensor, scale: Tensor, shift: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """The average of relu(scale * x + shift) over windows of kernel_size side by side."""
+    pooled = F.avg_pool3d(_as_3d(_affine(x, scale, shift).relu_()), _three(kernel_size, 1))
+    sizes = [n // k for n, k in zip(x.shape[2:], kernel_size, strict=True)]
+    return _channels_last(pooled.reshape(*x.shape[:2], *sizes).to(x.dtype))
+
+
+def bn_relu_avg_pool_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    kernel_size: Sequence[int],
+    grad_x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Backward of `bn_relu_avg_pool`: writes grad_x = scale * d, 0 where no window reaches."""
+    d = _wide(grad) / math.prod(kernel_size)
+    for dim, k in enumerate(kernel_size, 2):
+        d = d.repeat_interleave(k, dim)
+    missing = [(0, n - m) for n, m in zip(x.shape[2:], d.shape[2:], strict=True)]
+    d = F.pad(d, [p for pair in reversed(missing) for p in pair])
+    d = d.masked_fill(_affine(x, scale, shift) <= 0, 0)
+    sum_d, sum_dx = _masked_sums(d, x, mean)
+    grad_x.copy_(d * _column(scale, x))
+    return sum_d, sum_dx
+
+
+def bn_relu_max_pool(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The maximum of relu(scale * x + shift) over windows, and which tap of the window it was, in bytes."""
+    z = _as_3d(_affine(x, scale, shift).relu_())
+    k, s, p = _three(kernel_size, 1), _three(stride, 1), _three(padding, 0)
+    out, index = F.max_pool3d(z, k, s, p, return_indices=True)
+    tap = torch.zeros_like(index)
+    for dim in range(3):  # the position in the image less the window's first, as one digit of the tap
+        step = math.prod(z.shape[3 + dim :])
+        first = torch.arange(out.shape[2 + dim], device=x.device) * s[dim] - p[dim]
+        position = index // step % z.shape[2 + dim]
+        tap = tap * k[dim] + position - first.view(-1, *[1] * (2 - dim))
+    sizes = out.shape[5 - (x.dim() - 2) :]
+    flat = [t.reshape(*x.shape[:2], *sizes) for t in (out.to(x.dtype), tap.to(torch.uint8))]
+    return _channels_last(flat[0]), _channels_last(flat[1])
+
+
+def max_pool_backward(
+    grad: Tensor,
+    where: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    grad_z: Tensor,
+) -> None:
+    """The gradient of what `bn_relu_max_pool` took the maximum of."""
+    k, s, p = _three(kernel_size, 1), _three(stride, 1), _three(padding, 0)
+    tap, g = _as_3d(where).long(), _as_3d(_wide(grad))
+    image = _as_3d(grad_z).shape[2:]
+    index = torch.zeros_like(tap)
+    for dim in range(3):
+        first = torch.arange(tap.shape[2 + dim], device=grad.device) * s[dim] - p[dim]
+        digit = tap // math.prod(k[dim + 1 :]) % k[dim]
+        index = index * image[dim] + digit + first.view(-1, *[1] * (2 - dim))
+    flat = torch.zeros(*grad_z.shape[:2], math.prod(image), dtype=g.dtype, device=g.device)
+    flat.scatter_add_(2, index.flatten(2), g.flatten(2))
+    grad_z.copy_(flat.view(grad_z.shape))

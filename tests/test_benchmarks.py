@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import compare, data, demo, measure, models, plots
-from benchmarks.worker import ROOT, Settings, Worker, WorkerError
+from benchmarks.worker import ROOT, Settings, Worker, WorkerError, _batch
 
 PARAMETERS = {  # of the papers and of torchvision
     "densenet121": 7_978_856,
@@ -25,6 +26,9 @@ PARAMETERS = {  # of the papers and of torchvision
     "densenet_bc_100_12": 769_162,
     "densenet_bc_190_40": 25_624_430,
     "densenet_bc_250_24": 15_324_406,
+    "densenet_40_12": 1_019_722,
+    "densenet_100_12": 6_979_642,
+    "densenet_100_24": 27_249_082,
 }
 FLOATS = 250_000  # of the known allocations below
 FLOAT_BYTES = 4 * FLOATS
@@ -80,25 +84,68 @@ def test_twin_is_torchvisions_densenet():
         assert torch.equal(ours.grad, theirs.grad), name
 
 
-def test_checkpointed_twin_computes_the_same():
+def test_plain_twin_is_d2ls_densenet():
+    """Block outputs of "Dive into Deep Learning", section 8.7, at its 96 gray pixels."""
+    with torch.device("meta"):
+        model, x = models.build("densenet_d2l", "naive").model, torch.empty(2, 1, 96, 96)
+        shapes = {name: tuple((x := module(x)).shape) for name, module in model.features.named_children()}
+    assert list(shapes)[:4] == ["conv0", "norm0", "relu0", "pool0"] and list(shapes)[-1] == "norm5"
+    blocks = [shape[1:3] for name, shape in shapes.items() if name.startswith(("dense", "transition"))]
+    assert blocks == [(192, 24), (96, 12), (224, 12), (112, 6), (240, 6), (120, 3), (248, 3)]
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(convolutions) == 1 + 4 * 4 + 3 and all(conv.bias is not None for conv in convolutions)
+    assert model.classifier.out_features == 10
+    assert models.default_sizes("densenet_d2l") == (64, 96)
+
+
+def test_plain_layers_have_names_of_their_own_kind():
+    with torch.device("meta"):
+        built = models.build("densenet_40_12", "checkpoint")
+    features = built.model.features
+    assert built.label == "plain twin (torchvision has no plain layers), checkpointed"
+    assert models.default_sizes("densenet_40_12") == (64, 32)
+    assert list(dict(features.named_children())) == [
+        *("conv0", "denseblock1", "transition1", "denseblock2", "transition2", "denseblock3", "norm5")
+    ]
+    assert list(features.denseblock1) == [f"denselayer{i}" for i in range(1, 13)]
+    layer = features.denseblock2.denselayer3
+    assert list(dict(layer.named_children())) == ["norm1", "relu1", "conv1"] and layer.memory_efficient
+    assert layer.conv1.weight.shape == (12, 16 + 14 * 12, 3, 3) and layer.conv1.bias is None
+    assert features.transition1.conv.weight.shape == (160, 160, 1, 1)  # no compression
+
+
+@pytest.mark.parametrize(("name", "channels"), [("densenet_d2l", 1), ("densenet_40_12", 3)])
+def test_synthetic_images_have_the_models_channels(name, channels):
+    with torch.device("meta"):
+        model = models.build(name, "naive").model
+    images, labels = _batch(Settings(name, 3, 8), model)
+    assert images.shape == (3, channels, 8, 8) and labels.max() < 10
+
+
+@pytest.mark.parametrize("form", [{}, {"bn_size": None, "bias": True, "compression": 1.0}])
+def test_checkpointed_twin_computes_the_same(form):
     x = torch.randn(2, 3, 32, 32)
     gradients = []
     for memory_efficient in (False, True):
-        twin = small_twin(memory_efficient=memory_efficient)
+        twin = small_twin(memory_efficient=memory_efficient, **form)
         twin(x).square().sum().backward()
         gradients.append([p.grad for p in twin.parameters()])
     assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
 
 
-def test_twin_layer_takes_a_tensor_or_a_list():
-    layer = models._DenseLayer(6, 4, 2, 0.0).eval()
+@pytest.mark.parametrize(
+    "new_layer", [lambda: models._DenseLayer(6, 4, 2, 0.0), lambda: models._PlainLayer(6, 4, 0.0)]
+)
+def test_twin_layer_takes_a_tensor_or_a_list(new_layer):
+    layer = new_layer().eval()
     x = torch.randn(2, 6, 5, 5)
     assert torch.equal(layer(x), layer([x[:, :2], x[:, 2:]]))
 
 
 @pytest.mark.parametrize("impl", ["checkpoint", "naive+channels-last"])
-def test_every_implementation_starts_from_the_same_weights(impl):
-    naive, other = build_seeded("densenet_bc_22_4", "naive"), build_seeded("densenet_bc_22_4", impl)
+@pytest.mark.parametrize("name", ["densenet_bc_22_4", "densenet_13_4"])
+def test_every_implementation_starts_from_the_same_weights(name, impl):
+    naive, other = build_seeded(name, "naive"), build_seeded(name, impl)
     assert all(torch.equal(a, b) for a, b in zip(naive.parameters(), other.parameters(), strict=True))
 
 
@@ -109,13 +156,19 @@ def test_every_implementation_starts_from_the_same_weights(impl):
         ("vgg16", "unknown model 'vgg16'; there are densenet121"),
         ("densenet_bc_101_12", "the nearest depth is 100"),
         ("densenet_bc_4_12", "the nearest depth is 10"),
-        ("densenet_40_12", "cannot be measured yet"),
+        (
+            "densenet_41_12",
+            "depth 3 n + 4 (three blocks of n layers of 1 convolution); the nearest depth is 40",
+        ),
+        ("densenet_3_12", "the nearest depth is 7"),
+        ("densenet_d2", "did you mean 'densenet_d2l'"),
+        ("densenet169_tutorial", "cannot be measured yet"),
         ("timm:densenet121", "only torchvision:NAME is known"),
         ("torchvision:densenet12", "did you mean 'torchvision:densenet121'"),
     ],
 )
 def test_unknown_models(name, message):
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         models.build(name, "naive")
 
 

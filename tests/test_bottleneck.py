@@ -1,7 +1,8 @@
-"""bottleneck and bottleneck_backward against the float64 twin, and what they refuse."""
+"""bottleneck and bottleneck_backward against the float64 twin and torch's convolution, and what they refuse."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,241 +12,381 @@ from torch import Tensor
 from effdense import reference
 from tests.cases import (
     DTYPES,
+    EPS,
+    IN_EVERY_LAYOUT,
+    LAYOUTS,
+    OPCHECKS,
     SHAPES,
+    Mistake,
     assert_as_exact,
+    assert_refused,
+    assert_repeatable,
     away_from_the_kink,
+    channels_last,
+    column,
+    in_buffer,
+    lay_out,
     make_features,
+    mistakes,
+    over_channels,
     random_scale,
+    rest_is_untouched,
     to_dtype,
 )
 
-Case = tuple[list[Tensor], dict[str, Tensor]]
+Case = dict[str, Any]
+Run = Callable[[Any, torch.dtype], list[Tensor]]
+VECTORS = ("scale", "shift", "mean")
 
 
-def make_case(shape: tuple, offset: float = 0.0) -> Case:
+def make_case(shape: tuple, dtype: torch.dtype = torch.float64, offset: float = 0.0) -> Case:
+    """Arguments in float64, rounded to what `dtype` has: every run gets the same numbers, in its own types."""
     images, spatial, channels, out = shape
     features = [x + offset for x in make_features(images, spatial, channels)]
     mean, var = reference.channel_statistics(features)
-    total = sum(channels)
-    scale = random_scale((var + 1e-5).rsqrt())
-    return features, {
+    total, scale = sum(channels), random_scale((var + EPS).rsqrt())
+    case = {
         "scale": scale,
         "shift": torch.randn(total, dtype=torch.float64) - mean * scale,
         "mean": mean,
         "weight": torch.randn(out, total, dtype=torch.float64) / total**0.5,
         "bias": torch.randn(out, dtype=torch.float64),
+        "out_scale": random_scale(torch.ones(out, dtype=torch.float64)),
+        "out_shift": torch.randn(out, dtype=torch.float64),
         "grad_y": torch.randn(images, out, *spatial, dtype=torch.float64),
+        "grad_features": [torch.randn_like(x) for x in features],
     }
+    case = to_dtype(to_dtype(case, dtype), torch.float64)
+    vectors = zip(case["scale"].split(channels), case["shift"].split(channels), strict=True)
+    case["features"] = [away_from_the_kink(x, *v, dtype) for x, v in zip(features, vectors, strict=True)]
+    return case
 
 
-def in_dtype(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Rounded once to `dtype` for all, so that every run gets the same numbers, in its own types."""
-    features, rest = case
-    wide = reference.accumulate_dtype(dtype)
-    return to_dtype(features, dtype), {
-        k: v.to(dtype if k in ("weight", "grad_y") else wide) for k, v in rest.items()
-    }
+def run_forward(
+    case: Case, bias: bool = False, epilogue: bool = False, statistics: bool = True, first: int = 0
+) -> Run:
+    """`first`: the layout of the first feature, see `lay_out`."""
 
-
-def rounded(case: Case, dtype: torch.dtype) -> Case:
-    rest = {k: v.double() for k, v in in_dtype(case, dtype)[1].items()}
-    channels = [x.shape[1] for x in case[0]]
-    vectors = zip(rest["scale"].split(channels), rest["shift"].split(channels), strict=True)
-    features = [away_from_the_kink(x, *v, dtype) for x, v in zip(case[0], vectors, strict=True)]
-    return features, rest
-
-
-def run_forward(case: Case, bias: bool, statistics: bool) -> Any:
-    def run(ops: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        features, p = in_dtype(case, dtype)
-        return ops.bottleneck(
-            features, p["scale"], p["shift"], p["weight"], p["bias"] if bias else None, statistics
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        c = to_dtype(case, dtype)
+        y = in_buffer(torch.full_like(c["grad_y"], float("nan")))
+        of_out = [c[name] if epilogue else None for name in ("out_scale", "out_shift")]
+        result = ops.bottleneck(
+            lay_out(c["features"], first),
+            *(c[name] for name in ("scale", "shift", "weight")),
+            c["bias"] if bias else None,
+            *of_out,
+            statistics,
+            y,
         )
+        assert rest_is_untouched(y)
+        return [y, *result]
 
     return run
 
 
-def run_backward(case: Case, need_features: bool = True, need_weight: bool = True) -> Any:
-    def run(ops: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        features, p = in_dtype(case, dtype)
-        grads = [torch.full_like(x, float("nan"), memory_format=torch.contiguous_format) for x in features]
+def run_backward(
+    case: Case,
+    accumulate: bool = False,
+    need_features: bool = True,
+    need_weight: bool = True,
+    first: int = 0,
+) -> Run:
+    """`first`: the layout of the first feature, see `lay_out`; that of grad_y is another one."""
+
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        c = to_dtype(case, dtype)
+        start = [x if accumulate else torch.full_like(x, float("nan")) for x in c["grad_features"]]
+        grads = [in_buffer(x) for x in start]
         sums = ops.bottleneck_backward(
-            features,
-            p["grad_y"],
-            *(p[name] for name in ("scale", "shift", "mean", "weight")),
+            lay_out(c["features"], first),
+            lay_out([c["grad_y"]], first + 2)[0],
+            *(c[name] for name in (*VECTORS, "weight")),
             grads,
+            accumulate,
             need_features,
             need_weight,
         )
-        return (*sums, *grads) if need_features else tuple(sums)
+        assert all(map(rest_is_untouched, grads))
+        if need_features:
+            return [*sums, *grads]
+        for a, b in zip(grads, start, strict=True):
+            assert torch.equal(a.nan_to_num(99), b.nan_to_num(99))
+        return list(sums)
 
     return run
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bias, statistics", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    "bias, epilogue, statistics, first",
+    [(False, False, True, 0), (True, False, False, 2), (False, True, True, 4), (True, True, False, 3)],
+)
 def test_forward_matches_the_float64_twin(
-    ops: Any, shape: tuple, dtype: torch.dtype, bias: bool, statistics: bool
+    ops: Any, shape: tuple, dtype: torch.dtype, bias: bool, epilogue: bool, statistics: bool, first: int
 ) -> None:
-    case = rounded(make_case(shape), dtype)
-    assert_as_exact(run_forward(case, bias, statistics), ops, dtype)
+    run = run_forward(make_case(shape, dtype), bias, epilogue, statistics, first)
+    assert_as_exact(run, ops, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("need_features, need_weight", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "accumulate, need_features, need_weight, first",
+    [(False, True, True, 0), (True, True, False, 2), (False, False, True, 4), (True, True, True, 3)],
+)
 def test_backward_matches_the_float64_twin(
-    ops: Any, shape: tuple, dtype: torch.dtype, need_features: bool, need_weight: bool
+    ops: Any,
+    shape: tuple,
+    dtype: torch.dtype,
+    accumulate: bool,
+    need_features: bool,
+    need_weight: bool,
+    first: int,
 ) -> None:
-    case = rounded(make_case(shape), dtype)
-    assert_as_exact(run_backward(case, need_features, need_weight), ops, dtype)
+    run = run_backward(make_case(shape, dtype), accumulate, need_features, need_weight, first)
+    assert_as_exact(run, ops, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("images, channels, spatial", IN_EVERY_LAYOUT)
+def test_features_in_every_layout(
+    ops: Any, images: int, channels: int, spatial: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    case = make_case((images, spatial, (channels,) * len(LAYOUTS), 9), dtype)
+    assert_as_exact(run_forward(case), ops, dtype)
+    assert_as_exact(run_backward(case, accumulate=True), ops, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", range(len(LAYOUTS)))
+def test_one_feature_in_every_layout(ops: Any, first: int, dtype: torch.dtype) -> None:
+    case = make_case((2, (5, 7), (9,), 4), dtype)
+    assert_as_exact(run_forward(case, first=first), ops, dtype)
+    assert_as_exact(run_backward(case, first=first), ops, dtype)
 
 
 def test_a_mean_far_larger_than_the_deviation(ops: Any) -> None:
-    case = rounded(make_case(SHAPES[6], offset=2e4), torch.float32)
-    assert_as_exact(run_forward(case, False, True), ops, torch.float32)
+    case = make_case(SHAPES[6], torch.float32, offset=2e4)
+    assert_as_exact(run_forward(case), ops, torch.float32)
     assert_as_exact(run_backward(case), ops, torch.float32)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0]])
-def test_together_they_are_torchs_convolution(any_ops: Any, shape: tuple) -> None:
-    features, p = make_case(shape)
+@pytest.mark.parametrize("epilogue, accumulate", [(False, False), (True, True)])
+def test_together_they_are_torchs_convolution(
+    any_ops: Any, shape: tuple, epilogue: bool, accumulate: bool
+) -> None:
+    c = make_case(shape)
+    features, vectors = c["features"], [c[name] for name in VECTORS]
     x = torch.cat(features, 1).requires_grad_()
-    vectors = [p[name].view(-1, *[1] * len(shape[1])) for name in ("scale", "shift", "mean")]
-    before_relu = x * vectors[0] + vectors[1]
-    weight = p["weight"].requires_grad_()
-    z = before_relu.relu()
-    y = torch.einsum("oc,nc...->no...", weight, z) + p["bias"].view(-1, *[1] * len(shape[1]))
-    d, grad_weight, grad_x = torch.autograd.grad(y, (before_relu, weight, x), p["grad_y"])
-    dims = [i for i in range(x.dim()) if i != 1]
-    p["weight"] = weight.detach()
+    before_relu = x * column(c["scale"], x) + column(c["shift"], x)
+    weight = c["weight"].clone().requires_grad_()
+    y = torch.einsum("oc,nc...->no...", weight, before_relu.relu()) + column(c["bias"], x)
+    d, grad_weight, grad_x = torch.autograd.grad(y, (before_relu, weight, x), c["grad_y"])
+    expected = (y * column(c["out_scale"], x) + column(c["out_shift"], x)).relu() if epilogue else y
+    of_out = (c["out_scale"], c["out_shift"]) if epilogue else (None, None)
 
-    got, mean, var = any_ops.bottleneck(features, p["scale"], p["shift"], p["weight"], p["bias"], True)
-    torch.testing.assert_close(got, y)
+    got = in_buffer(torch.empty_like(y))
+    arguments = features, *vectors[:2], c["weight"], c["bias"], *of_out, True, got
+    mean, var = any_ops.bottleneck(*arguments)
+    torch.testing.assert_close(got, expected.detach())
     if y.numel():
-        torch.testing.assert_close(mean, y.mean(dims))
-        torch.testing.assert_close(var, y.var(dims, correction=0))
-    grads = [torch.empty_like(f) for f in features]
+        torch.testing.assert_close(mean, expected.mean(over_channels(x)))
+        torch.testing.assert_close(var, expected.var(over_channels(x), correction=0))
+    grads = [in_buffer(start) for start in c["grad_features"]]
     got_weight, sum_d, sum_dx = any_ops.bottleneck_backward(
-        features, p["grad_y"], p["scale"], p["shift"], p["mean"], p["weight"], grads, True, True
+        features, c["grad_y"], *vectors, c["weight"], grads, accumulate, True, True
     )
+    start = torch.cat(c["grad_features"], 1) if accumulate else 0
+    torch.testing.assert_close(torch.cat(grads, 1), grad_x + start)
     torch.testing.assert_close(got_weight, grad_weight)
-    torch.testing.assert_close(torch.cat(grads, 1), grad_x)
-    torch.testing.assert_close(sum_d, d.sum(dims))
-    torch.testing.assert_close(sum_dx, (d * (x - vectors[2])).sum(dims))
+    torch.testing.assert_close(sum_d, d.sum(over_channels(x)))
+    torch.testing.assert_close(sum_dx, (d * (x - column(c["mean"], x))).sum(over_channels(x)))
 
 
-def test_unwanted_gradients_are_not_written(any_ops: Any) -> None:
-    features, p = make_case(SHAPES[0])
-    grads = [torch.empty_like(features[0]), features[1].new_empty(0), torch.empty_like(features[2])]
-    every = [torch.empty_like(x) for x in features]
-    arguments = features, p["grad_y"], p["scale"], p["shift"], p["mean"], p["weight"]
-    some_sums = any_ops.bottleneck_backward(*arguments, grads, True, True)
-    all_sums = any_ops.bottleneck_backward(*arguments, every, True, True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spatial", [(4, 3), (9,), (1, 1), (2, 3, 2)])
+def test_a_prefix_of_a_feature_buffer(any_ops: Any, spatial: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As a dense block calls them: a prefix in one buffer, its gradient in another, new features behind it."""
+    c = to_dtype(make_case((2, spatial, (5,), 3), dtype), dtype)
+    buffer, grads = (torch.randn(2, *spatial, 9).movedim(-1, 1).to(dtype) for _ in range(2))
+    buffer[:, :5] = c["features"][0]
+    before, y = (buffer.clone(), grads.clone()), buffer[:, 5:8]
+    vectors = [c[name] for name in VECTORS]
+    any_ops.bottleneck([buffer[:, :5]], *vectors[:2], c["weight"], None, None, None, False, y)
+    dense = in_buffer(torch.empty_like(y))
+    any_ops.bottleneck(c["features"], *vectors[:2], c["weight"], None, None, None, False, dense)
+    torch.testing.assert_close(y, dense)
+    assert torch.equal(buffer[:, 8:], before[0][:, 8:]) and torch.equal(buffer[:, :5], before[0][:, :5])
+
+    alone = in_buffer(grads[:, :5])
+    every = [
+        any_ops.bottleneck_backward(x, grads[:, 5:8], *vectors, c["weight"], [grad], True, True, True)
+        for x, grad in ((c["features"], alone), ([buffer[:, :5]], grads[:, :5]))
+    ]
+    torch.testing.assert_close(*every)
+    torch.testing.assert_close(grads[:, :5], alone)
+    assert torch.equal(grads[:, 5:], before[1][:, 5:])
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_unwanted_gradients_are_not_written(any_ops: Any, accumulate: bool) -> None:
+    c = make_case(SHAPES[0])
+    every, some = ([channels_last(x.clone()) for x in c["grad_features"]] for _ in range(2))
+    some[1] = some[1].new_empty(0)
+    arguments = c["features"], c["grad_y"], *(c[name] for name in VECTORS), c["weight"]
+    all_sums = any_ops.bottleneck_backward(*arguments, every, accumulate, True, True)
+    some_sums = any_ops.bottleneck_backward(*arguments, some, accumulate, True, True)
     for a, b in zip(some_sums, all_sums, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert grads[1].numel() == 0
-    torch.testing.assert_close(grads[2], every[2], rtol=0, atol=0)
+    assert some[1].numel() == 0
+    for i in (0, 2):
+        torch.testing.assert_close(some[i], every[i], rtol=0, atol=0)
 
 
-def test_features_that_are_not_dense_are_read_right(any_ops: Any) -> None:
-    features, p = make_case(SHAPES[0])
-    strided = [x.contiguous(memory_format=torch.channels_last) for x in features]
-    strided[1] = torch.stack([features[1], features[1]], -1)[..., 0]
-    arguments = p["scale"], p["shift"], p["weight"], p["bias"], True
-    for a, b in zip(
-        any_ops.bottleneck(strided, *arguments), any_ops.bottleneck(features, *arguments), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+def test_expanded_features_and_gradients_are_read_right(any_ops: Any) -> None:
+    c = make_case((2, (4, 3), (3, 4), 5))
+    expanded = [
+        c["features"][0][:, :, :1, :1].expand(-1, -1, 4, 3),
+        c["features"][1][:1].expand(2, -1, -1, -1),
+    ]
+    grad_y = torch.tensor(0.5).double().expand_as(c["grad_y"])
+    vectors, results = [c[name] for name in VECTORS], []
+    for features, dy in ((expanded, grad_y), ([x.contiguous() for x in expanded], grad_y.contiguous())):
+        y, grads = in_buffer(torch.empty_like(c["grad_y"])), [in_buffer(x) for x in c["grad_features"]]
+        any_ops.bottleneck(features, *vectors[:2], c["weight"], None, None, None, False, y)
+        sums = any_ops.bottleneck_backward(features, dy, *vectors, c["weight"], grads, False, True, True)
+        results.append([y, *sums, *grads])
+    torch.testing.assert_close(*results)
 
 
-def test_nan_stays_nan(any_ops: Any) -> None:
-    features, p = make_case(SHAPES[0])
-    features[0][0, 0, 0, 0] = float("nan")
-    y = any_ops.bottleneck(features, p["scale"], p["shift"], p["weight"], None, False)[0]
-    assert y[0, :, 0, 0].isnan().all() and not y[1].isnan().any()
+def test_nan_stays_nan_and_passes_gradients_as_in_torch(any_ops: Any) -> None:
+    c = make_case(SHAPES[0])
+    c["features"][0][0, 0, 0, 0] = float("nan")
+    vectors, y = [c[name] for name in VECTORS], in_buffer(torch.empty_like(c["grad_y"]))
+    for of_out in ((None, None), (c["out_scale"], c["out_shift"])):
+        any_ops.bottleneck(c["features"], *vectors[:2], c["weight"], None, *of_out, False, y)
+        assert y[0, :, 0, 0].isnan().all() and y.isnan().sum() == y.shape[1]
+    grads = [in_buffer(x) for x in c["grad_features"]]
+    any_ops.bottleneck_backward(c["features"], c["grad_y"], *vectors, c["weight"], grads, False, True, False)
+    d = c["weight"][:, 0] @ c["grad_y"][0, :, 0, 0]
+    torch.testing.assert_close(grads[0][0, 0, 0, 0], c["scale"][0] * d)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
-    case = rounded(make_case(SHAPES[5]), dtype)
-    for run in (run_forward(case, True, True), run_backward(case)):
-        first, second = run(ops, dtype), run(ops, dtype)
-        for a, b in zip(first, second, strict=True):
-            assert torch.equal(a, b)
+    case = make_case(SHAPES[5], dtype)
+    assert_repeatable(run_forward(case, True, True), ops, dtype)
+    assert_repeatable(run_backward(case, True), ops, dtype)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
-    features, p = in_dtype(make_case(shape), dtype)
-    vectors = p["scale"], p["shift"]
-    torch.library.opcheck(
-        torch.ops.effdense.bottleneck.default, (features, *vectors, p["weight"], p["bias"], True)
-    )
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in features]
-    torch.library.opcheck(
-        torch.ops.effdense.bottleneck_backward.default,
-        (features, p["grad_y"], *vectors, p["mean"], p["weight"], grads, True, True),
-    )
-
-
-def wrong(**changes: Any) -> Any:
-    features, p = make_case(SHAPES[0])
-    arguments = {
-        "features": features,
-        **{k: p[k] for k in ("scale", "shift", "weight", "bias")},
-        "statistics": True,
+def arguments(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of bottleneck and of bottleneck_backward, by name."""
+    c = to_dtype(case, dtype)
+    shared = {"features": lay_out(c["features"], 2), **{k: c[k] for k in ("scale", "shift", "weight")}}
+    rest = {k: c[k] for k in ("bias", "out_scale", "out_shift")}
+    grads = [channels_last(x) for x in c["grad_features"]]
+    backward = {**shared, "grad_y": c["grad_y"], "mean": c["mean"], "grad_features": grads}
+    return {**shared, **rest, "statistics": True, "y": channels_last(torch.zeros_like(c["grad_y"]))}, {
+        **backward,
+        **dict.fromkeys(("accumulate", "need_features", "need_weight"), True),
     }
-    return torch.ops.effdense.bottleneck(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("shape, dtype", OPCHECKS)
+def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
+    forward, backward = arguments(make_case(shape), dtype)
+    torch.library.opcheck(torch.ops.effdense.bottleneck.default, (), forward)
+    torch.library.opcheck(torch.ops.effdense.bottleneck_backward.default, (), backward)
+
+
+@pytest.mark.parametrize("shape, dtype", OPCHECKS[:1])
+def test_opcheck_of_what_may_be_left_out(shape: tuple, dtype: torch.dtype) -> None:
+    forward, backward = arguments(make_case(shape), dtype)
+    forward |= {"bias": None, "out_scale": None, "out_shift": None, "statistics": False}
+    torch.library.opcheck(torch.ops.effdense.bottleneck.default, (), forward)
+    backward |= {"accumulate": False, "need_weight": False}
+    backward["grad_features"][1] = torch.empty(0, dtype=dtype)
+    torch.library.opcheck(torch.ops.effdense.bottleneck_backward.default, (), backward)
+
+
+FEATURES: list[Mistake] = [
+    ("features", lambda f: [], ValueError, r"must hold at least one tensor, got an empty list"),
+    (
+        "features",
+        lambda f: [f[0], f[1][:, :, :2], f[2]],
+        ValueError,
+        r"\[1\] must have the batch and spatial sizes of \[2, 3, 5, 7\], got \[2, 5, 2, 7\]",
+    ),
+    ("features", lambda f: [*f[:2], f[2].float()], TypeError, r"\[2\] must be Double .*, got Float"),
+    (
+        "features",
+        lambda f: [f[0][0, 0, 0]],
+        ValueError,
+        r"\[0\] must be \[N, C, \*spatial\].*got shape \[7\]",
+    ),
+    (
+        "features",
+        lambda f: [f[0][:, :0]],
+        ValueError,
+        r"\[0\] must have at least one channel, got shape \[2, 0",
+    ),
+    (
+        "weight",
+        lambda w: w[:, 1:].contiguous(),
+        ValueError,
+        r"must be a matrix \[out_channels, 10\] .*, got shape \[6, 9\]",
+    ),
+    (
+        "weight",
+        lambda w: w[..., None],
+        ValueError,
+        r"must be a matrix \[out_channels, 10\] .*, got shape \[6, 10, 1\]",
+    ),
+    ("weight", lambda w: w[:0], ValueError, r"must be a matrix .*, got shape \[0, 10\]"),
+    ("weight", lambda w: w.t().contiguous().t(), ValueError, r"must be contiguous, got strides \[1, 6\]"),
+    ("weight", Tensor.float, TypeError, r"must be Double .*, got Float"),
+]
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        (
-            {"features": []},
-            ValueError,
-            r"bottleneck: features must hold at least one tensor, got an empty list",
-        ),
-        (
-            {"scale": torch.ones(9).double()},
-            ValueError,
-            r"bottleneck: scale must .* 10 elements .* got shape \[9\]",
-        ),
-        ({"shift": torch.ones(10)}, TypeError, r"bottleneck: shift must be Double .* got Float"),
-        (
-            {"weight": torch.ones(6, 9).double()},
-            ValueError,
-            r"bottleneck: weight must be a matrix \[out_channels, 10\].*\[6, 9\]",
-        ),
-        ({"weight": torch.ones(6, 10)}, TypeError, r"bottleneck: weight must be Double .* got Float"),
-        (
-            {"bias": torch.ones(5).double()},
-            ValueError,
-            r"bottleneck: bias must .* 6 elements .* got shape \[5\]",
-        ),
-    ],
+    "mistake",
+    [*FEATURES, *mistakes(["scale", "shift", "bias", "out_scale", "out_shift"], [], ["y"])],
 )
-def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        wrong(**changes)
+def test_wrong_arguments_of_bottleneck(mistake: Mistake) -> None:
+    assert_refused("bottleneck", arguments(make_case(SHAPES[0]), torch.float64)[0], mistake)
 
 
-def test_wrong_features() -> None:
-    features, _ = make_case(SHAPES[0])
-    with pytest.raises(ValueError, match=r"bottleneck: features\[1\] must have the batch and spatial sizes"):
-        wrong(features=[features[0], features[1][:, :, :2], features[2]])
-    with pytest.raises(TypeError, match=r"bottleneck: features\[2\] must be Double .* got Float"):
-        wrong(features=[*features[:2], features[2].float()])
+@pytest.mark.parametrize("missing", ["out_scale", "out_shift"])
+def test_half_an_epilogue(missing: str) -> None:
+    wrong = arguments(make_case(SHAPES[0]), torch.float64)[0] | {missing: None}
+    with pytest.raises(
+        ValueError, match=r"^bottleneck: out_scale and out_shift must be given together, got one"
+    ):
+        torch.ops.effdense.bottleneck(**wrong)
 
 
-def test_wrong_gradients() -> None:
-    features, p = make_case(SHAPES[0])
-    vectors = p["scale"], p["shift"], p["mean"], p["weight"]
-    backward = torch.ops.effdense.bottleneck_backward
-    with pytest.raises(ValueError, match=r"bottleneck_backward: grad_features must hold 3 tensors .* got 1"):
-        backward(features, p["grad_y"], *vectors, [torch.empty_like(features[0])], True, True)
-    with pytest.raises(ValueError, match=r"bottleneck_backward: grad_y must have 6 channels .* got shape"):
-        backward(features, p["grad_y"][:, :5], *vectors, features, True, True)
+GRADIENTS: list[Mistake] = [
+    ("grad_features", lambda g: g[:1], ValueError, r"must hold 3 tensors \(one per feature\), got 1"),
+    (
+        "grad_features",
+        lambda g: [g[0], g[1][:, 1:], g[2]],
+        ValueError,
+        r"\[1\] must have 5 channels, got shape",
+    ),
+    ("grad_features", lambda g: [*g[:2], g[2][1:]], ValueError, r"\[2\] must have the batch .*, got \[1, 2"),
+    ("grad_features", lambda g: [g[0].float(), *g[1:]], TypeError, r"\[0\] must be Double .*, got Float"),
+    (
+        "grad_features",
+        lambda g: [g[0], g[1].contiguous(), g[2]],
+        ValueError,
+        r"(\[1\] )?must be channels-last \(written in place\), got shape \[2, 5, 5, 7\] with strides \[175, 35, 7, 1\]",
+    ),
+]
+
+
+@pytest.mark.parametrize("mistake", [*FEATURES, *GRADIENTS, *mistakes(VECTORS, ["grad_y"])])
+def test_wrong_arguments_of_bottleneck_backward(mistake: Mistake) -> None:
+    assert_refused("bottleneck_backward", arguments(make_case(SHAPES[0]), torch.float64)[1], mistake)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-OPERATOR_TESTS = ["tests/test_bottleneck.py", "tests/test_features.py", "tests/test_batch_norm.py"]
+OPERATOR_TESTS = [f"tests/test_{name}.py" for name in ("bottleneck", "features", "batch_norm", "pool")]
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -1,5 +1,6 @@
-// bn_relu: z = relu(scale * x + shift) of one feature map, and its backward through ReLU and batch
-// normalisation.
+// bn_relu: z = relu(scale * x + shift) of one feature map, and two backwards: bn_relu_backward finishes the
+// gradient through batch normalisation at once, bn_relu_accumulate adds the part that needs no sums of the
+// batch to a block's gradient buffer.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -10,34 +11,30 @@ namespace {
 
 void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& out) {
   constexpr const char* op = "bn_relu";
-  check_features(op, x);
+  check_map(op, "x", x);
   check_per_channel(op, "scale", scale, x, x.size(1));
   check_per_channel(op, "shift", shift, x, x.size(1));
   check_same_shape(op, "out", out, x);
-  const int64_t channels = x.size(1), pixels = count_pixels(x);
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
-    const Planes<T> in = Planes<T>::readable(x);
-    const Planes<T> z = Planes<T>::writable(op, "out", {out}, {x});
-    const A *scale_data = scale.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>();
-    at::parallel_for(0, x.size(0) * channels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / channels, c = i % channels;
-        loops.bn_relu_store(pixels, in[c].row(n), scale_data[c], shift_data[c], z[c].row(n));
-      }
+    const Readable<T> from(x);
+    const Block<T> to = writable<T>(op, "out", out);
+    Tiling(x.size(0) * count_pixels(x), kRows).for_each([&](int64_t, Tile tile) {
+      loops.bn_relu_store(tile.rows(), x.size(1), from_row(from.block, tile.first), scale.const_data_ptr<A>(),
+                          shift.const_data_ptr<A>(), from_row(to, tile.first));
     });
   });
 }
 
 // With statistics of the batch (`batch_statistics`), the sums of the whole batch enter every pixel's
 // gradient: grad = scale * d - a - b * (x - mean), a = scale * sum d / M, b = scale * rstd^2 * sum d (x -
-// mean) / M. One thread does both passes over a channel, so that the second finds it in cache.
+// mean) / M.
 std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const Tensor& scale,
                                             const Tensor& shift, const Tensor& mean, const Tensor& rstd,
                                             bool batch_statistics) {
   constexpr const char* op = "bn_relu_backward";
-  check_features(op, x);
-  const int64_t channels = x.size(1), images = x.size(0), pixels = count_pixels(x);
+  check_map(op, "x", x);
+  const int64_t channels = x.size(1), count = x.size(0) * count_pixels(x);
   check_per_channel(op, "scale", scale, x, channels);
   check_per_channel(op, "shift", shift, x, channels);
   check_per_channel(op, "mean", mean, x, channels);
@@ -46,31 +43,56 @@ std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const
   Tensor sum_d = at::empty({channels}, scale.options()), sum_dx = at::empty({channels}, scale.options());
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
-    const Planes<T> in = Planes<T>::readable(x);
-    const Planes<T> dz = Planes<T>::writable(op, "grad", {grad}, {x});
-    const A *scale_data = scale.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>();
-    const A *mean_data = mean.const_data_ptr<A>(), *rstd_data = rstd.const_data_ptr<A>();
-    A *sum_d_data = sum_d.mutable_data_ptr<A>(), *sum_dx_data = sum_dx.mutable_data_ptr<A>();
-    at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        double d = 0, dx = 0;
-        for (int64_t n = 0; n < images; ++n) {
-          A sums[2];
-          loops.bn_relu_backward_sums(pixels, in[c].row(n), scale_data[c], shift_data[c], mean_data[c],
-                                      dz[c].row(n), sums);
-          d += sums[0];
-          dx += sums[1];
-        }
-        sum_d_data[c] = static_cast<A>(d);
-        sum_dx_data[c] = static_cast<A>(dx);
-        const double over = batch_statistics ? scale_data[c] / static_cast<double>(images * pixels) : 0.0;
-        const A a = static_cast<A>(over * d);
-        const A b = static_cast<A>(over * dx * rstd_data[c] * rstd_data[c]);
-        for (int64_t n = 0; n < images; ++n)
-          loops.bn_relu_backward(pixels, in[c].row(n), scale_data[c], shift_data[c], mean_data[c], a, b,
-                                 dz[c].row(n));
-      }
+    const Readable<T> from(x);
+    const Block<T> dz = writable<T>(op, "grad", grad);
+    const A *scale_data = scale.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>(),
+            *mean_data = mean.const_data_ptr<A>(), *rstd_data = rstd.const_data_ptr<A>();
+    const Tiling tiles(count, kRows);
+    Sums sums(tiles.slots(), channels);
+    tiles.for_each([&](int64_t slot, Tile tile) {
+      loops.bn_relu_backward_sums(tile.rows(), channels, from_row(from.block, tile.first), scale_data,
+                                  shift_data, mean_data, constant(from_row(dz, tile.first)), sums.d(slot),
+                                  sums.dx(slot));
     });
+    sums.template write<A>(sum_d, sum_dx);
+    std::vector<A> a(channels), b(channels);
+    for (int64_t c = 0; batch_statistics && c < channels; ++c) {
+      const double over = scale_data[c] / static_cast<double>(std::max<int64_t>(count, 1));
+      a[c] = static_cast<A>(over * sums.d(0)[c]);
+      b[c] = static_cast<A>(over * sums.dx(0)[c] * rstd_data[c] * rstd_data[c]);
+    }
+    tiles.for_each([&](int64_t, Tile tile) {
+      loops.bn_relu_backward(tile.rows(), channels, from_row(from.block, tile.first), scale_data, shift_data,
+                             mean_data, a.data(), b.data(), from_row(dz, tile.first));
+    });
+  });
+  return {sum_d, sum_dx};
+}
+
+std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                              const Tensor& shift, const Tensor& mean, Tensor& grad_x) {
+  constexpr const char* op = "bn_relu_accumulate";
+  check_map(op, "x", x);
+  const int64_t channels = x.size(1);
+  check_per_channel(op, "scale", scale, x, channels);
+  check_per_channel(op, "shift", shift, x, channels);
+  check_per_channel(op, "mean", mean, x, channels);
+  check_same_shape(op, "grad", grad, x);
+  check_same_shape(op, "grad_x", grad_x, x);
+  Tensor sum_d = at::empty({channels}, scale.options()), sum_dx = at::empty({channels}, scale.options());
+  EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
+    const Rows<T>& loops = rows<T>();
+    const Readable<T> from(x), dz(grad);
+    const Block<T> to = writable<T>(op, "grad_x", grad_x);
+    const Tiling tiles(x.size(0) * count_pixels(x), kRows);
+    Sums sums(tiles.slots(), channels);
+    tiles.for_each([&](int64_t slot, Tile tile) {
+      loops.bn_relu_accumulate(tile.rows(), channels, from_row(from.block, tile.first),
+                               scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), mean.const_data_ptr<A>(),
+                               from_row(dz.block, tile.first), from_row(to, tile.first), sums.d(slot),
+                               sums.dx(slot));
+    });
+    sums.template write<A>(sum_d, sum_dx);
   });
   return {sum_d, sum_dx};
 }
@@ -80,6 +102,7 @@ std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   m.impl("bn_relu", bn_relu);
   m.impl("bn_relu_backward", bn_relu_backward);
+  m.impl("bn_relu_accumulate", bn_relu_accumulate);
 }
 
 }  // namespace effdense

@@ -1,8 +1,8 @@
 // bottleneck: y = W relu(scale * x + shift) + bias over a list of feature maps, and its backward.
 //
-// Forward, per tile of pixels: the prologue writes z [channels, columns] into a scratch that stays in L2, one
-// GEMM makes y, the epilogue stores it and takes its statistics. Backward, per tile: z again, dz = W^T dy by
-// one GEMM, dW += dy z^T by another, and one pass that masks, sums and writes the gradients. Neither z nor dz
+// Forward, per tile of pixels: the prologue writes z [pixels, channels] into a scratch that stays in L2, one
+// GEMM makes y, and y's statistics are taken while it is in cache. Backward, per tile: z again, dz = dy W by
+// one GEMM, dW += dy^T z by another, and one pass that masks, sums and writes the gradients. Neither z nor dz
 // is ever stored.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
@@ -20,71 +20,30 @@ namespace {
 // Scratch of one thread, in bytes, that should stay in its L2 cache.
 constexpr int64_t kTileBytes = 512 * 1024;
 
-// Columns per tile so that `rows` rows of A fit; never so few that the GEMM starves.
+// Rows per tile so that `columns` columns of A fit; never so few that the GEMM starves.
 template <typename A>
-int64_t tile_columns(int64_t rows) {
-  const int64_t columns = kTileBytes / static_cast<int64_t>(sizeof(A)) / std::max<int64_t>(rows, 1);
-  return std::clamp<int64_t>(columns / 16 * 16, 64, 512);
+int64_t tile_rows(int64_t columns) {
+  return std::clamp<int64_t>(kTileBytes / static_cast<int64_t>(sizeof(A)) / columns / 16 * 16, 64, 256);
 }
 
-// `rows` of images [rows, pixels] gathered into one matrix [rows, tile.columns()] of the accumulation type.
+// Where results are computed: in place if they have the type for it, else in scratch.
 template <typename T, typename A>
-void load_tile(const Rows<T>& loops, const Planes<T>& x, const Tile& tile, A* out) {
-  const int64_t columns = tile.columns(), pixels = tile.pixels();
-  for (int64_t c = 0; c < x.channels(); ++c)
-    for (int64_t i = 0; i < tile.images(); ++i)
-      loops.load(pixels, x[c].row(tile.first_image + i) + tile.first_pixel, out + c * columns + i * pixels);
-}
-
-// z = relu(scale * x + shift) of one tile, [channels, columns]
-template <typename T, typename A>
-void prologue(const Rows<T>& loops, const Planes<T>& x, const Tile& tile, const A* scale, const A* shift,
-              A* z) {
-  const int64_t columns = tile.columns(), pixels = tile.pixels();
-  for (int64_t c = 0; c < x.channels(); ++c)
-    for (int64_t i = 0; i < tile.images(); ++i)
-      loops.bn_relu(pixels, x[c].row(tile.first_image + i) + tile.first_pixel, scale[c], shift[c],
-                    z + c * columns + i * pixels);
-}
-
-// Stores one tile of y and merges each channel's moments, taken from the values as stored.
-template <typename T, typename A>
-void epilogue(const Rows<T>& loops, const A* tile_y, const A* bias, const Tile& tile, const Planes<T>& y,
-              A* row, Moments* moments) {
-  const int64_t columns = tile.columns(), pixels = tile.pixels();
-  for (int64_t o = 0; o < y.channels(); ++o) {
-    for (int64_t i = 0; i < tile.images(); ++i) {
-      const A* from = tile_y + o * columns + i * pixels;
-      if (bias != nullptr) {
-        for (int64_t p = 0; p < pixels; ++p) row[p] = from[p] + bias[o];
-        from = row;
-      }
-      T* to = y[o].row(tile.first_image + i) + tile.first_pixel;
-      loops.store(pixels, from, to);
-      if (moments == nullptr) continue;
-      double mean, m2;
-      loops.moments(pixels, to, &mean, &m2);
-      moments[o].merge(static_cast<double>(pixels), mean, m2);
-    }
-  }
+Block<A> same_or(Block<T> out, Block<A> scratch) {
+  if constexpr (std::is_same_v<T, A>)
+    return out;
+  else
+    return scratch;
 }
 
 template <typename A>
-void write_moments(const std::vector<Moments>& moments, int64_t slots, int64_t channels, A* mean, A* var) {
-  for (int64_t c = 0; c < channels; ++c) {
-    Moments total;
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const Moments& part = moments[slot * channels + c];
-      total.merge(part.count, part.mean, part.m2);
-    }
-    mean[c] = static_cast<A>(total.mean);
-    var[c] = static_cast<A>(total.variance());
-  }
+const A* data_or_null(const std::optional<Tensor>& vector) {
+  return vector ? vector->const_data_ptr<A>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, const Tensor& shift,
-                                              const Tensor& weight, const std::optional<Tensor>& bias,
-                                              bool statistics) {
+std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, const Tensor& shift,
+                                      const Tensor& weight, const std::optional<Tensor>& bias,
+                                      const std::optional<Tensor>& out_scale,
+                                      const std::optional<Tensor>& out_shift, bool statistics, Tensor& y) {
   constexpr const char* op = "bottleneck";
   check_features(op, features);
   const Tensor& first = features[0];
@@ -94,67 +53,51 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck(TensorList features, const Tensor&
   check_weight(op, weight, first, channels);
   const int64_t out_channels = weight.size(0);
   if (bias) check_per_channel(op, "bias", *bias, first, out_channels);
-
-  std::vector<int64_t> sizes = first.sizes().vec();
-  sizes[1] = out_channels;
-  Tensor y = at::empty(sizes, first.options().memory_format(at::MemoryFormat::Contiguous));
+  check_epilogue(op, out_scale, out_shift, first, out_channels);
+  check_same_images(op, "y", y, first);
+  check_channels(op, "y", y, out_channels, "the weight's rows");
   Tensor mean = at::zeros({statistics ? out_channels : 0}, scale.options());
   Tensor var = at::ones({statistics ? out_channels : 0}, scale.options());
-  if (y.numel() == 0) return {y, mean, var};
+  if (y.numel() == 0) return {mean, var};
 
   EFFDENSE_DISPATCH(first.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
-    const Planes<T> x = Planes<T>::readable(features);
-    const Planes<T> out = Planes<T>::writable(op, "y", {y}, {y});
-    const Tensor w = weight.to(scale.scalar_type());
-    A* w_data = const_cast<A*>(w.const_data_ptr<A>());  // only read; a Matrix can be written
-    const A* bias_data = bias ? bias->const_data_ptr<A>() : nullptr;
-    const Tiling tiles(first.size(0), count_pixels(first), tile_columns<A>(channels + out_channels));
-    const int64_t slots = count_slots(tiles.count()), width = tiles.columns();
-    const Tensor scratch = at::empty({slots, channels + out_channels + 1, width}, scale.options());
-    std::vector<Moments> moments(statistics ? slots * out_channels : 0);
-    for_each_slot(slots, tiles.count(), [&](int64_t slot, int64_t begin, int64_t end) {
-      A* z = scratch.mutable_data_ptr<A>() + slot * (channels + out_channels + 1) * width;
-      A* tile_y = z + channels * width;
-      A* row = tile_y + out_channels * width;
-      for (int64_t t = begin; t < end; ++t) {
-        const Tile tile = tiles[t];
-        const int64_t columns = tile.columns();
-        prologue(loops, x, tile, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
-        gemm<A>({w_data, out_channels, channels, channels}, {z, channels, columns, columns},
-                {tile_y, out_channels, columns, columns}, false);
-        epilogue(loops, tile_y, bias_data, tile, out, row,
-                 statistics ? &moments[slot * out_channels] : nullptr);
-      }
+    const Rows<A>& wide = rows<A>();
+    const Features<T> x(features);
+    const Block<T> out = writable<T>(op, "y", y);
+    const Tensor w = weight.to(scale.scalar_type()).t().contiguous();  // [channels, out_channels]
+    const Block<const A> w_block{w.const_data_ptr<A>(), out_channels};
+    const A *bias_data = data_or_null<A>(bias), *out_scale_data = data_or_null<A>(out_scale),
+            *out_shift_data = data_or_null<A>(out_shift);
+    const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(channels + out_channels));
+    const int64_t per_slot = tiles.step() * (channels + out_channels);
+    const Tensor scratch = at::empty({tiles.slots(), per_slot}, scale.options());
+    Moments moments(tiles.slots(), statistics ? out_channels : 0);
+    tiles.for_each([&](int64_t slot, Tile tile) {
+      A* tile_scratch = scratch.mutable_data_ptr<A>() + slot * per_slot;
+      const Block<A> z{tile_scratch, channels};
+      const Block<A> y_scratch{tile_scratch + tiles.step() * channels, out_channels};
+      const Block<T> tile_out = from_row(out, tile.first);
+      const Block<A> tile_y = same_or(tile_out, y_scratch);
+      wide.bn_relu(tile.rows(), channels, x.template read<A>(loops, tile, tile_scratch),
+                   scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
+      gemm(tile.rows(), out_channels, channels, constant(z), w_block, tile_y, false);
+      if (bias_data != nullptr) wide.add_bias(tile.rows(), out_channels, bias_data, tile_y);
+      if (out_scale_data != nullptr)
+        wide.bn_relu(tile.rows(), out_channels, constant(tile_y), out_scale_data, out_shift_data, tile_y);
+      if (!std::is_same_v<T, A>) loops.store(tile.rows(), out_channels, constant(tile_y), tile_out);
+      if (statistics) moments.add(loops, slot, tile.rows(), constant(tile_out));
     });
-    if (statistics)
-      write_moments(moments, slots, out_channels, mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());
+    if (statistics) moments.write(mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());
   });
-  return {y, mean, var};
-}
-
-// Masks dz, adds up the sums and writes the gradients of one tile.
-template <typename T, typename A>
-void mask_and_write(const Rows<T>& loops, const Planes<T>& x, const Planes<T>& grad, const Tile& tile,
-                    const A* scale, const A* mean, const A* z, const A* dz, std::vector<double>& sums) {
-  const int64_t columns = tile.columns(), pixels = tile.pixels();
-  for (int64_t c = 0; c < x.channels(); ++c)
-    for (int64_t i = 0; i < tile.images(); ++i) {
-      const int64_t image = tile.first_image + i, offset = c * columns + i * pixels;
-      T* to = grad[c].data == nullptr ? nullptr : grad[c].row(image) + tile.first_pixel;
-      A row_sums[2];
-      loops.bottleneck_backward(pixels, x[c].row(image) + tile.first_pixel, mean[c], z + offset, dz + offset,
-                                scale[c], to, row_sums);
-      sums[2 * c] += row_sums[0];
-      sums[2 * c + 1] += row_sums[1];
-    }
+  return {mean, var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, const Tensor& grad_y,
                                                        const Tensor& scale, const Tensor& shift,
                                                        const Tensor& mean, const Tensor& weight,
-                                                       TensorList grad_features, bool need_features,
-                                                       bool need_weight) {
+                                                       TensorList grad_features, bool accumulate,
+                                                       bool need_features, bool need_weight) {
   constexpr const char* op = "bottleneck_backward";
   check_features(op, features);
   const Tensor& first = features[0];
@@ -165,8 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
   check_weight(op, weight, first, channels);
   const int64_t out_channels = weight.size(0);
   check_same_images(op, "grad_y", grad_y, first);
-  TORCH_CHECK_VALUE(grad_y.size(1) == out_channels, op, ": grad_y must have ", out_channels,
-                    " channels (the weight's rows), got shape ", grad_y.sizes());
+  check_channels(op, "grad_y", grad_y, out_channels, "the weight's rows");
   check_grad_features(op, grad_features, features);
 
   Tensor grad_weight = at::zeros({need_weight ? out_channels : 0, channels}, scale.options());
@@ -175,50 +117,53 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
 
   EFFDENSE_DISPATCH(first.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
-    const Planes<T> x = Planes<T>::readable(features), dy = Planes<T>::readable(grad_y);
-    const Planes<T> grad = Planes<T>::writable(op, "grad_features", grad_features, features);
-    const Tensor w = weight.to(scale.scalar_type());
-    A* w_data = const_cast<A*>(w.const_data_ptr<A>());
-    const Tiling tiles(first.size(0), count_pixels(first), tile_columns<A>(2 * channels + out_channels));
-    const int64_t slots = count_slots(tiles.count()), width = tiles.columns(),
-                  rows_used = 2 * channels + out_channels;
-    const Tensor scratch = at::empty({slots, rows_used, width}, scale.options());
-    const Tensor partial = at::zeros({need_weight ? slots : 0, out_channels, channels}, scale.options());
-    std::vector<std::vector<double>> sums(slots, std::vector<double>(2 * channels));
-    for_each_slot(slots, tiles.count(), [&](int64_t slot, int64_t begin, int64_t end) {
-      A* z = scratch.mutable_data_ptr<A>() + slot * rows_used * width;
-      A* dz = z + channels * width;
-      A* tile_dy = dz + channels * width;
-      for (int64_t t = begin; t < end; ++t) {
-        const Tile tile = tiles[t];
-        const int64_t columns = tile.columns();
-        const Matrix<A> z_matrix{z, channels, columns, columns},
-            dy_matrix{tile_dy, out_channels, columns, columns};
-        load_tile(loops, dy, tile, tile_dy);
-        prologue(loops, x, tile, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
-        if (need_weight)
-          gemm<A>(dy_matrix, z_matrix.t(),
-                  {partial.mutable_data_ptr<A>() + slot * out_channels * channels, out_channels, channels,
-                   channels},
-                  true);
-        if (!need_features) continue;
-        gemm<A>(Matrix<A>{w_data, out_channels, channels, channels}.t(), dy_matrix,
-                {dz, channels, columns, columns}, false);
-        mask_and_write(loops, x, grad, tile, scale.const_data_ptr<A>(), mean.const_data_ptr<A>(), z, dz,
-                       sums[slot]);
+    const Rows<A>& wide = rows<A>();
+    const Features<T> x(features), dy(grad_y);
+    std::vector<Block<T>> grads;
+    for (size_t i = 0; i < grad_features.size(); ++i) {
+      const std::string name = "grad_features[" + std::to_string(i) + "]";
+      const bool wanted = grad_features[i].numel() > 0;
+      grads.push_back(wanted ? writable<T>(op, name.c_str(), grad_features[i]) : Block<T>{nullptr, 0});
+    }
+    const Tensor w = weight.to(scale.scalar_type());  // [out_channels, channels]
+    const Block<const A> w_block{w.const_data_ptr<A>(), channels};
+    const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(2 * channels + out_channels));
+    const int64_t step = tiles.step();
+    const int64_t per_slot = step * (3 * channels + 2 * out_channels);
+    const Tensor scratch = at::empty({tiles.slots(), per_slot}, scale.options());
+    const Tensor partial =
+        at::empty({need_weight ? tiles.slots() : 0, out_channels, channels}, scale.options());
+    std::vector<char> started(tiles.slots());
+    Sums sums(tiles.slots(), channels);
+    tiles.for_each([&](int64_t slot, Tile tile) {
+      A* x_scratch = scratch.mutable_data_ptr<A>() + slot * per_slot;
+      const Block<A> z{x_scratch + step * channels, channels}, dz{z.data + step * channels, channels};
+      A* dy_scratch = dz.data + step * channels;
+      const Block<A> transposed{dy_scratch + step * out_channels, step};
+      const Block<const A> tile_x = x.template read<A>(loops, tile, x_scratch);
+      const Block<const A> tile_dy = dy.template read<A>(loops, tile, dy_scratch);
+      wide.bn_relu(tile.rows(), channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
+      if (need_weight) {
+        wide.transpose(tile.rows(), out_channels, tile_dy, transposed);
+        const Block<A> to{partial.mutable_data_ptr<A>() + slot * out_channels * channels, channels};
+        gemm(out_channels, channels, tile.rows(), constant(transposed), constant(z), to, started[slot]);
+        started[slot] = true;
+      }
+      if (!need_features) return;
+      gemm(tile.rows(), channels, out_channels, tile_dy, w_block, dz, false);
+      int64_t c = 0;
+      for (size_t i = 0; i < grads.size(); ++i) {
+        const int64_t count = features[i].size(1);
+        const Block<T> grad = grads[i].data == nullptr ? grads[i] : from_row(grads[i], tile.first);
+        loops.bottleneck_backward(tile.rows(), count, from_column(tile_x, c), mean.const_data_ptr<A>() + c,
+                                  constant(from_column(z, c)), constant(from_column(dz, c)),
+                                  scale.const_data_ptr<A>() + c, grad, accumulate, sums.d(slot) + c,
+                                  sums.dx(slot) + c);
+        c += count;
       }
     });
-    for (int64_t slot = 0; need_weight && slot < slots; ++slot) grad_weight.add_(partial[slot]);
-    A *sum_d_data = sum_d.mutable_data_ptr<A>(), *sum_dx_data = sum_dx.mutable_data_ptr<A>();
-    for (int64_t c = 0; c < channels; ++c) {
-      double d = 0, dx = 0;
-      for (const std::vector<double>& part : sums) {
-        d += part[2 * c];
-        dx += part[2 * c + 1];
-      }
-      sum_d_data[c] = static_cast<A>(d);
-      sum_dx_data[c] = static_cast<A>(dx);
-    }
+    for (int64_t slot = 0; need_weight && slot < tiles.slots(); ++slot) grad_weight.add_(partial[slot]);
+    sums.template write<A>(sum_d, sum_dx);
   });
   return {grad_weight, sum_d, sum_dx};
 }

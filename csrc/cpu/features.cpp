@@ -1,68 +1,79 @@
-// What is done to a list of feature maps as a list: channel_statistics, once when channels are produced, and
-// take_gradient, the part of batch normalisation's backward that needs the sums of the whole batch.
+// What is done to features as such: their statistics, once when they are produced (channel_statistics,
+// append_features), and take_gradient, the part of batch normalisation's backward that needs the sums of the
+// whole batch.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <cstring>
 
 #include "cpu/tiles.h"
 
 namespace effdense {
 namespace {
 
-// Pixels whose moments are taken at once: small enough for two passes in L1.
-constexpr int64_t kRow = 4096;
-
 std::tuple<Tensor, Tensor> channel_statistics(TensorList features) {
   constexpr const char* op = "channel_statistics";
   check_features(op, features);
   const Tensor& first = features[0];
   const auto options = first.options().dtype(accumulate_type(first.scalar_type()));
-  const int64_t channels = count_channels(features), images = first.size(0), pixels = count_pixels(first);
+  const int64_t channels = count_channels(features);
   Tensor mean = at::empty({channels}, options), var = at::empty({channels}, options);
   EFFDENSE_DISPATCH(first.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
-    const Planes<T> x = Planes<T>::readable(features);
-    A* mean_data = mean.mutable_data_ptr<A>();
-    A* var_data = var.mutable_data_ptr<A>();
-    at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        Moments total;
-        for (int64_t n = 0; n < images; ++n)
-          for (int64_t p = 0; p < pixels; p += kRow) {
-            const int64_t count = std::min(kRow, pixels - p);
-            double row_mean, row_m2;
-            loops.moments(count, x[c].row(n) + p, &row_mean, &row_m2);
-            total.merge(static_cast<double>(count), row_mean, row_m2);
-          }
-        mean_data[c] = static_cast<A>(total.mean);
-        var_data[c] = static_cast<A>(total.variance());
-      }
+    const Features<T> x(features);
+    const Tiling tiles(first.size(0) * count_pixels(first), kRows);
+    const Tensor scratch = at::empty({tiles.slots(), tiles.step() * channels}, options);
+    Moments moments(tiles.slots(), channels);
+    tiles.for_each([&](int64_t slot, Tile tile) {
+      A* tile_scratch = scratch.mutable_data_ptr<A>() + slot * tiles.step() * channels;
+      moments.add(rows<A>(), slot, tile.rows(), x.template read<A>(loops, tile, tile_scratch));
     });
+    moments.write(mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());
   });
   return {mean, var};
 }
 
-void take_gradient(TensorList features, const Tensor& mean, const Tensor& a, const Tensor& b,
-                   TensorList grad_features) {
-  constexpr const char* op = "take_gradient";
-  check_features(op, features);
-  const Tensor& first = features[0];
-  const int64_t channels = count_channels(features), images = first.size(0), pixels = count_pixels(first);
-  check_per_channel(op, "mean", mean, first, channels);
-  check_per_channel(op, "a", a, first, channels);
-  check_per_channel(op, "b", b, first, channels);
-  check_grad_features(op, grad_features, features);
-  EFFDENSE_DISPATCH(first.scalar_type(), op, [&] {
+std::tuple<Tensor, Tensor> append_features(const Tensor& new_features, Tensor& out) {
+  constexpr const char* op = "append_features";
+  check_map(op, "new_features", new_features);
+  check_same_shape(op, "out", out, new_features);
+  const auto options = out.options().dtype(accumulate_type(out.scalar_type()));
+  const int64_t channels = out.size(1);
+  Tensor mean = at::empty({channels}, options), var = at::empty({channels}, options);
+  EFFDENSE_DISPATCH(out.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
-    const Planes<T> x = Planes<T>::readable(features);
-    const Planes<T> grad = Planes<T>::writable(op, "grad_features", grad_features, features);
-    const A *mean_data = mean.const_data_ptr<A>(), *a_data = a.const_data_ptr<A>(),
-            *b_data = b.const_data_ptr<A>();
-    at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        if (grad[c].data == nullptr) continue;
-        for (int64_t n = 0; n < images; ++n)
-          loops.take_gradient(pixels, x[c].row(n), mean_data[c], a_data[c], b_data[c], grad[c].row(n));
-      }
+    const Readable<T> x(new_features);
+    const Block<T> to = writable<T>(op, "out", out);
+    const Tiling tiles(out.size(0) * count_pixels(out), kRows);
+    Moments moments(tiles.slots(), channels);
+    tiles.for_each([&](int64_t slot, Tile tile) {
+      for (int64_t r = tile.first; r < tile.last; ++r)
+        std::memcpy(to.row(r), x.block.row(r), channels * sizeof(T));
+      moments.add(loops, slot, tile.rows(), from_row(x.block, tile.first));
+    });
+    moments.write(mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());
+  });
+  return {mean, var};
+}
+
+void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b, const Tensor& grad,
+                   Tensor& out) {
+  constexpr const char* op = "take_gradient";
+  check_map(op, "x", x);
+  const int64_t channels = x.size(1);
+  check_per_channel(op, "mean", mean, x, channels);
+  check_per_channel(op, "a", a, x, channels);
+  check_per_channel(op, "b", b, x, channels);
+  check_same_shape(op, "grad", grad, x);
+  check_same_shape(op, "out", out, x);
+  EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
+    const Rows<T>& loops = rows<T>();
+    const Readable<T> from(x), g(grad);
+    const Block<T> to = writable<T>(op, "out", out);
+    Tiling(x.size(0) * count_pixels(x), kRows).for_each([&](int64_t, Tile tile) {
+      loops.take_gradient(tile.rows(), channels, from_row(from.block, tile.first), mean.const_data_ptr<A>(),
+                          a.const_data_ptr<A>(), b.const_data_ptr<A>(), from_row(g.block, tile.first),
+                          from_row(to, tile.first));
     });
   });
 }
@@ -71,6 +82,7 @@ void take_gradient(TensorList features, const Tensor& mean, const Tensor& a, con
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   m.impl("channel_statistics", channel_statistics);
+  m.impl("append_features", append_features);
   m.impl("take_gradient", take_gradient);
 }
 

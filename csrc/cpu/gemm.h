@@ -1,33 +1,35 @@
-// The machine's GEMM on small dense matrices, from inside a parallel region: ATen's mm, which calls the BLAS
-// that torch was built with. (ATen's own cpublas::gemm is not exported.)
+// The machine's GEMM on small dense matrices, from inside a parallel region. float: oneDNN's micro-kernel,
+// which ATen exports (and which falls back to the BLAS where oneDNN has none); double: ATen's mm on the BLAS.
 #pragma once
 
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
+#include "cpu/rows.h"
+
 namespace effdense {
 
-// A row-major matrix in somebody else's memory; `t()` reads it transposed.
-template <typename A>
-struct Matrix {
-  A* data;
-  int64_t rows, columns, row_stride, column_stride = 1;
-  Matrix t() const { return {data, columns, rows, column_stride, row_stride}; }
-  at::Tensor tensor() const {
-    return at::from_blob(data, {rows, columns}, {row_stride, column_stride},
-                         c10::CppTypeToScalarType<A>::value);
-  }
-};
+// c [m, n] = a [m, k] b [k, n], or c += a b; every matrix row-major.
+inline void gemm(int64_t m, int64_t n, int64_t k, Block<const float> a, Block<const float> b, Block<float> c,
+                 bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, a.step, b.step, c.step, accumulate, a.data, b.data, c.data);
+}
 
-// c = a b, or c += a b. Calls the CPU kernel directly: the dispatcher's cost would show on tiles this small.
-template <typename A>
-void gemm(const Matrix<A>& a, const Matrix<A>& b, const Matrix<A>& c, bool accumulate) {
-  at::Tensor out = c.tensor();
+// Calls the CPU kernel directly: the dispatcher's cost would show on tiles this small.
+inline void gemm(int64_t m, int64_t n, int64_t k, Block<const double> a, Block<const double> b,
+                 Block<double> c, bool accumulate) {
+  const auto matrix = [](double* data, int64_t rows, int64_t columns, int64_t step) {
+    return at::from_blob(data, {rows, columns}, {step, 1}, at::kDouble);
+  };
+  at::Tensor out = matrix(c.data, m, n, c.step);
+  const at::Tensor left = matrix(const_cast<double*>(a.data), m, k, a.step);
+  const at::Tensor right = matrix(const_cast<double*>(b.data), k, n, b.step);
   if (accumulate)
-    at::cpu::addmm_out(out, out, a.tensor(), b.tensor());
+    at::cpu::addmm_out(out, out, left, right);
   else
-    at::cpu::mm_out(out, a.tensor(), b.tensor());
+    at::cpu::mm_out(out, left, right);
 }
 
 }  // namespace effdense

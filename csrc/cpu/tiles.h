@@ -1,9 +1,9 @@
-// What the CPU operators share: feature maps as lists of planes, and tiles of pixels small enough to stay in
-// cache.
+// What the CPU operators share: feature maps as matrices of pixels by channels, and tiles of pixels small
+// enough to stay in cache.
 //
-// A list of features [N, C_i, *spatial] is read where it lies: every image of every feature is a dense matrix
-// of C_i rows (channels) by `pixels` columns; only the step from image to image is free. So a list, a slice
-// of a larger buffer, and the prefix of a block's feature buffer are all the same thing here.
+// Channels-last is the layout of everything effdense makes itself: a map [N, C, *spatial] is then a matrix
+// [N * pixels, C] with some step from pixel to pixel, and the prefix of a block's feature buffer is such a
+// matrix too. Features that a user passes may also lie channel by channel; they are transposed tile by tile.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -24,125 +25,32 @@ inline int64_t count_pixels(const Tensor& x) {
   return pixels;
 }
 
-// True where every image of x is a dense [C, *spatial] block.
-inline bool images_are_dense(const Tensor& x) {
-  int64_t expected = 1;
-  for (int64_t i = x.dim() - 1; i >= 1; --i) {
-    if (x.size(i) != 1 && x.stride(i) != expected) return false;
-    expected *= x.size(i);
+// The step from pixel to pixel, where all pixels of an image are equally far apart (1 where there is only
+// one).
+inline std::optional<int64_t> pixel_step(const Tensor& x) {
+  std::optional<int64_t> step;
+  int64_t pixels = 1;
+  for (int64_t i = x.dim() - 1; i >= 2; --i) {
+    if (x.size(i) == 1) continue;
+    if (!step) step = x.stride(i) / pixels;
+    if (x.stride(i) != *step * pixels) return std::nullopt;
+    pixels *= x.size(i);
   }
-  return true;
+  return step.value_or(1);
 }
 
-template <typename T>
-struct Plane {
-  T* data;               // the channel's row in image 0
-  int64_t image_stride;  // elements from image to image
-  T* row(int64_t image) const { return data + image * image_stride; }
-};
-
-// One Plane per channel of a list of features. Keeps dense copies of features that are not dense alive.
-template <typename T>
-class Planes {
- public:
-  static Planes readable(TensorList features) {
-    Planes planes;
-    for (const Tensor& feature : features) {
-      const Tensor dense = images_are_dense(feature) ? feature : feature.contiguous();
-      planes.dense_.push_back(dense);
-      planes.append(dense, const_cast<T*>(static_cast<const T*>(dense.const_data_ptr())));
-    }
-    return planes;
-  }
-
-  // For writing: the tensors must be dense; an empty one gives rows that are null.
-  static Planes writable(const char* op, const char* name, TensorList tensors, TensorList like) {
-    Planes planes;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const bool wanted = tensors[i].numel() > 0;
-      TORCH_CHECK_VALUE(!wanted || images_are_dense(tensors[i]), op, ": ", name,
-                        " must be dense in every image (written in place), got strides ",
-                        tensors[i].strides());
-      planes.append(wanted ? tensors[i] : like[i],
-                    wanted ? static_cast<T*>(tensors[i].mutable_data_ptr()) : nullptr);
-    }
-    return planes;
-  }
-
-  const Plane<T>& operator[](int64_t channel) const { return planes_[channel]; }
-  int64_t channels() const { return static_cast<int64_t>(planes_.size()); }
-
- private:
-  Planes() = default;
-  void append(const Tensor& x, T* data) {
-    const int64_t pixels = count_pixels(x);
-    for (int64_t c = 0; c < x.size(1); ++c)
-      planes_.push_back(data == nullptr ? Plane<T>{nullptr, 0} : Plane<T>{data + c * pixels, x.stride(0)});
-  }
-
-  std::vector<Tensor> dense_;
-  std::vector<Plane<T>> planes_;
-};
-
-// Whole images first_image..last_image, or a piece of one: pixels first_pixel..last_pixel of each.
-struct Tile {
-  int64_t first_image, last_image, first_pixel, last_pixel;
-  int64_t images() const { return last_image - first_image; }
-  int64_t pixels() const { return last_pixel - first_pixel; }
-  int64_t columns() const { return images() * pixels(); }
-};
-
-// Cuts N images of `pixels` pixels into tiles of at most `columns` columns (or one image, where that is
-// smaller).
-class Tiling {
- public:
-  Tiling(int64_t images, int64_t pixels, int64_t columns) : images_(images), pixels_(pixels) {
-    if (images == 0 || pixels == 0) return;
-    pieces_ = (pixels + columns - 1) / columns;
-    step_ = (pixels + pieces_ - 1) / pieces_;
-    if (pieces_ > 1) step_ = (step_ + 15) / 16 * 16;
-    pieces_ = (pixels + step_ - 1) / step_;
-    group_ = pieces_ > 1 ? 1 : std::max<int64_t>(1, columns / pixels);
-    count_ = (images + group_ - 1) / group_ * pieces_;
-  }
-  int64_t count() const { return count_; }
-  int64_t columns() const { return group_ * step_; }
-  Tile operator[](int64_t i) const {
-    const int64_t image = i / pieces_ * group_, pixel = i % pieces_ * step_;
-    return {image, std::min(image + group_, images_), pixel, std::min(pixel + step_, pixels_)};
-  }
-
- private:
-  int64_t images_, pixels_, pieces_ = 1, step_ = 0, group_ = 1, count_ = 0;
-};
-
-// Runs body(slot, begin, end) over a fixed cut of `count` items, one slot per thread: sums kept per slot and
-// merged in order are bitwise repeatable for a given thread count.
-inline int64_t count_slots(int64_t count) {
-  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count));
+// The step from row to row of x as a matrix [N * pixels, C], channels side by side; nothing where it is none.
+inline std::optional<int64_t> matrix_step(const Tensor& x) {
+  if (x.numel() == 0) return x.size(1);
+  const std::optional<int64_t> step = pixel_step(x);
+  const int64_t pixels = count_pixels(x);
+  if (!step || (x.size(1) != 1 && x.stride(1) != 1)) return std::nullopt;
+  if (pixels == 1) return x.size(0) == 1 ? x.size(1) : x.stride(0);
+  if (x.size(0) != 1 && x.stride(0) != *step * pixels) return std::nullopt;
+  return step;
 }
 
-template <typename Body>
-void for_each_slot(int64_t slots, int64_t count, const Body& body) {
-  at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot)
-      body(slot, count * slot / slots, count * (slot + 1) / slots);
-  });
-}
-
-// Mean and sum of squares about it, merged pair by pair (Chan, Golub, LeVeque 1983), in double.
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-  void merge(double other_count, double other_mean, double other_m2) {
-    if (other_count == 0) return;
-    const double total = count + other_count, delta = other_mean - mean;
-    mean += delta * other_count / total;
-    m2 += other_m2 + delta * delta * count * other_count / total;
-    count = total;
-  }
-  // Biased; 1 where there is no value.
-  double variance() const { return count > 0 ? m2 / count : 1.0; }
-};
+inline Tensor channels_last_copy(const Tensor& x) { return x.movedim(1, -1).contiguous().movedim(-1, 1); }
 
 template <typename scalar_t>
 using storage_t = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, bfloat16, scalar_t>;
@@ -154,5 +62,215 @@ using storage_t = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, bfl
     using A = acc_t<T>;                                           \
     __VA_ARGS__();                                                \
   })
+
+// A map that is read as a matrix, and the copy that this may have taken.
+template <typename T>
+struct Readable {
+  explicit Readable(const Tensor& x)
+      : dense(matrix_step(x) ? x : channels_last_copy(x)),
+        block{static_cast<const T*>(dense.const_data_ptr()), *matrix_step(dense)} {}
+  Tensor dense;
+  Block<const T> block;
+};
+
+// A map that is written in place as a matrix: no copy can stand in for it.
+template <typename T>
+Block<T> writable(const char* op, const char* name, const Tensor& x) {
+  const std::optional<int64_t> step = matrix_step(x);
+  TORCH_CHECK_VALUE(step.has_value(), op, ": ", name, " must be channels-last (written in place), got shape ",
+                    x.sizes(), " with strides ", x.strides());
+  TORCH_CHECK_VALUE(*step >= x.size(1) || x.size(0) * count_pixels(x) <= 1, op, ": ", name,
+                    " must not overlap itself (written in place), got shape ", x.sizes(), " with strides ",
+                    x.strides());
+  return {static_cast<T*>(x.mutable_data_ptr()), *step};
+}
+
+template <typename T>
+Block<T> from_row(Block<T> block, int64_t row) {
+  return {block.data + row * block.step, block.step};
+}
+template <typename T>
+Block<T> from_column(Block<T> block, int64_t column) {
+  return {block.data + column, block.step};
+}
+template <typename A>
+Block<const A> constant(Block<A> block) {
+  return {block.data, block.step};
+}
+
+// Rows (pixels of all images) first..last.
+struct Tile {
+  int64_t first, last;
+  int64_t rows() const { return last - first; }
+};
+
+// A list of features [N, C_i, *spatial] read where it lies: each either pixel by pixel or channel by channel.
+template <typename T>
+class Features {
+ public:
+  explicit Features(TensorList features) : pixels_(count_pixels(features[0])) {
+    for (const Tensor& feature : features) {
+      const std::optional<int64_t> step = matrix_step(feature);
+      const bool planes = !step && pixel_step(feature) == 1;
+      const Tensor x = step || planes ? feature : channels_last_copy(feature);
+      const Block<const T> block{static_cast<const T*>(x.const_data_ptr()),
+                                 planes ? x.stride(1) : *matrix_step(x)};
+      maps_.push_back({x, block, x.size(1), planes ? x.stride(0) : 0, planes});
+      channels_ += x.size(1);
+    }
+  }
+  int64_t channels() const { return channels_; }
+
+  // One tile of all features as a matrix [tile.rows(), channels]: where it lies, else in `scratch`.
+  template <typename A>
+  Block<const A> read(const Rows<T>& loops, Tile tile, A* scratch) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (maps_.size() == 1 && !maps_[0].planes) return from_row(maps_[0].block, tile.first);
+    Block<A> out{scratch, channels_};
+    for (const Map& map : maps_) {
+      if (map.planes)
+        read_planes(loops, map, tile, out);
+      else
+        loops.load(tile.rows(), map.channels, from_row(map.block, tile.first), out);
+      out = from_column(out, map.channels);
+    }
+    return {scratch, channels_};
+  }
+
+ private:
+  struct Map {
+    Tensor keep;
+    Block<const T> block;  // step: from pixel to pixel; with `planes` from channel to channel
+    int64_t channels, image_stride;
+    bool planes;  // channel by channel
+  };
+
+  template <typename A>
+  void read_planes(const Rows<T>& loops, const Map& map, Tile tile, Block<A> out) const {
+    for (int64_t row = tile.first; row < tile.last;) {
+      const int64_t image = row / pixels_, pixel = row % pixels_;
+      const int64_t count = std::min(pixels_ - pixel, tile.last - row);
+      const Block<const T> from{map.block.data + image * map.image_stride + pixel, map.block.step};
+      loops.load_transposed(count, map.channels, from, from_row(out, row - tile.first));
+      row += count;
+    }
+  }
+
+  int64_t pixels_, channels_ = 0;
+  std::vector<Map> maps_;
+};
+
+// Cuts `rows` rows into tiles of at most `limit` rows, as many for each of `slots` threads as can be.
+class Tiling {
+ public:
+  Tiling(int64_t rows, int64_t limit) : rows_(rows) {
+    if (rows == 0) return;
+    const int64_t threads = at::get_num_threads();
+    const int64_t wanted = (rows + limit - 1) / limit;
+    const int64_t even = (wanted + threads - 1) / threads * threads;
+    step_ = (((rows + even - 1) / even) + 7) / 8 * 8;
+    count_ = (rows + step_ - 1) / step_;
+  }
+  int64_t count() const { return count_; }
+  int64_t step() const { return step_; }
+  int64_t slots() const { return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count_)); }
+  Tile operator[](int64_t i) const { return {i * step_, std::min((i + 1) * step_, rows_)}; }
+
+  // Runs body(slot, tile) over a fixed cut of the tiles, one slot per thread: sums kept per slot and merged
+  // in order are bitwise repeatable for a given thread count.
+  template <typename Body>
+  void for_each(const Body& body) const {
+    const int64_t used = slots();
+    at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot)
+        for (int64_t t = count_ * slot / used; t < count_ * (slot + 1) / used; ++t) body(slot, (*this)[t]);
+    });
+  }
+
+ private:
+  int64_t rows_, step_ = 0, count_ = 0;
+};
+
+// Rows for loops that only pass over memory: few enough to be in L1 or L2 for a second pass.
+constexpr int64_t kRows = 256;
+
+// Per slot and channel: mean and sum of squares about it, merged pair by pair (Chan, Golub, LeVeque 1983), in
+// double.
+class Moments {
+ public:
+  Moments(int64_t slots, int64_t channels) : channels_(channels), all_(slots) {
+    for (Part& part : all_) part.resize(channels);
+  }
+
+  // Adds a tile's values of one slot.
+  template <typename T>
+  void add(const Rows<T>& loops, int64_t slot, int64_t rows, Block<const T> x) {
+    Part& part = all_[slot];
+    loops.moments(rows, channels_, x, part.tile_mean.data(), part.tile_m2.data());
+    part.merge(static_cast<double>(rows), part.tile_mean, part.tile_m2);
+  }
+
+  // Writes mean and biased variance; 0 and 1 where there was no value.
+  template <typename A>
+  void write(A* mean, A* var) {
+    Part total;
+    total.resize(channels_);
+    for (Part& part : all_) total.merge(part.count, part.mean, part.m2);
+    for (int64_t c = 0; c < channels_; ++c) {
+      mean[c] = static_cast<A>(total.mean[c]);
+      var[c] = static_cast<A>(total.count > 0 ? total.m2[c] / total.count : 1.0);
+    }
+  }
+
+ private:
+  struct Part {
+    double count = 0;
+    std::vector<double> mean, m2, tile_mean, tile_m2;
+    void resize(int64_t channels) {
+      for (std::vector<double>* v : {&mean, &m2, &tile_mean, &tile_m2}) v->resize(channels);
+    }
+    void merge(double other, const std::vector<double>& other_mean, const std::vector<double>& other_m2) {
+      if (other == 0) return;
+      const double total = count + other, weight = other / total, cross = count * weight;
+      for (size_t c = 0; c < mean.size(); ++c) {
+        const double delta = other_mean[c] - mean[c];
+        mean[c] += delta * weight;
+        m2[c] += other_m2[c] + delta * delta * cross;
+      }
+      count = total;
+    }
+  };
+  int64_t channels_;
+  std::vector<Part> all_;
+};
+
+// Per slot and channel: the two sums that batch normalisation's backward needs.
+class Sums {
+ public:
+  Sums(int64_t slots, int64_t channels)
+      : channels_(channels), all_(slots, std::vector<double>(2 * channels)) {}
+
+  double* d(int64_t slot) { return all_[slot].data(); }
+  double* dx(int64_t slot) { return all_[slot].data() + channels_; }
+
+  // Merges the slots into the first, in order.
+  void merge() {
+    for (size_t slot = 1; slot < all_.size(); ++slot)
+      for (int64_t i = 0; i < 2 * channels_; ++i) all_[0][i] += all_[slot][i];
+  }
+  template <typename A>
+  void write(const Tensor& sum_d, const Tensor& sum_dx) {
+    merge();
+    A *to_d = sum_d.mutable_data_ptr<A>(), *to_dx = sum_dx.mutable_data_ptr<A>();
+    for (int64_t c = 0; c < channels_; ++c) {
+      to_d[c] = static_cast<A>(d(0)[c]);
+      to_dx[c] = static_cast<A>(dx(0)[c]);
+    }
+  }
+
+ private:
+  int64_t channels_;
+  std::vector<std::vector<double>> all_;
+};
 
 }  // namespace effdense

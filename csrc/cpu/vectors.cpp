@@ -1,0 +1,103 @@
+// What is done with one number per channel: fold, defer. As operators of their own because a deep net has
+// hundreds of norms, and a handful of tensor operations for each would cost more than its pixels.
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "cpu/tiles.h"
+
+namespace effdense {
+namespace {
+
+// A norm's weight or bias in the accumulation type.
+Tensor parameter(const char* op, const char* name, const std::optional<Tensor>& vector, const Tensor& like) {
+  if (!vector) return Tensor();
+  const Tensor wide = vector->to(like.scalar_type()).contiguous();
+  check_per_channel(op, name, wide, like, like.numel());
+  return wide;
+}
+
+std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
+                                        const std::optional<Tensor>& weight,
+                                        const std::optional<Tensor>& bias, double eps) {
+  constexpr const char* op = "fold";
+  check_per_channel(op, "mean", mean, mean, mean.numel());
+  check_per_channel(op, "var", var, mean, mean.numel());
+  const Tensor w = parameter(op, "weight", weight, mean), b = parameter(op, "bias", bias, mean);
+  Tensor rstd = at::empty_like(mean), scale = at::empty_like(mean), shift = at::empty_like(mean);
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), op, [&] {
+    const scalar_t *mean_data = mean.const_data_ptr<scalar_t>(), *var_data = var.const_data_ptr<scalar_t>();
+    const scalar_t* weight_data = w.defined() ? w.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t* bias_data = b.defined() ? b.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t *rstd_data = rstd.mutable_data_ptr<scalar_t>(), *scale_data = scale.mutable_data_ptr<scalar_t>(),
+             *shift_data = shift.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < mean.numel(); ++c) {
+      rstd_data[c] = scalar_t(1) / std::sqrt(var_data[c] + static_cast<scalar_t>(eps));
+      scale_data[c] = weight_data == nullptr ? rstd_data[c] : rstd_data[c] * weight_data[c];
+      shift_data[c] = (bias_data == nullptr ? scalar_t(0) : bias_data[c]) - mean_data[c] * scale_data[c];
+    }
+  });
+  return {rstd, scale, shift};
+}
+
+void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale, int64_t count,
+           Tensor& a, Tensor& b) {
+  constexpr const char* op = "defer";
+  const int64_t channels = sum_d.numel();
+  check_per_channel(op, "sum_d", sum_d, sum_d, channels);
+  check_per_channel(op, "sum_dx", sum_dx, sum_d, channels);
+  check_per_channel(op, "rstd", rstd, sum_d, channels);
+  check_per_channel(op, "scale", scale, sum_d, channels);
+  TORCH_CHECK_VALUE(a.is_contiguous() && b.is_contiguous() && a.numel() >= channels && b.numel() == a.numel(),
+                    op, ": a and b must be contiguous vectors of at least ", channels,
+                    " elements, got shapes ", a.sizes(), " and ", b.sizes());
+  check_type(op, "a", a, sum_d.scalar_type(), "the type that sums are kept in");
+  check_type(op, "b", b, sum_d.scalar_type(), "the type that sums are kept in");
+  AT_DISPATCH_FLOATING_TYPES(sum_d.scalar_type(), op, [&] {
+    const scalar_t *d = sum_d.const_data_ptr<scalar_t>(), *dx = sum_dx.const_data_ptr<scalar_t>();
+    const scalar_t *r = rstd.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();
+    scalar_t *to_a = a.mutable_data_ptr<scalar_t>(), *to_b = b.mutable_data_ptr<scalar_t>();
+    const scalar_t share = scalar_t(1) / static_cast<scalar_t>(std::max<int64_t>(count, 1));
+    for (int64_t c = 0; c < channels; ++c) {
+      to_a[c] += share * s[c] * d[c];
+      to_b[c] += share * s[c] * r[c] * r[c] * dx[c];
+    }
+  });
+}
+
+// running <- keep * running + take * batch for every pair; schema in effdense/batch_norm.py, as plain PyTorch
+// needs it too.
+void update_running_statistics(TensorList running, TensorList batch, at::ArrayRef<double> keep,
+                               at::ArrayRef<double> take) {
+  constexpr const char* op = "update_running_statistics";
+  const size_t count = running.size();
+  TORCH_CHECK_VALUE(batch.size() == count && keep.size() == count && take.size() == count, op,
+                    ": batch, keep and take must have ", count, " elements (one per running statistic), got ",
+                    batch.size(), ", ", keep.size(), " and ", take.size());
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& to = running[i];
+    TORCH_CHECK_VALUE(batch[i].sizes() == to.sizes(), op, ": batch[", i, "] must have shape ", to.sizes(),
+                      ", got ", batch[i].sizes());
+    if (to.is_contiguous() && to.scalar_type() == at::kFloat && batch[i].scalar_type() == at::kFloat &&
+        batch[i].is_contiguous()) {
+      float* to_data = to.mutable_data_ptr<float>();
+      const float* from = batch[i].const_data_ptr<float>();
+      const float kept = static_cast<float>(keep[i]), taken = static_cast<float>(take[i]);
+      for (int64_t c = 0; c < to.numel(); ++c) to_data[c] = kept * to_data[c] + taken * from[c];
+    } else {
+      to.mul_(keep[i]).add_(batch[i], take[i]);
+    }
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(effdense, CPU, m) {
+  m.impl("fold", fold);
+  m.impl("defer", defer);
+  m.impl("update_running_statistics", update_running_statistics);
+}
+
+}  // namespace effdense

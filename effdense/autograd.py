@@ -1,0 +1,138 @@
+"""What the autograd nodes share: autocast's rule, one differentiation only, gradients in the parameters' form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdense.checks import check_features, check_same_dtype
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of x."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off where it is on."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+
+
+def prepare(
+    op: str, features: Sequence[Tensor], parameters: Sequence[Tensor | None]
+) -> tuple[int, Sequence[Tensor], Sequence[Tensor | None], torch.dtype | None]:
+    """Checks the features; returns their channels, features and convolution parameters as they run, the result's dtype.
+
+    Under torch.autocast the widest feature decides, as in torch's own concatenation and batch norm: features of
+    autocast's dtype stay as they are, and a float32 one makes all of it run in float32, up to the result (which has
+    autocast's dtype; None without autocast). float64 stays out of autocast.
+    """
+    channels, result = check_features(op, features), None
+    if autocast_enabled(features[0]):
+        widest = features[0].dtype
+        for x in features:
+            widest = torch.promote_types(widest, x.dtype)
+        features = [x.to(widest) for x in features]
+        if widest != torch.float64:
+            parameters = [p if p is None or p.dtype == torch.float64 else p.to(widest) for p in parameters]
+            result = torch.get_autocast_dtype(features[0].device.type)
+    else:
+        check_same_dtype(op, features)
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        # Inference tensors cannot be saved for a backward.
+        features = [x.clone() if x.is_inference() else x for x in features]
+    return channels, features, parameters, result
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients through, and says what is wrong when they are differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tuple(g if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: double backward is not supported (its gradient was differentiated again, as by a gradient "
+            "penalty or a Hessian); use the unconverted model for that"
+        )
+
+
+def differentiable_once(op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What a backward returns: gradients that refuse, clearly, to be differentiated."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    result: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(
+        op, *(g if g is None else g.detach().requires_grad_() for g in grads)
+    )
+    return result
+
+
+def matrix(conv_weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight as the operators want it: [O, C], contiguous."""
+    return conv_weight.flatten(1).contiguous()
+
+
+def vector(conv_bias: Tensor | None, like: Tensor) -> Tensor | None:
+    """A convolution's bias as the operators want it: in the dtype of the vector `like`, contiguous."""
+    return None if conv_bias is None else conv_bias.to(like.dtype).contiguous()
+
+
+def sum_per_channel(x: Tensor) -> Tensor:
+    """[N, C, *spatial] -> [C]."""
+    return x.sum([d for d in range(x.dim()) if d != 1])
+
+
+def shaped(like: Tensor, grad: Tensor) -> Tensor:
+    """A gradient in the dtype and shape of its parameter."""
+    grad = grad if grad.dtype == like.dtype else grad.to(like.dtype)
+    return grad if grad.shape == like.shape else grad.view(like.shape)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in channels-last layout, copied only if it is not."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def empty_channels_last(like: Tensor, channels: int) -> Tensor:
+    """An uninitialised [N, channels, *spatial] in channels-last layout, of the batch and spatial sizes of `like`."""
+    return like.new_empty(like.shape[0], *like.shape[2:], channels).movedim(-1, 1)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of odd kernel size that keeps the image's size, on PyTorch's own kernels."""
+    x_, weight_, settings = _conv_form(x, weight)
+    y: Tensor = torch.ops.aten.convolution(x_, weight_, bias, *settings)
+    return y.squeeze(2) if x.dim() == 3 else y
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, as far as `needs` asks for them."""
+    x_, weight_, settings = _conv_form(x, weight)
+    bias_sizes = None if bias is None else list(bias.shape)
+    grad_ = grad.unsqueeze(2) if x.dim() == 3 else grad
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_, x_, weight_, bias_sizes, *settings, list(needs)
+    )
+    if x.dim() == 3:
+        grad_x = grad_x.squeeze(2) if needs[0] else grad_x
+        grad_weight = grad_weight.squeeze(2) if needs[1] else grad_weight
+    return grad_x, grad_weight, grad_bias
+
+
+def _conv_form(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """x, weight, and stride, padding, dilation, transposed, output_padding, groups; 1D as 2D, which knows channels-last."""
+    padding = [k // 2 for k in weight.shape[2:]]
+    if x.dim() == 3:
+        x, weight, padding = x.unsqueeze(2), weight.unsqueeze(2), [0, *padding]
+    ones = [1] * len(padding)
+    return x, weight, (ones, padding, ones, False, [0] * len(padding), 1)

@@ -1,0 +1,363 @@
+"""DenseLayer, PlainDenseLayer, DenseBlock, Transition: what a DenseNet repeats."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effdense import dense_block, dense_layer, pool
+from effdense.autograd import prepare, without_autocast
+from effdense.batch_norm import Norm, read_module, update_modules
+from effdense.checks import check_conv_weight, check_memory, check_norm, check_vector
+from effdense.nn.obstacles import (
+    chain_obstacle,
+    global_hooks,
+    module_obstacle,
+    plain_avg_pool,
+    transition_obstacle,
+)
+from effdense.stage import Settings
+
+
+def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
+    """The three call forms of a dense layer: layer(list), layer(tensor), layer(*features)."""
+    if len(inputs) == 1 and isinstance(inputs[0], (list, tuple)):
+        return list(inputs[0])
+    return list(inputs)  # type: ignore[arg-type]
+
+
+class DenseLayer(nn.Module):
+    """norm1-relu1-conv1(1x1)-norm2-relu2-conv2(3x3) of all features before it; drop-in for torchvision's `_DenseLayer`.
+
+    Huang et al., "Densely Connected Convolutional Networks" (arXiv 1608.06993), section 3, the bottleneck layer.
+
+    Args:
+        num_input_features: channels of all features together.
+        growth_rate: channels that the layer adds (k).
+        bn_size: the bottleneck has bn_size * growth_rate channels.
+        drop_rate: probability of dropping a value of the new features while training.
+        memory_efficient: accepted for torchvision's sake; `memory` is what counts here.
+        memory: "balanced" keeps the bottleneck's output for the backward, "minimal" computes it again.
+    """
+
+    parts: ClassVar[Mapping[str, int | None]] = {
+        "norm1": None,
+        "relu1": None,
+        "conv1": 1,
+        "norm2": None,
+        "relu2": None,
+        "conv2": 3,
+    }
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int,
+        drop_rate: float,
+        memory_efficient: bool = False,
+        *,
+        memory: str = "balanced",
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(num_input_features, bn_size * growth_rate, kernel_size=1, stride=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(
+            bn_size * growth_rate, growth_rate, kernel_size=3, stride=1, padding=1, bias=False
+        )
+        self.drop_rate = float(drop_rate)
+        self.memory_efficient = memory_efficient
+        self.memory = memory
+
+    @property
+    def memory(self) -> str:
+        """What is kept for the backward: "balanced" or "minimal"."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self._memory = check_memory("DenseLayer", memory)
+
+    def obstacle(self) -> str | None:
+        """Why the layer runs its submodules one by one at the moment, or None where it runs fused."""
+        return chain_obstacle(self._modules, self.parts)
+
+    def forward(self, *inputs: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
+        features = _as_list(inputs)
+        if self.obstacle() is None:
+            new, mask = self._fused(features), _draw_mask(self, features[0])
+            return new if mask is None else new * mask * _scale(self.drop_rate)
+        new = self._one_by_one(features)
+        if self.drop_rate > 0:
+            new = F.dropout(new, p=self.drop_rate, training=self.training)
+        return new
+
+    def _one_by_one(self, features: list[Tensor]) -> Tensor:
+        y = self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
+        new: Tensor = self.conv2(self.relu2(self.norm2(y)))
+        return new
+
+    def _fused(self, features: list[Tensor]) -> Tensor:
+        new, statistics1, statistics2 = dense_layer.dense_layer(
+            self.memory, features, read_module(self.norm1), self.conv1, read_module(self.norm2), self.conv2
+        )
+        count = new.numel() // new.shape[1]
+        update_modules([(self.norm1, *statistics1), (self.norm2, *statistics2)], count)
+        return new
+
+
+def _draw_mask(layer: Any, x: Tensor) -> Tensor | None:
+    """Which of the layer's new features dropout keeps, in bytes; None where it drops nothing.
+
+    Drawn in the contiguous layout, so that on the CPU it is what F.dropout would draw.
+    """
+    if not (layer.training and layer.drop_rate > 0):
+        return None
+    growth = list(layer._modules.values())[-1].weight.shape[0]
+    shape = (x.shape[0], growth, *x.shape[2:])
+    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - layer.drop_rate)
+
+
+def _scale(drop_rate: float) -> float:
+    """What dropout multiplies the values it keeps with."""
+    return 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
+
+
+class PlainDenseLayer(nn.Module):
+    """norm1-relu1-conv1(3x3) of all features before it: the layer without a bottleneck.
+
+    Huang et al., "Densely Connected Convolutional Networks" (arXiv 1608.06993), section 3, the composite function. It
+    runs fused as part of a DenseBlock; by itself it calls its submodules.
+
+    Args:
+        num_input_features, growth_rate, drop_rate, memory: see DenseLayer.
+        bias: whether the convolution has a bias.
+    """
+
+    parts: ClassVar[Mapping[str, int | None]] = {"norm1": None, "relu1": None, "conv1": 3}
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        drop_rate: float = 0.0,
+        *,
+        bias: bool = False,
+        memory: str = "balanced",
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=bias)
+        self.drop_rate = float(drop_rate)
+        self.memory = memory
+
+    memory = DenseLayer.memory
+    obstacle = DenseLayer.obstacle
+
+    def forward(self, *inputs: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
+        features = _as_list(inputs)
+        x = features[0] if len(features) == 1 else torch.cat(features, 1)
+        new: Tensor = self.conv1(self.relu1(self.norm1(x)))
+        if self.drop_rate > 0:
+            new = F.dropout(new, p=self.drop_rate, training=self.training)
+        return new
+
+
+_LAYERS = (DenseLayer, PlainDenseLayer)
+
+
+class DenseBlock(nn.ModuleDict):
+    """Layers of which each reads the input and all layers before it; drop-in for torchvision's `_DenseBlock`.
+
+    Args:
+        num_layers: how many layers, named denselayer1, denselayer2, …
+        num_input_features: channels of the block's input.
+        bn_size, growth_rate, drop_rate, memory_efficient, memory: see DenseLayer.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int,
+        growth_rate: int,
+        drop_rate: float,
+        memory_efficient: bool = False,
+        *,
+        memory: str = "balanced",
+    ) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            self[f"denselayer{i + 1}"] = DenseLayer(
+                num_input_features + i * growth_rate,
+                growth_rate,
+                bn_size,
+                drop_rate,
+                memory_efficient,
+                memory=memory,
+            )
+
+    def obstacle(self) -> str | None:
+        """Why the block runs its layers one by one at the moment, or None where it runs as a whole."""
+        if (reason := global_hooks()) is not None:
+            return reason
+        layers: list[Any] = list(self.values())
+        if not layers:
+            return "it has no layers"
+        kind = type(layers[0]) if type(layers[0]) in _LAYERS else DenseLayer
+        for name, layer in self.items():
+            reason = module_obstacle(name, layer, (kind,))
+            if reason is None and (inner := layer.obstacle()) is not None:
+                reason = f"{name}: {inner}"
+            if reason is None and layer.memory != layers[0].memory:
+                reason = f"{name}.memory is {layer.memory!r}, not {layers[0].memory!r} like the first layer's"
+            if reason is not None:
+                return reason
+        return None
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        """[N, num_input_features, *spatial] -> [N, num_input_features + num_layers * growth_rate, *spatial].
+
+        Fused, the output is the block's feature buffer, in channels-last layout.
+        """
+        if isinstance(init_features, Tensor) and self.obstacle() is None:
+            return run_stage(self, init_features)
+        features = [init_features]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _check_layer(
+    name: str, kernels: tuple[int, ...], norms: Sequence[Norm], convs: Sequence[Any], channels: int, x: Tensor
+) -> None:
+    """Checks one layer's tensors against the channels that reach it."""
+    op = "DenseBlock"
+    for i, (kernel, norm) in enumerate(zip(kernels, norms, strict=True)):
+        weight, bias = convs[2 * i : 2 * i + 2]
+        check_norm(op, [f"{name}.norm{i + 1}.{part}" for part in _TENSORS], norm, channels, x)
+        check_conv_weight(op, f"{name}.conv{i + 1}.weight", weight, channels, kernel, x)
+        channels = weight.shape[0]
+        check_vector(op, f"{name}.conv{i + 1}.bias", bias, channels, x, "the convolution's output channels")
+
+
+def _masks(layers: Sequence[Any], x: Tensor) -> tuple[list[float], list[Tensor | None]]:
+    """Dropout's probabilities and masks for the engine: nothing at all where no layer drops."""
+    masks = [_draw_mask(layer, x) for layer in layers]
+    if all(mask is None for mask in masks):
+        return [], []
+    drop = [p for layer in layers for p in (0.0, layer.drop_rate)]
+    return drop, [m for mask in masks for m in (None, mask)]
+
+
+def run_stage(
+    block: DenseBlock, x: Tensor, pool_norm: Any = None, kernel_size: Sequence[int] = (), conv: Any = None
+) -> Tensor:
+    """Runs a block that has no obstacle, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage."""
+    layers: list[Any] = list(block.values())
+    bottleneck = isinstance(layers[0], DenseLayer)
+    kernels = (1, 3) if bottleneck else (3,)
+    modules = [[getattr(layer, f"norm{i + 1}") for i in range(len(kernels))] for layer in layers]
+    convs = [getattr(layer, f"conv{i + 1}") for layer in layers for i in range(len(kernels))]
+    convs += [] if conv is None else [conv]
+    channels, (x,), weights, result = prepare(
+        "DenseBlock", [x], [p for c in convs for p in (c.weight, c.bias)]
+    )
+    parameters: list[Tensor | None] = []
+    norms: list[Norm] = []
+    for i, name in enumerate(block):
+        own, pairs = [read_module(m) for m in modules[i]], weights[2 * len(kernels) * i :][: 2 * len(kernels)]
+        _check_layer(name, kernels, own, pairs, channels, x)
+        for j, norm in enumerate(own):
+            parameters += [norm.weight, norm.bias, *pairs[2 * j : 2 * j + 2]]
+        norms += own
+        channels += pairs[-2].shape[0]  # type: ignore[union-attr]
+    all_norms = [m for own in modules for m in own]
+    if pool_norm is not None:
+        norm = read_module(pool_norm)
+        check_norm("DenseBlock", [f"the following norm.{part}" for part in _TENSORS], norm, channels, x)
+        behind: Sequence[Tensor | None] = (None, None) if conv is None else weights[-2:]
+        if conv is not None:
+            check_conv_weight("DenseBlock", "the following conv.weight", behind[0], channels, 1, x)
+        parameters += [norm.weight, norm.bias, *behind]
+        norms.append(norm)
+        all_norms.append(pool_norm)
+    drop, masks = _masks(layers, x)
+    settings = Settings(
+        bottleneck=bottleneck,
+        memory=layers[0].memory,
+        lowest=-1,
+        eps=[norm.eps for norm in norms],
+        batch_statistics=[norm.batch_statistics for norm in norms],
+        drop=drop,
+        pool=list(kernel_size),
+    )
+    running = [
+        t for n in norms for t in ((None, None) if n.batch_statistics else (n.running_mean, n.running_var))
+    ]
+    with without_autocast(x):
+        out, stage, vectors = dense_block.run(settings, x, parameters, running, masks)
+    statistics = stage.split_vectors(vectors)[1]
+    count = x.numel() // x.shape[1]
+    update_modules([(m, *s) for m, s in zip(all_norms, statistics, strict=True)], count)
+    return out if conv is None or result is None else out.to(result)
+
+
+class Transition(nn.Sequential):
+    """norm-relu-conv(1x1)-pool(2x2 average); drop-in for torchvision's `_Transition`.
+
+    Args:
+        num_input_features: channels of the input.
+        num_output_features: channels of the output.
+    """
+
+    names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")
+
+    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+        super().__init__(
+            OrderedDict(
+                norm=nn.BatchNorm2d(num_input_features),
+                relu=nn.ReLU(inplace=True),
+                conv=nn.Conv2d(num_input_features, num_output_features, kernel_size=1, stride=1, bias=False),
+                pool=nn.AvgPool2d(kernel_size=2, stride=2),
+            )
+        )
+
+    def obstacle(self) -> str | None:
+        """Why the transition runs its submodules one by one at the moment, or None where it runs fused."""
+        return transition_obstacle(self._modules)
+
+    def pooling(self, x: Tensor) -> tuple[int, ...] | None:
+        """The kernel size, where the pool can be taken before the convolution (an average: they commute); else None."""
+        kernel = plain_avg_pool(self._modules["pool"], self._modules["norm"])
+        fits = kernel is not None and all(n >= k for n, k in zip(x.shape[2:], kernel, strict=False))
+        return kernel if fits else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
+        if not isinstance(x, Tensor) or self.obstacle() is not None:
+            return super().forward(x)
+        conv: Any = self.conv
+        norm = read_module(self.norm)
+        kernel = self.pooling(x)
+        if kernel is not None:
+            y, mean, var = pool.bn_relu_avg_pool("Transition", self.names[:4], x, norm, kernel)
+        else:
+            y, mean, var = dense_layer.bottleneck("Transition", self.names, [x], norm, conv.weight, conv.bias)
+        update_modules([(self.norm, mean, var)], x.numel() // x.shape[1])
+        result: Tensor = conv(y) if kernel is not None else self.get_submodule("pool")(y)
+        return result

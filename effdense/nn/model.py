@@ -1,0 +1,133 @@
+"""DenseFeatures and DenseNet: the sequence around the blocks, so that what belongs to a stage runs as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effdense import pool
+from effdense.batch_norm import read_module, update_modules
+from effdense.nn.layers import DenseBlock, Transition, run_stage
+from effdense.nn.obstacles import (
+    ACTIVATIONS,
+    CONVS,
+    NORMS,
+    global_hooks,
+    module_obstacle,
+    plain_max_pool,
+)
+
+
+def _is(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    return module_obstacle("", module, kinds) is None
+
+
+class DenseFeatures(nn.Sequential):
+    """nn.Sequential that runs neighbours together: a stem's norm, relu and max pool; a block with what follows it.
+
+    What it does not know, and what carries hooks, it calls as nn.Sequential does.
+    """
+
+    def obstacle(self) -> str | None:
+        """Why every submodule is called one by one at the moment, or None."""
+        return global_hooks()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the submodules make of `input`, one after the other."""
+        if not isinstance(input, Tensor) or self.obstacle() is not None:
+            x: Tensor = super().forward(input)
+            return x
+        return self._walk(input, list(self._modules.values()))
+
+    def head(self) -> tuple[Any, Any] | None:
+        """The last block and the norm behind it, if they and a head's relu and global average pool can run together."""
+        modules: list[Any] = list(self._modules.values())
+        if len(modules) < 2 or self.obstacle() is not None or not _is(self, (DenseFeatures,)):
+            return None
+        block, norm = modules[-2:]
+        fused = _is(block, (DenseBlock,)) and _is(norm, NORMS) and block.obstacle() is None
+        return (block, norm) if fused else None
+
+    def pooled(self, input: Tensor) -> Tensor | None:
+        """The global average [N, C] of relu of what forward gives, where there is a `head`."""
+        head = self.head()
+        if head is None:
+            return None
+        x = self._walk(input, list(self._modules.values())[:-2])
+        return run_stage(head[0], x, head[1], x.shape[2:]).flatten(1)
+
+    def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
+        while modules:
+            count, x = self._step(x, modules)
+            modules = modules[count:]
+        return x
+
+    def _step(self, x: Tensor, modules: list[Any]) -> tuple[int, Tensor]:
+        """Runs the first module, or the first few together; returns how many."""
+        first = modules[0]
+        if _stem(modules) is not None:
+            norm, windows = first, _stem(modules)
+            names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+            out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
+            update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+            return 3, out
+        if len(modules) > 1 and _is(first, (DenseBlock,)) and _is(modules[1], (Transition,)):
+            transition = modules[1]
+            kernel = transition.pooling(x)
+            if kernel is not None and transition.obstacle() is None and first.obstacle() is None:
+                return 2, run_stage(first, x, transition.norm, kernel, transition.conv)
+        if (
+            len(modules) > 1
+            and _is(first, CONVS)
+            and (_stem(modules[1:]) is not None or isinstance(modules[1], DenseBlock))
+        ):
+            return 1, _conv_to_channels_last(first, x)
+        return 1, first(x)
+
+
+def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:
+    """conv(x) in the layout that comes next. Asked for through the weight, it needs no lasting copy of x."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    weight = conv.weight if layout is None else conv.weight.contiguous(memory_format=layout)
+    y: Tensor = conv._conv_forward(x, weight, conv.bias)
+    return y
+
+
+def _stem(modules: list[Any]) -> Any:
+    """The max pool's windows, if a norm, a relu and a plain max pool come first."""
+    if len(modules) < 3 or not (_is(modules[0], NORMS) and _is(modules[1], ACTIVATIONS)):
+        return None
+    return plain_max_pool(modules[2], modules[0])
+
+
+class DenseNet(nn.Module):
+    """features and classifier, with relu and a global average pool between; torchvision's DenseNet becomes this.
+
+    Args:
+        features: gives [N, C, *spatial].
+        classifier: takes [N, C].
+    """
+
+    def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = classifier
+
+    def obstacle(self) -> str | None:
+        """Why the head runs apart from the last block at the moment, or None."""
+        features = self.features
+        if not isinstance(features, DenseFeatures) or features.head() is None:
+            return "its features do not end with a dense block that runs as a whole and a norm"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, C, *spatial] -> what the classifier makes of the pooled features."""
+        features: Any = self.features
+        pooled = features.pooled(x) if isinstance(x, Tensor) and isinstance(features, DenseFeatures) else None
+        if pooled is None:
+            pooled = F.relu(features(x), inplace=True).flatten(2).mean(2)
+        out: Tensor = self.classifier(pooled)
+        return out

@@ -1,0 +1,146 @@
+"""BN-ReLU-pool as one node of autograd: transitions and heads that stand alone (average), and stems (maximum).
+
+Neither the normalised image nor relu's is stored. The maximum keeps which pixel of its window it was, in one byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdense.autograd import differentiable_once, empty_channels_last, prepare, shaped, without_autocast
+from effdense.batch_norm import Norm, fold
+from effdense.checks import check_norm
+from effdense.dense_layer import statistics
+from effdense.operators import operators
+
+
+class AvgPoolNode(torch.autograd.Function):
+    """avg_pool(relu(bn(x))) over windows side by side; gradients for x, weight and bias."""
+
+    @staticmethod
+    def forward(
+        kernel_size: Sequence[int],
+        eps: float,
+        batch_statistics: bool,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        x: Tensor,
+    ) -> Tensor:
+        norm = fold(mean, var, eps, weight, bias, batch_statistics)
+        out: Tensor = operators(x).bn_relu_avg_pool(x, norm.scale, norm.shift, list(kernel_size))
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.kernel_size, ctx.eps, ctx.batch_statistics, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[5:]
+        if grad is None:
+            return (None,) * 8
+        mean, var, weight, bias, x = ctx.saved_tensors
+        with torch.no_grad(), without_autocast(grad):
+            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, ctx.batch_statistics)
+            grad_x = empty_channels_last(x, x.shape[1])
+            sum_d, sum_dx = ops.bn_relu_avg_pool_backward(
+                grad, x, norm.scale, norm.shift, norm.mean, list(ctx.kernel_size), grad_x
+            )
+            if norm.batch_statistics:
+                a, b = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
+                ops.defer(sum_d, sum_dx, norm.rstd, norm.scale, x.numel() // x.shape[1], a, b)
+                ops.take_gradient(x, norm.mean, a, b, grad_x, grad_x)
+            result = (
+                shaped(weight, sum_dx * norm.rstd) if needs[0] else None,
+                shaped(bias, sum_d) if needs[1] else None,
+                grad_x if needs[2] else None,
+            )
+        return (None,) * 5 + differentiable_once("bn_relu_avg_pool", result)
+
+
+class MaxPoolNode(torch.autograd.Function):
+    """max_pool(relu(bn(x))) and the taps; gradients for x, weight and bias."""
+
+    @staticmethod
+    def forward(
+        windows: tuple[Sequence[int], ...],
+        eps: float,
+        batch_statistics: bool,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        x: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        norm = fold(mean, var, eps, weight, bias, batch_statistics)
+        out, where = operators(x).bn_relu_max_pool(x, norm.scale, norm.shift, *map(list, windows))
+        return out, where
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.windows, ctx.eps, ctx.batch_statistics, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
+        needs = ctx.needs_input_grad[5:]
+        if grad is None:
+            return (None,) * 8
+        where, mean, var, weight, bias, x = ctx.saved_tensors
+        with torch.no_grad(), without_autocast(grad):
+            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, ctx.batch_statistics)
+            grad_x = empty_channels_last(x, x.shape[1])
+            ops.max_pool_backward(grad, where, *map(list, ctx.windows), grad_x)
+            sum_d, sum_dx = ops.bn_relu_backward(
+                grad_x, x, norm.scale, norm.shift, norm.mean, norm.rstd, norm.batch_statistics
+            )
+            result = (
+                shaped(weight, sum_dx * norm.rstd) if needs[0] else None,
+                shaped(bias, sum_d) if needs[1] else None,
+                grad_x if needs[2] else None,
+            )
+        return (None,) * 5 + differentiable_once("bn_relu_max_pool", result)
+
+
+def _run(op: str, names: Sequence[str], node: Any, windows: Any, x: Tensor, norm: Norm) -> Any:
+    channels, features, _, result = prepare(op, [x], ())
+    x = features[0]
+    check_norm(op, names, norm, channels, x)
+    with without_autocast(x):
+        mean, var = statistics([x], norm)
+        out = node.apply(windows, norm.eps, norm.batch_statistics, mean, var, norm.weight, norm.bias, x)
+    return out, mean, var
+
+
+def bn_relu_avg_pool(
+    op: str, names: Sequence[str], x: Tensor, norm: Norm, kernel_size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks and runs; `names` are the norm's tensors' names in messages. Returns the pooled map, norm's statistics."""
+    pooled, mean, var = _run(op, names, AvgPoolNode, tuple(kernel_size), x, norm)
+    return pooled, mean, var
+
+
+def bn_relu_max_pool(
+    op: str,
+    names: Sequence[str],
+    x: Tensor,
+    norm: Norm,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with windows as in torch.nn.MaxPool."""
+    (pooled, _), mean, var = _run(
+        op, names, MaxPoolNode, (tuple(kernel_size), tuple(stride), tuple(padding)), x, norm
+    )
+    return pooled, mean, var

@@ -1,0 +1,160 @@
+"""What a dense stage is made of: its settings, its layers' tensors, and where in flat tensors its parts lie.
+
+Both ways of the engine (dense_block.py) and the planner (memory.py) read the geometry from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from effdense.batch_norm import Folded, fold
+
+POOL_PARAMETERS = 4  # norm's weight and bias; weight and bias of the 1x1 convolution behind the pool
+Vectors = list[tuple[Tensor, Tensor]]
+
+
+class Settings(NamedTuple):
+    """What a stage is made of, beside its tensors. Flat, because operators' schemas are."""
+
+    bottleneck: bool  # BN-ReLU-conv1x1-BN-ReLU-conv3x3, else BN-ReLU-conv3x3
+    memory: str  # "balanced" keeps every y, "minimal" none; "inference": no backward will come
+    lowest: int  # the first layer with parameters that need gradients; -1: the input does
+    eps: list[float]  # of every norm: the layers' in order, then the pool's
+    batch_statistics: list[
+        bool
+    ]  # per norm: normalise with the batch's statistics, else with the running ones
+    drop: list[
+        float
+    ]  # per layer: dropout after the bottleneck's first convolution, and after the layer; or nothing
+    pool: list[int]  # kernel size of the pool behind the block; empty: none
+
+
+class Layer(NamedTuple):
+    """One layer's tensors (conv1 and norm2 in bottleneck layers only), and where it is."""
+
+    index: int
+    channels: int  # that it reads
+    growth: int  # that it adds
+    width: int  # of the bottleneck; 0: plain
+    norm1: int  # which of all norms; norm2 is the next
+    weight1: Tensor | None
+    bias1: Tensor | None
+    conv1: Tensor | None
+    conv1_bias: Tensor | None
+    weight2: Tensor | None
+    bias2: Tensor | None
+    conv2: Tensor
+    conv2_bias: Tensor | None
+    masks: tuple[Tensor | None, Tensor | None]  # of dropout: y's, and the new features'
+    keep: tuple[float, float]  # the probabilities that a value was kept
+
+
+class Stage:
+    """A stage's tensors by layer, and the layout of its flat tensors.
+
+    The vectors that norms normalise with: mean and variance of every channel of the buffer, of every norm2's input, and
+    copies of the running ones for the norms that use those.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        channels: int,
+        parameters: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None],
+    ) -> None:
+        self.settings = settings
+        pools = 1 if settings.pool else 0
+        end = len(parameters) - POOL_PARAMETERS * pools
+        self.pool_parameters = parameters[end:]
+        step, norms = (8, 2) if settings.bottleneck else (4, 1)
+        self.layers: list[Layer] = []
+        for i in range(end // step):
+            own: list[Any] = list(parameters[step * i : step * (i + 1)])
+            if not settings.bottleneck:
+                own[2:2] = [None] * 4
+            mask = tuple(masks[2 * i : 2 * i + 2]) or (None, None)
+            first, second = settings.drop[2 * i : 2 * i + 2] or (0.0, 0.0)
+            growth, width = own[6].shape[0], own[2].shape[0] if settings.bottleneck else 0
+            self.layers.append(
+                Layer(i, channels, growth, width, norms * i, *own, mask, (1 - first, 1 - second))  # type: ignore[arg-type]
+            )
+            channels += growth
+        self.channels = channels
+        self._sizes = [n for layer in self.layers for n in (layer.channels, layer.width)[:norms]]
+        self._sizes += [channels] * pools
+        self._second = {layer.norm1 + 1 for layer in self.layers} if settings.bottleneck else set()
+
+    def _own_vectors(self) -> list[bool]:
+        """Per norm: whether its statistics are its own, not a prefix of the buffer's."""
+        batch = self.settings.batch_statistics
+        return [i in self._second or not batch[i] for i in range(len(self._sizes))]
+
+    def vector_size(self) -> int:
+        """Elements of the flat vectors."""
+        own = zip(self._sizes, self._own_vectors(), strict=True)
+        return 2 * (self.channels + sum(n for n, is_own in own if is_own))
+
+    def split_vectors(self, vectors: Tensor) -> tuple[tuple[Tensor, Tensor], Vectors]:
+        """Views of the flat vectors: mean and variance of the buffer's channels, and those of every norm."""
+        own = self._own_vectors()
+        sizes = [self.channels, *(n for n, is_own in zip(self._sizes, own, strict=True) if is_own)]
+        parts = iter(vectors.split([n for n in sizes for _ in range(2)]))
+        mean, var = next(parts), next(parts)
+        norms = [
+            (next(parts), next(parts)) if is_own else (mean[:n], var[:n])
+            for n, is_own in zip(self._sizes, own, strict=True)
+        ]
+        return (mean, var), norms
+
+    def _fold(self, norm: int, weight: Tensor | None, bias: Tensor | None, norms: Vectors) -> Folded:
+        s = self.settings
+        return fold(*norms[norm], s.eps[norm], weight, bias, s.batch_statistics[norm])
+
+    def norm1(self, layer: Layer, norms: Vectors) -> Folded:
+        """The layer's first norm, folded."""
+        return self._fold(layer.norm1, layer.weight1, layer.bias1, norms)
+
+    def norm2(self, layer: Layer, norms: Vectors) -> Folded:
+        """The layer's second norm, folded."""
+        return self._fold(layer.norm1 + 1, layer.weight2, layer.bias2, norms)
+
+    def pool_norm(self, norms: Vectors) -> Folded:
+        """The norm in front of the pool, folded."""
+        weight, bias = self.pool_parameters[:2]
+        return self._fold(len(norms) - 1, weight, bias, norms)
+
+    def _is_saved(self, layer: Layer) -> bool:
+        s = self.settings
+        return s.memory == "balanced" and layer.width > 0 and layer.index >= s.lowest
+
+    def saved_size(self, like: Tensor) -> int:
+        """Elements of the flat tensor of every y that is kept; `like` has the batch and spatial sizes."""
+        pixels = like.shape[0] * like.shape[2:].numel()
+        return sum(pixels * layer.width for layer in self.layers if self._is_saved(layer))
+
+    def split_saved(self, saved: Tensor, like: Tensor) -> dict[int, Tensor]:
+        """Views of it: y [N, width, *spatial] by the layer's index, channels-last."""
+        kept = [layer for layer in self.layers if self._is_saved(layer)]
+        shape = (like.shape[0], *like.shape[2:])
+        pixels = like.shape[0] * like.shape[2:].numel()
+        parts = saved.split([pixels * layer.width for layer in kept]) if kept else ()
+        return {
+            layer.index: part.view(*shape, layer.width).movedim(-1, 1)
+            for layer, part in zip(kept, parts, strict=True)
+        }
+
+    def forward_scratch(self) -> list[int]:
+        """Channels of the maps that a forward holds of the workspace at once: z, and a y that is not kept."""
+        z = max((layer.width or layer.channels for layer in self.layers), default=0)
+        made = [layer for layer in self.layers if layer.width and not self._is_saved(layer)]
+        if self.settings.memory == "inference":  # straight to z, where norm2 is known beforehand
+            made = [layer for layer in made if self.settings.batch_statistics[layer.norm1 + 1]]
+        return [z, max(layer.width for layer in made)] if made else [z]
+
+    def backward_scratch(self) -> list[int]:
+        """The same of a backward: z, a y that is not kept, and the gradient of a layer's new features."""
+        return [*self.forward_scratch(), max((layer.growth for layer in self.layers), default=0)]
