@@ -48,7 +48,8 @@ def fold(
     mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, batch_statistics: bool
 ) -> Folded:
     """Folds statistics and affine parameters (of any dtype; None: 1 and 0) into scale and shift."""
-    return Folded(mean, *operators(mean).fold(mean, var, weight, bias, eps), batch_statistics)
+    rstd, scale, shift = operators(mean).fold(mean, var, weight, bias, eps)
+    return Folded(mean, rstd, scale, shift, batch_statistics)
 
 
 def recomputing() -> bool:

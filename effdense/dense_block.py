@@ -111,7 +111,7 @@ def forward(
             elif settings.memory == "inference" and not settings.batch_statistics[layer.norm1 + 1]:
                 _bottleneck(ops, layer, norm1, prefix, z, stage.norm2(layer, norms), False)
             else:
-                y = kept[layer.index] if layer.index in kept else scratch.channels_last(x, layer.width)
+                y = kept[layer.position] if layer.position in kept else scratch.channels_last(x, layer.width)
                 batch, mask = settings.batch_statistics[layer.norm1 + 1], layer.masks[0]
                 statistics = _bottleneck(ops, layer, norm1, prefix, y, None, batch and mask is None)
                 if mask is not None:
@@ -183,9 +183,9 @@ def backward(
     lowest = -1 if needs[0] else next((i - 1 for i, need in enumerate(needs) if need), len(needs)) // step
     size = workspace.size_of(features, stage.backward_scratch())
     for layer in reversed(stage.layers[max(lowest, 0) :]):
-        first = 1 + step * layer.index
+        first = 1 + step * layer.position
         wanted = needs[first : first + step]
-        below = layer.index > lowest  # something before this layer needs a gradient
+        below = layer.position > lowest  # something before this layer needs a gradient
         prefix, norm1 = features[:, : layer.channels], stage.norm1(layer, norms)
         with workspace.lease(features.device, size) as scratch:
             new_end = layer.channels + layer.growth
@@ -194,7 +194,7 @@ def backward(
             z = scratch.channels_last(features, layer.width or layer.channels)
             if layer.width:
                 norm2 = stage.norm2(layer, norms)
-                y = kept.get(layer.index)
+                y = kept.get(layer.position)
                 if y is None:
                     y = scratch.channels_last(features, layer.width)
                     _bottleneck(ops, layer, norm1, prefix, y, None, False)
@@ -241,9 +241,10 @@ def backward(
             normalised(norm1, sums, first)
     if needs[0]:
         result[0] = take(0, channels, empty_channels_last(features, channels))
-    return [
-        None if not need or value is None else value if i == 0 else shaped(like, value)
-        for i, (need, value, like) in enumerate(zip(needs, result, (features, *parameters), strict=True))
+    result = [value if need else None for value, need in zip(result, needs, strict=True)]
+    return result[:1] + [
+        value if value is None or like is None else shaped(like, value)
+        for value, like in zip(result[1:], parameters, strict=True)
     ]
 
 

@@ -113,7 +113,7 @@ class MaxPoolNode(torch.autograd.Function):
 
 
 def _run(op: str, names: Sequence[str], node: Any, windows: Any, x: Tensor, norm: Norm) -> Any:
-    channels, features, _, result = prepare(op, [x], ())
+    channels, features, _, _ = prepare(op, [x], ())
     x = features[0]
     check_norm(op, names, norm, channels, x)
     with without_autocast(x):

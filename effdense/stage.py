@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 class Layer(NamedTuple):
     """One layer's tensors (conv1 and norm2 in bottleneck layers only), and where it is."""
 
-    index: int
+    position: int  # in the block
     channels: int  # that it reads
     growth: int  # that it adds
     width: int  # of the bottleneck; 0: plain
@@ -73,14 +73,14 @@ class Stage:
         step, norms = (8, 2) if settings.bottleneck else (4, 1)
         self.layers: list[Layer] = []
         for i in range(end // step):
-            own: list[Any] = list(parameters[step * i : step * (i + 1)])
+            own: Any = list(parameters[step * i : step * (i + 1)])
             if not settings.bottleneck:
                 own[2:2] = [None] * 4
-            mask = tuple(masks[2 * i : 2 * i + 2]) or (None, None)
+            mask: Any = tuple(masks[2 * i : 2 * i + 2]) or (None, None)
             first, second = settings.drop[2 * i : 2 * i + 2] or (0.0, 0.0)
             growth, width = own[6].shape[0], own[2].shape[0] if settings.bottleneck else 0
             self.layers.append(
-                Layer(i, channels, growth, width, norms * i, *own, mask, (1 - first, 1 - second))  # type: ignore[arg-type]
+                Layer(i, channels, growth, width, norms * i, *own, mask, (1 - first, 1 - second))  # type: ignore[call-arg]
             )
             channels += growth
         self.channels = channels
@@ -129,7 +129,7 @@ class Stage:
 
     def _is_saved(self, layer: Layer) -> bool:
         s = self.settings
-        return s.memory == "balanced" and layer.width > 0 and layer.index >= s.lowest
+        return s.memory == "balanced" and layer.width > 0 and layer.position >= s.lowest
 
     def saved_size(self, like: Tensor) -> int:
         """Elements of the flat tensor of every y that is kept; `like` has the batch and spatial sizes."""
@@ -143,7 +143,7 @@ class Stage:
         pixels = like.shape[0] * like.shape[2:].numel()
         parts = saved.split([pixels * layer.width for layer in kept]) if kept else ()
         return {
-            layer.index: part.view(*shape, layer.width).movedim(-1, 1)
+            layer.position: part.view(*shape, layer.width).movedim(-1, 1)
             for layer, part in zip(kept, parts, strict=True)
         }
 

@@ -4,8 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <cstring>
-
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -47,8 +45,7 @@ std::tuple<Tensor, Tensor> append_features(const Tensor& new_features, Tensor& o
     const Tiling tiles(out.size(0) * count_pixels(out), kRows);
     Moments moments(tiles.slots(), channels);
     tiles.for_each([&](int64_t slot, Tile tile) {
-      for (int64_t r = tile.first; r < tile.last; ++r)
-        std::memcpy(to.row(r), x.block.row(r), channels * sizeof(T));
+      loops.copy(tile.rows(), channels, from_row(x.block, tile.first), from_row(to, tile.first));
       moments.add(loops, slot, tile.rows(), from_row(x.block, tile.first));
     });
     moments.write(mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());

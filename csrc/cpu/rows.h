@@ -32,6 +32,7 @@ struct Block {
 template <typename T>
 struct Rows {
   using A = acc_t<T>;
+  void (*copy)(int64_t rows, int64_t n, Block<const T> x, Block<T> out);
   // out = x, from and to the storage type
   void (*load)(int64_t rows, int64_t n, Block<const T> x, Block<A> out);
   void (*store)(int64_t rows, int64_t n, Block<const A> x, Block<T> out);

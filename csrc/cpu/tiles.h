@@ -202,12 +202,19 @@ class Moments {
     for (Part& part : all_) part.resize(channels);
   }
 
-  // Adds a tile's values of one slot.
+  // Adds a tile's values of one slot. Narrow rows without gaps are taken as fewer rows of several pixels each, whose
+  // moments are then merged.
   template <typename T>
   void add(const Rows<T>& loops, int64_t slot, int64_t rows, Block<const T> x) {
     Part& part = all_[slot];
-    loops.moments(rows, channels_, x, part.tile_mean.data(), part.tile_m2.data());
-    part.merge(static_cast<double>(rows), part.tile_mean, part.tile_m2);
+    int64_t fold = 1;
+    while (x.step == channels_ && 2 * fold * channels_ <= 64 && rows % (2 * fold) == 0) fold *= 2;
+    part.tile_mean.resize(fold * channels_);
+    part.tile_m2.resize(fold * channels_);
+    loops.moments(rows / fold, fold * channels_, {x.data, fold * x.step}, part.tile_mean.data(),
+                  part.tile_m2.data());
+    for (int64_t i = 0; i < fold; ++i)
+      part.merge(static_cast<double>(rows / fold), &part.tile_mean[i * channels_], &part.tile_m2[i * channels_]);
   }
 
   // Writes mean and biased variance; 0 and 1 where there was no value.
@@ -215,7 +222,7 @@ class Moments {
   void write(A* mean, A* var) {
     Part total;
     total.resize(channels_);
-    for (Part& part : all_) total.merge(part.count, part.mean, part.m2);
+    for (Part& part : all_) total.merge(part.count, part.mean.data(), part.m2.data());
     for (int64_t c = 0; c < channels_; ++c) {
       mean[c] = static_cast<A>(total.mean[c]);
       var[c] = static_cast<A>(total.count > 0 ? total.m2[c] / total.count : 1.0);
@@ -227,9 +234,10 @@ class Moments {
     double count = 0;
     std::vector<double> mean, m2, tile_mean, tile_m2;
     void resize(int64_t channels) {
-      for (std::vector<double>* v : {&mean, &m2, &tile_mean, &tile_m2}) v->resize(channels);
+      mean.resize(channels);
+      m2.resize(channels);
     }
-    void merge(double other, const std::vector<double>& other_mean, const std::vector<double>& other_m2) {
+    void merge(double other, const double* other_mean, const double* other_m2) {
       if (other == 0) return;
       const double total = count + other, weight = other / total, cross = count * weight;
       for (size_t c = 0; c < mean.size(); ++c) {

@@ -31,7 +31,27 @@ def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
     return list(inputs)  # type: ignore[arg-type]
 
 
-class DenseLayer(nn.Module):
+class _Layer(nn.Module):
+    """What both kinds of layer have."""
+
+    parts: ClassVar[Mapping[str, int | None]] = {}  # the chain of submodules; see chain_obstacle
+    drop_rate: float
+
+    @property
+    def memory(self) -> str:
+        """What is kept for the backward: "balanced" or "minimal"."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self._memory = check_memory(type(self).__name__, memory)
+
+    def obstacle(self) -> str | None:
+        """Why the layer runs its submodules one by one at the moment, or None where it runs fused."""
+        return chain_obstacle(self._modules, self.parts)
+
+
+class DenseLayer(_Layer):
     """norm1-relu1-conv1(1x1)-norm2-relu2-conv2(3x3) of all features before it; drop-in for torchvision's `_DenseLayer`.
 
     Huang et al., "Densely Connected Convolutional Networks" (arXiv 1608.06993), section 3, the bottleneck layer.
@@ -77,19 +97,6 @@ class DenseLayer(nn.Module):
         self.memory_efficient = memory_efficient
         self.memory = memory
 
-    @property
-    def memory(self) -> str:
-        """What is kept for the backward: "balanced" or "minimal"."""
-        return self._memory
-
-    @memory.setter
-    def memory(self, memory: str) -> None:
-        self._memory = check_memory("DenseLayer", memory)
-
-    def obstacle(self) -> str | None:
-        """Why the layer runs its submodules one by one at the moment, or None where it runs fused."""
-        return chain_obstacle(self._modules, self.parts)
-
     def forward(self, *inputs: Tensor | Sequence[Tensor]) -> Tensor:
         """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
         features = _as_list(inputs)
@@ -132,7 +139,7 @@ def _scale(drop_rate: float) -> float:
     return 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
 
 
-class PlainDenseLayer(nn.Module):
+class PlainDenseLayer(_Layer):
     """norm1-relu1-conv1(3x3) of all features before it: the layer without a bottleneck.
 
     Huang et al., "Densely Connected Convolutional Networks" (arXiv 1608.06993), section 3, the composite function. It
@@ -160,9 +167,6 @@ class PlainDenseLayer(nn.Module):
         self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=bias)
         self.drop_rate = float(drop_rate)
         self.memory = memory
-
-    memory = DenseLayer.memory
-    obstacle = DenseLayer.obstacle
 
     def forward(self, *inputs: Tensor | Sequence[Tensor]) -> Tensor:
         """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
@@ -216,7 +220,7 @@ class DenseBlock(nn.ModuleDict):
         if not layers:
             return "it has no layers"
         kind = type(layers[0]) if type(layers[0]) in _LAYERS else DenseLayer
-        for name, layer in self.items():
+        for name, layer in zip(self, layers, strict=True):
             reason = module_obstacle(name, layer, (kind,))
             if reason is None and (inner := layer.obstacle()) is not None:
                 reason = f"{name}: {inner}"
@@ -359,5 +363,6 @@ class Transition(nn.Sequential):
         else:
             y, mean, var = dense_layer.bottleneck("Transition", self.names, [x], norm, conv.weight, conv.bias)
         update_modules([(self.norm, mean, var)], x.numel() // x.shape[1])
-        result: Tensor = conv(y) if kernel is not None else self.get_submodule("pool")(y)
+        last: Any = conv if kernel is not None else self._modules["pool"]
+        result: Tensor = last(y)
         return result
