@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import torch
 
 from effdense._extension import build_info
 from effdense.check import check
+from effdense.memory import CATEGORIES, MEMORY, build, largest_batch, plan
 from effdense.operators import operators
 
 
@@ -35,6 +37,45 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _size(text: str) -> int:
+    """8GiB, 512 MiB, 2e9: bytes."""
+    match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*(?:([KMGT])(i?))?B?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size such as 8GiB, 512MiB or 8e9 was expected, got {text!r}")
+    power = " KMGT".index(match[2] or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    try:
+        model, channels = build(arguments.model)
+        shape = (arguments.batch, channels, arguments.image_size, arguments.image_size)
+        plans = [plan(model, shape, memory=memory) for memory in MEMORY]
+        budget = arguments.budget
+        batches = [largest_batch(model, shape, budget, memory=memory) for memory in MEMORY] if budget else []
+    except (ImportError, ValueError) as error:
+        print(f"effdense plan: {error}", file=sys.stderr)
+        return 2
+    used = [name for name in CATEGORIES if any(p.breakdown[name] for p in plans)]
+    print(
+        f"{arguments.model}, input {'x'.join(map(str, shape))}: predicted peak of a training step, in MiB\n"
+    )
+    print(f"{'':<10}" + "".join(f"{name:>12}" for name in ("total", *used)))
+    for p in plans:
+        sizes = (p.total, *(p.breakdown[name] for name in used))
+        print(f"{p.memory:<10}" + "".join(f"{size / 2**20:>12.1f}" for size in sizes))
+    first = plans[0]
+    print(
+        f"\nBeside it: parameters and buffers {first.parameters / 2**20:.1f}, their gradients "
+        f"{first.gradients / 2**20:.1f}, SGD's momentum {first.optimizer / 2**20:.1f}"
+    )
+    if budget:
+        print(f"\nLargest batch within {budget / 2**20:.0f} MiB, all of that included:")
+        for memory, batch in zip(MEMORY, batches, strict=True):
+            print(f"{memory:<10}{batch or 'none':>12}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 1 when something failed, 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="effdense", description="Memory-efficient DenseNet training.")
@@ -44,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--device", default="cpu", help="where to run them (default: %(default)s)")
     command.set_defaults(run=_check)
+    command = commands.add_parser("plan", help="predict a training step's memory, without running it")
+    command.add_argument(
+        "--model", required=True, help="densenet121, densenet_bc_100_12, torchvision:NAME, …"
+    )
+    command.add_argument("--image-size", type=int, required=True, help="height and width")
+    command.add_argument("--batch", type=int, required=True, help="images in a batch")
+    command.add_argument("--budget", type=_size, help="such as 8GiB: also say the largest batch within it")
+    command.set_defaults(run=_plan)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

@@ -123,6 +123,7 @@ def forward(
                 ops.bn_relu(y, norm2.scale, norm2.shift, z)
             new = convolve(z, layer.conv2, layer.conv2_bias)
         append(_drop_(new, layer.masks[1], layer.keep[1]), layer.channels)
+        del new
     out = x.new_empty(0)
     if settings.pool:
         norm = stage.pool_norm(norms)
@@ -181,64 +182,69 @@ def backward(
     else:
         grad_features.copy_(grad)
     lowest = -1 if needs[0] else next((i - 1 for i, need in enumerate(needs) if need), len(needs)) // step
-    size = workspace.size_of(features, stage.backward_scratch())
-    for layer in reversed(stage.layers[max(lowest, 0) :]):
+
+    def descend(layer: Layer, scratch: workspace.Lease) -> None:
+        """One layer's backward; what it makes is gone when the next one starts."""
         first = 1 + step * layer.position
         wanted = needs[first : first + step]
         below = layer.position > lowest  # something before this layer needs a gradient
         prefix, norm1 = features[:, : layer.channels], stage.norm1(layer, norms)
+        new_end = layer.channels + layer.growth
+        g = take(layer.channels, new_end, scratch.channels_last(features, layer.growth))
+        _drop_(g, layer.masks[1], layer.keep[1])
+        z = scratch.channels_last(features, layer.width or layer.channels)
+        if layer.width:
+            norm2 = stage.norm2(layer, norms)
+            y = kept.get(layer.position)
+            if y is None:
+                y = scratch.channels_last(features, layer.width)
+                _bottleneck(ops, layer, norm1, prefix, y, None, False)
+                _drop_(y, layer.masks[0], layer.keep[0])
+            ops.bn_relu(y, norm2.scale, norm2.shift, z)
+        else:
+            ops.bn_relu(prefix, norm1.scale, norm1.shift, z)
+        need_z = below or any(wanted[:-2])
+        grad_z, *grad_conv2 = convolve_backward(
+            g, z, layer.conv2, layer.conv2_bias, (need_z, wanted[-2], wanted[-1])
+        )
+        result[first + step - 2 : first + step] = grad_conv2
+        if not need_z:
+            return
+        grad_z = channels_last(grad_z)
+        below_prefix = grad_features[:, : layer.channels]
+        if not layer.width:
+            vectors1 = norm1.scale, norm1.shift, norm1.mean
+            normalised(norm1, ops.bn_relu_accumulate(grad_z, prefix, *vectors1, below_prefix), first)
+            return
+        sums = ops.bn_relu_backward(
+            grad_z, y, norm2.scale, norm2.shift, norm2.mean, norm2.rstd, norm2.batch_statistics
+        )
+        result[first + 4], result[first + 5] = sums[1] * norm2.rstd, sums[0]
+        grad_y = _drop_(grad_z, layer.masks[0], layer.keep[0])
+        if wanted[3]:
+            result[first + 3] = sum_per_channel(grad_y)
+        if not (below or any(wanted[:3])):
+            return
+        assert layer.conv1 is not None
+        grad_conv1, *sums = ops.bottleneck_backward(
+            [prefix],
+            grad_y,
+            norm1.scale,
+            norm1.shift,
+            norm1.mean,
+            matrix(layer.conv1),
+            [below_prefix],
+            True,
+            below or wanted[0] or wanted[1],
+            wanted[2],
+        )
+        result[first + 2] = grad_conv1
+        normalised(norm1, sums, first)
+
+    size = workspace.size_of(features, stage.backward_scratch())
+    for layer in reversed(stage.layers[max(lowest, 0) :]):
         with workspace.lease(features.device, size) as scratch:
-            new_end = layer.channels + layer.growth
-            g = take(layer.channels, new_end, scratch.channels_last(features, layer.growth))
-            _drop_(g, layer.masks[1], layer.keep[1])
-            z = scratch.channels_last(features, layer.width or layer.channels)
-            if layer.width:
-                norm2 = stage.norm2(layer, norms)
-                y = kept.get(layer.position)
-                if y is None:
-                    y = scratch.channels_last(features, layer.width)
-                    _bottleneck(ops, layer, norm1, prefix, y, None, False)
-                    _drop_(y, layer.masks[0], layer.keep[0])
-                ops.bn_relu(y, norm2.scale, norm2.shift, z)
-            else:
-                ops.bn_relu(prefix, norm1.scale, norm1.shift, z)
-            need_z = below or any(wanted[:-2])
-            grad_z, *grad_conv2 = convolve_backward(
-                g, z, layer.conv2, layer.conv2_bias, (need_z, wanted[-2], wanted[-1])
-            )
-            result[first + step - 2 : first + step] = grad_conv2
-            if not need_z:
-                continue
-            grad_z = channels_last(grad_z)
-            below_prefix = grad_features[:, : layer.channels]
-            if not layer.width:
-                vectors1 = norm1.scale, norm1.shift, norm1.mean
-                normalised(norm1, ops.bn_relu_accumulate(grad_z, prefix, *vectors1, below_prefix), first)
-                continue
-            sums = ops.bn_relu_backward(
-                grad_z, y, norm2.scale, norm2.shift, norm2.mean, norm2.rstd, norm2.batch_statistics
-            )
-            result[first + 4], result[first + 5] = sums[1] * norm2.rstd, sums[0]
-            grad_y = _drop_(grad_z, layer.masks[0], layer.keep[0])
-            if wanted[3]:
-                result[first + 3] = sum_per_channel(grad_y)
-            if not (below or any(wanted[:3])):
-                continue
-            assert layer.conv1 is not None
-            grad_conv1, *sums = ops.bottleneck_backward(
-                [prefix],
-                grad_y,
-                norm1.scale,
-                norm1.shift,
-                norm1.mean,
-                matrix(layer.conv1),
-                [below_prefix],
-                True,
-                below or wanted[0] or wanted[1],
-                wanted[2],
-            )
-            result[first + 2] = grad_conv1
-            normalised(norm1, sums, first)
+            descend(layer, scratch)
     if needs[0]:
         result[0] = take(0, channels, empty_channels_last(features, channels))
     result = [value if need else None for value, need in zip(result, needs, strict=True)]

@@ -1,0 +1,358 @@
+"""The block engine: whole stages against naive twins, what is dropped, frozen and kept, and every option of a norm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import effdense
+from benchmarks.measure import peak_bytes
+from effdense import dense_block, reference
+from tests.stages import (
+    ALL,
+    CHANNELS,
+    GROWTH,
+    LAYERS,
+    MEMORY,
+    TAILS,
+    WIDTH,
+    assert_close,
+    assert_same,
+    block_of,
+    converted,
+    kept_tensors,
+    make_input,
+    make_naive,
+    make_pair,
+    named_norms,
+    step,
+    weights_of,
+)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_stage_is_the_naive_one(memory: str, tail: str, plain: bool, bias: bool) -> None:
+    naive, ours = make_pair(memory, plain, tail, bias=bias)
+    for spatial in ((6, 4), (7, 5)):  # the pool leaves out a row and a column
+        assert_same((naive, ours), make_input(spatial))
+    counters = [m.num_batches_tracked.item() for m in ours.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert counters == [4] * len(counters)
+    assert_same((naive.eval(), ours.eval()))
+
+
+@pytest.mark.parametrize("spatial", [(7,), (2, 3, 5)])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("plain", [False, True])
+def test_1d_and_3d(plain: bool, tail: str, spatial: tuple[int, ...]) -> None:
+    for memory in MEMORY:
+        pair = make_pair(memory, plain, tail, bias=True, dimensions=len(spatial))
+        assert_same(pair, make_input(spatial))
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("tail", ["block", "transition"])
+def test_gradcheck(memory: str, plain: bool, tail: str) -> None:
+    ours = converted(make_naive(plain, tail), memory)
+    frozen = block_of(ours).denselayer2
+    frozen.norm1.eval()
+    frozen.norm1.weight.requires_grad_(False)
+    frozen.conv1.weight.requires_grad_(False)
+    names = [name for name, p in ours.named_parameters() if p.requires_grad]
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, dict(zip(names, parameters, strict=True)), (x,))
+
+    x = make_input((2, 3), 2).requires_grad_()
+    inputs = (x, *(p for p in ours.parameters() if p.requires_grad))
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def capture(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the engine is called with: settings, x, parameters, running statistics, masks."""
+    calls: list[Any] = []
+    run = dense_block.run
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_block, "run", lambda *a: calls.append(a) or run(*a))
+        model(x)
+    (call,) = calls
+    return list(call)
+
+
+def detached(values: Any) -> list[Tensor | None]:
+    return [None if v is None else v.detach() for v in values]
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("plain", [False, True])
+def test_compiled_operators_and_the_twin_agree(
+    memory: str, tail: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = converted(make_naive(plain, tail, bias=True, drop_rate=0.3), memory)
+    settings, x, parameters, running, masks = capture(ours, make_input((5, 6)), monkeypatch)
+    assert masks and settings.memory == memory
+    parameters, needs = detached(parameters), [True, *(p is not None for p in parameters)]
+    results = []
+    for ops in (torch.ops.effdense, reference):
+        out, features, saved, vectors = dense_block.forward(ops, settings, x, parameters, running, masks)
+        y = out if settings.pool else features
+        kept = (features, saved, vectors, parameters, masks)
+        grads = dense_block.backward(ops, settings, weights_of(y), x.shape[1], *kept, needs)
+        results.append([out, features.contiguous(), saved, vectors, *grads])
+    assert_close(*results, 1e-12)
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("drop_rate", [0.4, 1.0])
+def test_dropout_draws_the_same_numbers(memory: str, plain: bool, drop_rate: float) -> None:
+    naive, ours = make_pair(memory, plain, "transition", drop_rate=drop_rate)
+    assert_same((naive, ours))
+    assert (block_of(copy.deepcopy(ours))(make_input())[:, CHANNELS:] == 0).any()
+    assert_same((naive.eval(), ours.eval()), steps=1)
+
+
+def test_layers_may_drop_differently() -> None:
+    def change(naive: Any) -> None:
+        naive.denselayer1.drop_rate, naive.denselayer3.drop_rate = 0.5, 0.2
+        naive.denselayer3.eval()
+
+    assert_same(make_pair("balanced", change=change))
+
+
+def make_masks(x: Tensor, plain: bool) -> tuple[list[float], list[Tensor | None]]:
+    """Dropout of 0.5 after the bottleneck's first convolution in layers 1 and 2, of 0.3 after layers 2 and 3."""
+    drop, masks = [], []
+    for i in range(LAYERS):
+        first, second = (0.5 if i < 2 and not plain else 0.0), (0.3 if i else 0.0)
+        for p, channels in ((first, WIDTH), (second, GROWTH)):
+            shape = (x.shape[0], channels, *x.shape[2:])
+            drop.append(p)
+            masks.append(torch.rand(shape) >= p if p else None)
+    return drop, masks
+
+
+def naive_with_masks(block: Any, x: Tensor, drop: list[float], masks: list[Tensor | None]) -> Tensor:
+    for i, layer in enumerate(block.values()):
+        (p, q), (first, second) = drop[2 * i : 2 * i + 2], masks[2 * i : 2 * i + 2]
+        y = layer.conv1(torch.relu(layer.norm1(x)))
+        if hasattr(layer, "conv2"):
+            y = y if first is None else y * first / (1 - p)
+            y = layer.conv2(torch.relu(layer.norm2(y)))
+        x = torch.cat([x, y if second is None else y * second / (1 - q)], 1)
+    return x
+
+
+@pytest.mark.parametrize("memory", [*MEMORY, "inference"])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("norms", ["training", "norm2 in eval", "eval"])
+def test_masks_inside_a_layer(memory: str, plain: bool, norms: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine drops y before its statistics are taken, also where y is not kept, or nothing is."""
+    naive, ours = make_pair("minimal" if memory == "inference" else memory, plain, bias=True)
+    for model in (naive, ours):
+        for name, m in model.named_modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.train(norms == "training" or (norms != "eval" and "norm2" not in name))
+    x = make_input().requires_grad_()
+    settings, _, parameters, running, _ = capture(ours, x, monkeypatch)
+    drop, masks = make_masks(x, plain)
+    expected = naive_with_masks(naive, x, drop, masks)
+    with torch.set_grad_enabled(memory != "inference"):
+        got, _, _ = dense_block.run(settings._replace(drop=drop), x, parameters, running, masks)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    if memory == "inference":
+        return
+    inputs = [[x, *naive.parameters()], [x, *ours.parameters()]]
+    grads = [torch.autograd.grad(y, i, weights_of(y)) for y, i in zip((expected, got), inputs, strict=True)]
+    assert_close(grads[1], grads[0])
+
+
+def test_of_dropout_bytes_are_kept() -> None:
+    ours = converted(make_naive(drop_rate=0.3), "minimal")
+    kept, _ = kept_tensors(ours, make_input())
+    large = [t for t in kept if t.dim() == 4 and t.shape[-2:] == (6, 5)]
+    assert sorted(str(t.dtype) for t in large) == ["torch.bool"] * LAYERS + ["torch.float64"]
+
+
+def test_what_is_kept_may_be_moved_meanwhile() -> None:
+    """Saved-tensor hooks, as of save_on_cpu, may give back a copy in another layout."""
+    naive, ours = make_pair("balanced", tail="transition")
+    x = make_input()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)
+    ):
+        got = step(ours, x)
+    assert_close(got, step(naive, x))
+
+
+# ---- norms
+
+
+def eval_all_norm1(name: str, norm: Any) -> None:
+    norm.train("norm1" not in name)
+
+
+def eval_all_norm2(name: str, norm: Any) -> None:
+    norm.train("norm2" not in name)
+
+
+def eval_the_last(name: str, norm: Any) -> None:
+    norm.train(not name.endswith((".norm", "norm5")))
+
+
+def eval_the_second_layer(name: str, norm: Any) -> None:
+    norm.train("denselayer2" not in name)
+
+
+def eval_all_but_the_second_layer(name: str, norm: Any) -> None:
+    norm.train("denselayer2" in name)
+
+
+def different_eps(name: str, norm: Any) -> None:
+    norm.eps = 10.0 ** -(len(name) % 5)
+
+
+def momenta(name: str, norm: Any) -> None:
+    norm.momentum = [None, 0.0, 1.0, 0.3][sum(map(ord, name)) % 4]
+
+
+def no_affine(name: str, norm: Any) -> None:
+    norm.affine, norm.weight, norm.bias = False, None, None
+
+
+def no_bias(name: str, norm: Any) -> None:
+    norm.bias = None
+
+
+def no_statistics(name: str, norm: Any) -> None:
+    norm.track_running_stats = False
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    norm.train("norm1" in name)
+
+
+NORM_CHANGES = [
+    eval_all_norm1,
+    eval_all_norm2,
+    eval_the_last,
+    eval_the_second_layer,
+    eval_all_but_the_second_layer,
+    different_eps,
+    momenta,
+    no_affine,
+    no_bias,
+    no_statistics,
+]
+
+
+@pytest.mark.parametrize("change", NORM_CHANGES)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("plain", [False, True])
+def test_norms_keep_their_meaning(change: Callable[..., None], tail: str, plain: bool) -> None:
+    for memory in MEMORY:
+        pair = make_pair(memory, plain, tail)
+        for model in pair:
+            for name, norm in named_norms(model).items():
+                change(name, norm)
+        assert_same(pair, steps=3)
+
+
+def test_a_norm_that_two_layers_share() -> None:
+    def change(naive: Any) -> None:
+        naive.denselayer2.norm2 = naive.denselayer1.norm2
+        naive.denselayer3.conv2 = naive.denselayer1.conv2
+
+    assert_same(make_pair("balanced", change=change))
+
+
+@pytest.mark.parametrize("tail", ["block", "transition"])
+def test_a_backward_does_not_see_later_changes_of_the_statistics(tail: str) -> None:
+    ours = converted(make_naive(tail=tail), "minimal")
+    for norm in list(named_norms(ours).values())[::2]:
+        norm.eval()
+    results = []
+    for change in (False, True):
+        x = (
+            torch.linspace(-1, 1, 2 * CHANNELS * 12, dtype=torch.float64)
+            .view(2, CHANNELS, 3, 4)
+            .requires_grad_()
+        )
+        model = copy.deepcopy(ours)
+        y = model(x)
+        with torch.no_grad():
+            for buffer in model.buffers() if change else ():
+                buffer.mul_(3)
+        results.append(torch.autograd.grad(y, [x, *model.parameters()], weights_of(y)))
+    assert_close(*results, 0.0)
+
+
+# ---- only the gradients asked for
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+def test_every_parameter_alone(plain: bool, tail: str) -> None:
+    naive, ours = make_pair("balanced", plain, tail, bias=True)
+    x = make_input((3, 4), 2)
+    names = [name for name, _ in naive.named_parameters()]
+    for i, name in enumerate(names):
+        for model in (naive, ours):
+            for other, p in model.named_parameters():
+                p.requires_grad_(other == name)
+        effdense.convert(ours, memory=MEMORY[i % 2])
+        assert_same((naive, ours), x, steps=1, need_x=False)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("first", range(LAYERS + 1))
+@pytest.mark.parametrize("need_x", [False, True])
+def test_frozen_first_layers(memory: str, first: int, need_x: bool) -> None:
+    naive, ours = make_pair(memory, tail="transition")
+    for model in (naive, ours):
+        for layer in list(block_of(model).values())[:first]:
+            layer.requires_grad_(False)
+    assert_same((naive, ours), steps=1, need_x=need_x)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_frozen_stage_makes_no_graph(tail: str) -> None:
+    ours = converted(make_naive(tail=tail), "balanced").requires_grad_(False)
+    assert ours(make_input()).grad_fn is None
+    assert step(ours, make_input())[1] is not None  # the input alone
+
+
+def kept_bytes(ours: nn.Module, x: Tensor, need: Callable[[str], bool], grad: bool = True) -> int:
+    for name, p in ours.named_parameters():
+        p.requires_grad_(need(name))
+
+    def forward() -> None:
+        with torch.set_grad_enabled(grad):
+            ours(x)
+
+    forward()  # the workspace
+    return peak_bytes(forward)
+
+
+def test_no_bottleneck_is_kept_below_what_is_trained() -> None:
+    ours, x = converted(make_naive(), "balanced").float(), make_input((32, 32), 4).float()
+    pixel = 4 * 32 * 32 * 4  # bytes of a channel
+    # The buffer, a layer's new features and those of the layer before, and tiles of at most two channels' size.
+    features = pixel * (-(-ALL // 4) * 4 + 2 * GROWTH + 2)
+    everything = kept_bytes(ours, x, lambda _: True)
+    assert features < LAYERS * WIDTH * pixel < everything <= features + LAYERS * WIDTH * pixel
+    assert kept_bytes(ours, x, lambda name: "layer3" in name) <= features + WIDTH * pixel
+    assert kept_bytes(ours, x, lambda _: False) <= features
+    assert kept_bytes(ours, x, lambda _: True, grad=False) <= features
+    effdense.convert(ours, memory="minimal")
+    assert kept_bytes(ours, x, lambda _: True) <= features

@@ -1,0 +1,249 @@
+"""The planner against counted bytes, its command, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import effdense
+from benchmarks import models
+from benchmarks.measure import peak_bytes
+from effdense import cli, memory, operators
+
+MIB = 2**20
+
+
+def measured(model: nn.Module, x: torch.Tensor) -> int:
+    """Peak of one training step above the model and its gradients, with an empty workspace."""
+    target = torch.arange(len(x)) % 10
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    step = lambda: F.cross_entropy(model(x), target).backward()  # noqa: E731
+    step()  # whatever is allocated once
+    effdense.empty_cache()
+    return peak_bytes(step)
+
+
+def build(name: str, impl: str) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build(name, impl).model
+
+
+def drop(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "drop_rate"):
+            module.drop_rate = 0.2
+
+
+def norms_in_evaluation(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def frozen(model: nn.Module) -> None:
+    """Only the last block and the head learn."""
+    model.requires_grad_(False)
+    model.features[-2].requires_grad_()
+    model.classifier.requires_grad_()
+
+
+def hooked(model: nn.Module) -> None:
+    """A layer with a hook, so that its block runs layer by layer."""
+    model.features.denseblock2.denselayer2.norm2.register_forward_hook(lambda *_: None)
+
+
+CONFIGURATIONS = [  # model, batch, image size, what is changed
+    ("densenet_bc_40_12", 16, 32, None),
+    ("densenet_bc_64_12", 8, 33, None),
+    ("densenet_bc_100_12", 8, 32, None),
+    ("densenet_bc_40_24", 9, 32, None),
+    ("densenet121", 8, 64, None),
+    ("densenet121", 4, 97, None),
+    ("densenet_40_12", 8, 32, None),
+    ("densenet_22_24", 16, 31, None),
+    ("densenet_d2l", 16, 96, None),
+    ("densenet_bc_40_12", 16, 32, drop),
+    ("densenet_bc_40_12", 16, 32, norms_in_evaluation),
+    ("densenet_bc_40_12", 16, 32, frozen),
+    ("densenet_bc_40_12", 16, 32, hooked),
+]
+
+
+CASES = [  # plain layers have no bottlenecks to keep
+    (*configuration, mode)
+    for configuration in CONFIGURATIONS
+    for mode in ("balanced", "minimal")
+    if mode == "balanced" or configuration[0].startswith(("densenet1", "densenet_bc"))
+]
+
+
+@pytest.mark.parametrize("name, batch, size, change, mode", CASES)
+def test_the_plan_is_within_5_percent_of_counted_bytes(
+    name: str, batch: int, size: int, change: Callable[[nn.Module], None] | None, mode: str
+) -> None:
+    model = build(name, f"effdense-{mode}")
+    if change is not None:
+        change(model)
+    x = torch.randn(batch, 1 if name == "densenet_d2l" else 3, size, size)
+    plan = effdense.plan(model, x.shape, memory=mode)
+    expected = measured(model, x)
+    assert expected > 10 * MIB or change is frozen
+    assert abs(plan.total / expected - 1) < 0.05, f"{plan}\nmeasured: {expected / MIB:.1f} MiB"
+
+
+@pytest.mark.parametrize("mode", ["naive", "checkpoint"])
+@pytest.mark.parametrize("name, batch, size", [("densenet_bc_40_12", 16, 32), ("densenet_bc_22_24", 16, 33)])
+def test_so_is_that_of_the_others(name: str, batch: int, size: int, mode: str) -> None:
+    model, x = build(name, mode), torch.randn(batch, 3, size, size)
+    plan = effdense.plan(model, x.shape, memory=mode)
+    assert plan.total == pytest.approx(measured(model, x), rel=0.05), str(plan)
+    converted = build(name, "effdense-balanced")
+    assert effdense.plan(converted, x.shape, memory=mode).total == plan.total
+
+
+def test_the_numbers_of_a_plan_add_up() -> None:
+    model, shape = build("densenet_bc_22_12", "naive"), (16, 3, 32, 32)
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    for mode in memory.MEMORY:
+        plan = effdense.plan(model, shape, memory=mode)
+        assert sum(plan.breakdown.values()) == plan.total
+        assert (plan.parameters, plan.gradients, plan.optimizer) == (
+            parameters + buffers,
+            parameters,
+            parameters,
+        )
+        assert plan.everything == plan.total + 3 * parameters + buffers
+        assert f"{plan.total / MIB:.1f} MiB" in str(plan)
+    balanced, minimal = (effdense.plan(model, shape, memory=m).breakdown for m in ("balanced", "minimal"))
+    assert balanced["bottlenecks"] > 0 == minimal["bottlenecks"]
+    assert 0 < balanced["features"] == minimal["features"]
+
+
+def test_half_the_width_is_half_the_maps() -> None:
+    model = build("densenet_bc_40_12", "naive")
+    single = effdense.plan(model, (16, 3, 32, 32)).total
+    half = effdense.plan(model.bfloat16(), (16, 3, 32, 32)).total
+    assert half == pytest.approx(single / 2, rel=0.1)
+
+
+def test_the_model_is_not_touched() -> None:
+    model, calls = build("densenet_bc_22_12", "naive"), []
+    model.features.norm5.register_forward_hook(lambda *_: calls.append(1))
+    model.features.norm5.momentum = None  # the average over all batches
+    before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    classes, random = [type(m) for m in model.modules()], torch.get_rng_state()
+    for mode in memory.MEMORY:
+        effdense.plan(model, (2, 3, 16, 16), memory=mode)
+    assert not calls and classes == [type(m) for m in model.modules()]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert id(tensor) == before[name][0] and torch.equal(tensor, before[name][1]) and tensor.grad is None
+    assert torch.equal(random, torch.get_rng_state())
+    assert "meta" not in operators._COMPILED_DTYPES
+
+
+def test_nothing_is_allocated() -> None:
+    model = build("densenet_bc_40_12", "effdense-balanced")
+    effdense.plan(model, (1000, 3, 32, 32))  # imports
+    assert peak_bytes(lambda: effdense.plan(model, (1000, 3, 32, 32))) < MIB
+
+
+def test_the_largest_batch_is_the_largest() -> None:
+    model, budget = build("densenet_bc_22_12", "naive"), 40 * MIB
+    batch = memory.largest_batch(model, (64, 3, 32, 32), budget)
+    assert batch > 8
+    assert effdense.plan(model, (batch, 3, 32, 32)).everything <= budget
+    assert effdense.plan(model, (batch + 1, 3, 32, 32)).everything > budget
+    assert memory.largest_batch(model, (1, 3, 32, 32), budget) == batch
+    assert memory.largest_batch(model, (64, 3, 32, 32), MIB) == 0
+
+
+class _Foreign(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (("densenet", (2, 3, 16, 16), "balanced"), TypeError, "model must be a torch.nn.Module, got str"),
+        (
+            (None, (2, 3), "balanced"),
+            ValueError,
+            "input_shape must be batch, channels and one to three sizes",
+        ),
+        ((None, 64, "balanced"), ValueError, "got 64"),
+        ((None, (0, 3, 16, 16), "balanced"), ValueError, "all positive"),
+        ((None, (2, 3, 16, 16.0), "balanced"), ValueError, "16.0"),
+        (
+            (None, (2, 4, 16, 16), "balanced"),
+            ValueError,
+            r"does not run on an input of shape \(2, 4, 16, 16\)",
+        ),
+        ((None, (2, 3, 16, 16), "small"), ValueError, "'minimal', got 'small'"),
+        ((_Foreign(nn.Conv2d(3, 4, 1)), (2, 3, 16, 16), "naive"), ValueError, "effdense.report"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[Any, Any, str], error: type[Exception], message: str) -> None:
+    model, shape, mode = arguments
+    model = build("densenet_bc_22_12", "naive") if model is None else model
+    with pytest.raises(error, match=message):
+        effdense.plan(model, shape, memory=mode)
+
+
+@pytest.mark.parametrize("name", ["densenet_bc_40_12", "densenet_40_12", "densenet_d2l", "densenet121"])
+def test_the_commands_models_are_the_benchmarks(name: str) -> None:
+    mine, channels = memory.build(name)
+    theirs = build(name, "naive")
+    assert channels == theirs.features.conv0.in_channels
+    assert {n: t.shape for n, t in mine.state_dict().items()} == {
+        n: t.shape for n, t in theirs.state_dict().items()
+    }
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--model", "densenet_bc_22_12", "--image-size", "32", "--batch", "8"]
+    assert cli.main([*command, "--budget", "100 MiB"]) == 0
+    out = capsys.readouterr().out
+    assert all(mode in out for mode in memory.MEMORY)
+    plan = effdense.plan(build("densenet_bc_22_12", "naive"), (8, 3, 32, 32))
+    row = next(line.split() for line in out.splitlines() if line.startswith("balanced"))
+    assert row[1] == f"{plan.total / MIB:.1f}"
+    assert "Largest batch within 100 MiB" in out
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (("--model", "resnet50"), "unknown model 'resnet50'"),
+        (("--model", "densenet_bc_41_12"), "depth 6 n + 4"),
+        (("--batch", "0"), "all positive"),
+    ],
+)
+def test_command_says_what_is_wrong(
+    changed: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "--model", "densenet_bc_22_12", "--image-size", "32", "--batch", "8"]
+    assert cli.main([*command, *changed]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("effdense plan: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("8GiB", 8 * 2**30), ("1.5 GB", 1500000000), ("4096", 4096), ("1MiB", MIB), ("8e9", 8 * 10**9)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert cli._size(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "8 apples", "-1GiB", ""])
+def test_a_wrong_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "--model", "densenet121", "--image-size", "8", "--batch", "1", f"--budget={text}"])
+    assert stop.value.code == 2 and "8GiB" in capsys.readouterr().err
