@@ -43,7 +43,8 @@ def prepare(
             result = torch.get_autocast_dtype(features[0].device.type)
     else:
         check_same_dtype(op, features)
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+    tracing = torch.compiler.is_compiling()  # never of inference tensors
+    if not tracing and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         # Inference tensors cannot be saved for a backward.
         features = [x.clone() if x.is_inference() else x for x in features]
     return channels, features, parameters, result
@@ -103,7 +104,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 def empty_channels_last(like: Tensor, channels: int) -> Tensor:
     """An uninitialised [N, channels, *spatial] in channels-last layout, of the batch and spatial sizes of `like`."""
-    return like.new_empty(like.shape[0], *like.shape[2:], channels).movedim(-1, 1)
+    return empty_rows(like, channels, channels)
+
+
+def empty_rows(like: Tensor, channels: int, step: int) -> Tensor:
+    """The same with `step` elements from pixel to pixel. Not a view of anything: it may be the output of a node."""
+    strides = [step]
+    for n in reversed(like.shape[3:]):
+        strides.insert(0, strides[0] * n)
+    image = like.shape[2:].numel() * step
+    return like.new_empty_strided((like.shape[0], channels, *like.shape[2:]), (image, 1, *strides))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from effdense import workspace
 from effdense.autograd import (
@@ -29,6 +30,7 @@ from effdense.autograd import (
     convolve_backward,
     differentiable_once,
     empty_channels_last,
+    empty_rows,
     matrix,
     shaped,
     sum_per_channel,
@@ -45,9 +47,9 @@ Parameters = Sequence[Tensor | None]
 
 
 def empty_buffer(like: Tensor, channels: int) -> Tensor:
-    """An uninitialised [N, channels, *spatial], channels-last: a view of rows of whole 16 bytes."""
+    """An uninitialised [N, channels, *spatial], channels-last, in rows of whole 16 bytes."""
     unit = max(1, 16 // like.element_size())
-    return empty_channels_last(like, -(-channels // unit) * unit)[:, :channels]
+    return empty_rows(like, channels, -(-channels // unit) * unit)
 
 
 def _drop_(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
@@ -108,7 +110,7 @@ def forward(
             z = scratch.channels_last(x, layer.width or layer.channels)
             if not layer.width:
                 ops.bn_relu(prefix, norm1.scale, norm1.shift, z)
-            elif settings.memory == "inference" and not settings.batch_statistics[layer.norm1 + 1]:
+            elif stage.straight_to_z(layer):
                 _bottleneck(ops, layer, norm1, prefix, z, stage.norm2(layer, norms), False)
             else:
                 y = kept[layer.position] if layer.position in kept else scratch.channels_last(x, layer.width)
@@ -247,11 +249,11 @@ def backward(
             descend(layer, scratch)
     if needs[0]:
         result[0] = take(0, channels, empty_channels_last(features, channels))
-    result = [value if need else None for value, need in zip(result, needs, strict=True)]
-    return result[:1] + [
-        value if value is None or like is None else shaped(like, value)
-        for value, like in zip(result[1:], parameters, strict=True)
-    ]
+    for i, (need, like) in enumerate(zip(needs, (None, *parameters), strict=True)):
+        value = result[i] if need else None
+        # One after the other: never two of all gradients.
+        result[i] = value if value is None or like is None else shaped(like, value).contiguous()
+    return result
 
 
 _SETTINGS = (
@@ -405,8 +407,10 @@ def run(
     step = 8 if settings.bottleneck else 4
     tensors = (x, *parameters)
     needs = [t is not None and t.requires_grad for t in tensors]
-    if torch.is_grad_enabled() and any(needs):
-        lowest = -1 if needs[0] else (needs.index(True) - 1) // step
+    # A node is also what refuses forward mode, where nothing need require a gradient.
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if forward_mode or (torch.is_grad_enabled() and any(needs)):
+        lowest = -1 if needs[0] or not any(needs) else (needs.index(True) - 1) // step
         settings = settings._replace(lowest=lowest)
         out, vectors, *_ = StageNode.apply(
             tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks

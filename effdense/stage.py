@@ -147,12 +147,16 @@ class Stage:
             for layer, part in zip(kept, parts, strict=True)
         }
 
+    def straight_to_z(self, layer: Layer) -> bool:
+        """Whether relu(norm2(y)) can be made without y: nobody wants y later, and norm2 is known beforehand."""
+        s = self.settings
+        return s.memory == "inference" and not s.batch_statistics[layer.norm1 + 1] and layer.masks[0] is None
+
     def forward_scratch(self) -> list[int]:
         """Channels of the maps that a forward holds of the workspace at once: z, and a y that is not kept."""
         z = max((layer.width or layer.channels for layer in self.layers), default=0)
         made = [layer for layer in self.layers if layer.width and not self._is_saved(layer)]
-        if self.settings.memory == "inference":  # straight to z, where norm2 is known beforehand
-            made = [layer for layer in made if self.settings.batch_statistics[layer.norm1 + 1]]
+        made = [layer for layer in made if not self.straight_to_z(layer)]
         return [z, max(layer.width for layer in made)] if made else [z]
 
     def backward_scratch(self) -> list[int]:

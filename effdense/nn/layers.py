@@ -100,7 +100,7 @@ class DenseLayer(_Layer):
     def forward(self, *inputs: Tensor | Sequence[Tensor]) -> Tensor:
         """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
         features = _as_list(inputs)
-        if self.obstacle() is None:
+        if self.obstacle() is None and all(isinstance(x, Tensor) for x in features):  # not torch.fx's proxies
             new, mask = self._fused(features), _draw_mask(self, features[0])
             return new if mask is None else new * mask * _scale(self.drop_rate)
         new = self._one_by_one(features)

@@ -76,8 +76,9 @@ class DenseFeatures(nn.Sequential):
             return 3, out
         if len(modules) > 1 and _is(first, (DenseBlock,)) and _is(modules[1], (Transition,)):
             transition = modules[1]
-            kernel = transition.pooling(x)
-            if kernel is not None and transition.obstacle() is None and first.obstacle() is None:
+            clear = transition.obstacle() is None and first.obstacle() is None
+            kernel = transition.pooling(x) if clear else None
+            if kernel is not None:
                 return 2, run_stage(first, x, transition.norm, kernel, transition.conv)
         if (
             len(modules) > 1
@@ -128,6 +129,6 @@ class DenseNet(nn.Module):
         features: Any = self.features
         pooled = features.pooled(x) if isinstance(x, Tensor) and isinstance(features, DenseFeatures) else None
         if pooled is None:
-            pooled = F.relu(features(x), inplace=True).flatten(2).mean(2)
+            pooled = F.relu(features(x)).flatten(2).mean(2)
         out: Tensor = self.classifier(pooled)
         return out
