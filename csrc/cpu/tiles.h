@@ -202,8 +202,8 @@ class Moments {
     for (Part& part : all_) part.resize(channels);
   }
 
-  // Adds a tile's values of one slot. Narrow rows without gaps are taken as fewer rows of several pixels each, whose
-  // moments are then merged.
+  // Adds a tile's values of one slot. Narrow rows without gaps are taken as fewer rows of several pixels
+  // each, whose moments are then merged.
   template <typename T>
   void add(const Rows<T>& loops, int64_t slot, int64_t rows, Block<const T> x) {
     Part& part = all_[slot];
@@ -214,7 +214,8 @@ class Moments {
     loops.moments(rows / fold, fold * channels_, {x.data, fold * x.step}, part.tile_mean.data(),
                   part.tile_m2.data());
     for (int64_t i = 0; i < fold; ++i)
-      part.merge(static_cast<double>(rows / fold), &part.tile_mean[i * channels_], &part.tile_m2[i * channels_]);
+      part.merge(static_cast<double>(rows / fold), &part.tile_mean[i * channels_],
+                 &part.tile_m2[i * channels_]);
   }
 
   // Writes mean and biased variance; 0 and 1 where there was no value.
