@@ -43,6 +43,12 @@ class Folded(NamedTuple):
     shift: Tensor
     batch_statistics: bool
 
+    def deferred(self, sum_d: Tensor, sum_dx: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The coefficients a, b of the part of the gradient that needs the whole batch: -(a + b * (x - mean))."""
+        a, b = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
+        operators(sum_d).defer(sum_d, sum_dx, self.rstd, self.scale, count, a, b)
+        return a, b
+
 
 def fold(
     mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, batch_statistics: bool
@@ -65,37 +71,37 @@ def read_module(module: Any) -> Norm:
     )
 
 
-def update_running_statistics(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
-) -> None:
+class Update(NamedTuple):
+    """One norm's running statistics (None as in torch's) and what the batch says, [C] each."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
+def update_running_statistics(updates: Sequence[Update], count: int) -> None:
     """running <- (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` values.
 
-    Nothing for an empty batch.
+    Nothing for an empty batch. All at once: torch.compile takes tens of seconds over hundreds of small updates.
     """
-    pairs = [(r, v) for r, v in ((running_mean, mean), (running_var, var)) if r is not None]
-    unbiased = [momentum * (count / max(count - 1, 1) if r is running_var else 1.0) for r, _ in pairs]
+    unbiased = count / max(count - 1, 1)
+    pairs = [
+        (running, batch, 1 - u.momentum, u.momentum * factor)
+        for u in updates
+        for running, batch, factor in ((u.running_mean, u.mean, 1.0), (u.running_var, u.var, unbiased))
+        if running is not None
+    ]
     if pairs and count > 0:
-        torch.ops.effdense.update_running_statistics(
-            [r for r, _ in pairs], [v for _, v in pairs], [1 - momentum] * len(pairs), unbiased
-        )
+        torch.ops.effdense.update_running_statistics(*map(list, zip(*pairs, strict=True)))
 
 
 def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> None:
-    """What nn.BatchNorms do to their buffers in a forward; (module, mean, var) with the batch's statistics of `count` values.
-
-    All at once: torch.compile takes tens of seconds over hundreds of small updates.
-    """
+    """What nn.BatchNorms do to their buffers in a forward; (module, mean, var) with the batch's statistics of `count` values."""
     if recomputing():
         return
-    buffers: list[Tensor] = []
-    values: list[Tensor] = []
-    keep: list[float] = []
-    take: list[float] = []
+    updates: list[Update] = []
     counters: list[Tensor] = []
     for module, mean, var in norms:
         if not module.training or not module.track_running_stats:
@@ -105,20 +111,10 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
             counters.append(module.num_batches_tracked)
             if momentum is None:  # the average over all batches so far
                 momentum = 1.0 / (float(module.num_batches_tracked) + 1)
-        momentum = momentum or 0.0
-        for buffer, value, factor in (
-            (module.running_mean, mean, 1.0),
-            (module.running_var, var, count / max(count - 1, 1)),
-        ):
-            if buffer is not None and count > 0:
-                buffers.append(buffer)
-                values.append(value)
-                keep.append(1 - momentum)
-                take.append(momentum * factor)
+        updates.append(Update(module.running_mean, module.running_var, mean, var, momentum or 0.0))
     if counters:
         torch.ops.effdense.count_batches(counters)
-    if buffers:
-        torch.ops.effdense.update_running_statistics(buffers, values, keep, take)
+    update_running_statistics(updates, count)
 
 
 _library = torch.library.Library("effdense", "FRAGMENT")

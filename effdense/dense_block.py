@@ -152,7 +152,7 @@ def backward(
     (mean, _), norms = stage.split_vectors(vectors)
     kept = stage.split_saved(saved, features)
     count = features.shape[0] * features.shape[2:].numel()
-    step = 8 if settings.bottleneck else 4
+    step = settings.step
     result: list[Tensor | None] = [None] * len(needs)
     grad_features = on_large_pages(empty_buffer(features, stage.channels))
     a, b = torch.zeros_like(mean), torch.zeros_like(mean)
@@ -404,13 +404,12 @@ def run(
 
     Returns its output (the pool's, or the feature buffer), the stage, and its vectors (see `Stage.split_vectors`).
     """
-    step = 8 if settings.bottleneck else 4
     tensors = (x, *parameters)
     needs = [t is not None and t.requires_grad for t in tensors]
     # A node is also what refuses forward mode, where nothing need require a gradient.
     forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
     if forward_mode or (torch.is_grad_enabled() and any(needs)):
-        lowest = -1 if needs[0] or not any(needs) else (needs.index(True) - 1) // step
+        lowest = -1 if needs[0] or not any(needs) else (needs.index(True) - 1) // settings.step
         settings = settings._replace(lowest=lowest)
         out, vectors, *_ = StageNode.apply(
             tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks

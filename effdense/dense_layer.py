@@ -73,9 +73,8 @@ def _bottleneck_backward(
     )
     if norm.batch_statistics and any(need_features):
         sizes = [x.shape[1] for x in features]
-        a_all, b_all = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
-        ops.defer(sum_d, sum_dx, norm.rstd, norm.scale, grad_y.numel() // grad_y.shape[1], a_all, b_all)
-        parts = zip(*(v.split(sizes) for v in (norm.mean, a_all, b_all)), strict=True)
+        deferred = norm.deferred(sum_d, sum_dx, grad_y.numel() // grad_y.shape[1])
+        parts = zip(*(v.split(sizes) for v in (norm.mean, *deferred)), strict=True)
         for x, grad, (mean, a, b) in zip(features, grads, parts, strict=True):
             if grad.numel():
                 ops.take_gradient(x, mean, a, b, grad, grad)

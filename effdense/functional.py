@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from effdense import dense_layer
-from effdense.batch_norm import Norm, recomputing, update_running_statistics
+from effdense.batch_norm import Norm, Update, recomputing, update_running_statistics
 from effdense.checks import check_number
 
 
@@ -55,7 +55,8 @@ def cat_bn_relu_conv1x1(
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
     y, mean, var = dense_layer.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
     if training and not recomputing():
-        update_running_statistics(running_mean, running_var, mean, var, y.numel() // y.shape[1], momentum)
+        update = Update(running_mean, running_var, mean, var, momentum)
+        update_running_statistics([update], y.numel() // y.shape[1])
     return y
 
 

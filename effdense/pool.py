@@ -55,8 +55,7 @@ class AvgPoolNode(torch.autograd.Function):
                 grad, x, norm.scale, norm.shift, norm.mean, list(ctx.kernel_size), grad_x
             )
             if norm.batch_statistics:
-                a, b = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
-                ops.defer(sum_d, sum_dx, norm.rstd, norm.scale, x.numel() // x.shape[1], a, b)
+                a, b = norm.deferred(sum_d, sum_dx, x.numel() // x.shape[1])
                 ops.take_gradient(x, norm.mean, a, b, grad_x, grad_x)
             result = (
                 shaped(weight, sum_dx * norm.rstd) if needs[0] else None,

@@ -31,6 +31,11 @@ class Settings(NamedTuple):
     ]  # per layer: dropout after the bottleneck's first convolution, and after the layer; or nothing
     pool: list[int]  # kernel size of the pool behind the block; empty: none
 
+    @property
+    def step(self) -> int:
+        """How many parameters a layer has: weight and bias of every norm and convolution."""
+        return 8 if self.bottleneck else 4
+
 
 class Layer(NamedTuple):
     """One layer's tensors (conv1 and norm2 in bottleneck layers only), and where it is."""
@@ -70,7 +75,7 @@ class Stage:
         pools = 1 if settings.pool else 0
         end = len(parameters) - POOL_PARAMETERS * pools
         self.pool_parameters = parameters[end:]
-        step, norms = (8, 2) if settings.bottleneck else (4, 1)
+        step, norms = settings.step, settings.step // 4
         self.layers: list[Layer] = []
         for i in range(end // step):
             own: Any = list(parameters[step * i : step * (i + 1)])

@@ -119,7 +119,6 @@ class Features {
       channels_ += x.size(1);
     }
   }
-  int64_t channels() const { return channels_; }
 
   // One tile of all features as a matrix [tile.rows(), channels]: where it lies, else in `scratch`.
   template <typename A>

@@ -68,8 +68,9 @@ class DenseFeatures(nn.Sequential):
     def _step(self, x: Tensor, modules: list[Any]) -> tuple[int, Tensor]:
         """Runs the first module, or the first few together; returns how many."""
         first = modules[0]
-        if _stem(modules) is not None:
-            norm, windows = first, _stem(modules)
+        windows = _stem(modules)
+        if windows is not None:
+            norm = first
             names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
             out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
             update_modules([(norm, mean, var)], x.numel() // x.shape[1])
