@@ -122,7 +122,7 @@ def ratio_to_naive(rows: Sequence[dict[str, Any]], row: dict[str, Any], key: str
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the rows as a table for the terminal."""
     shown = Table(
-        title=title, title_justify="left", caption=_machine(result["environment"]), caption_justify="left"
+        title=title, title_justify="left", caption=machine(result["environment"]), caption_justify="left"
     )
     shown.add_column("implementation", no_wrap=True)
     for heading in ("ms/step", "p20-p80", "time vs\nnaive", "peak MiB", "memory\nvs naive", "process\nMiB"):
@@ -157,7 +157,7 @@ def title(settings: Settings) -> str:
     return f"{settings.model}, {step}, batch {settings.batch}, {size}, {settings.dtype}{data}"
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine(environment: dict[str, Any]) -> str:
     return (
         f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads, "
         f"torch {environment['torch']}, load before {environment['load_average']:.1f}"
@@ -208,10 +208,10 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
         help="densenet121 ..., densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), "
         "densenet_d2l, torchvision:NAME",
     )
-    add("--batch", type=_positive, help="images per step (8 for densenet121 ..., else 64)")
+    add("--batch", type=positive, help="images per step (8 for densenet121 ..., else 64)")
     add(
         "--image-size",
-        type=_positive,
+        type=positive,
         help="pixels on a side (224 for densenet121 ..., 96 for densenet_d2l, else 32)",
     )
     add(
@@ -223,10 +223,10 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     add("--data", choices=("synthetic", "fashion-mnist"), default="synthetic")
     add("--channels-last", action="store_true", help="every implementation in channels-last layout")
-    add("--threads", type=_positive, metavar="N", help="PyTorch's default unless given")
-    add("--repeats", type=_positive, metavar="N", default=7, help="timed steps per implementation (7)")
-    add("--json", type=_output, metavar="FILE", help="write everything measured here")
-    add("--plot", type=_output, metavar="FILE.png", help="draw memory and time here")
+    add("--threads", type=positive, metavar="N", help="PyTorch's default unless given")
+    add("--repeats", type=positive, metavar="N", default=7, help="timed steps per implementation (7)")
+    add("--json", type=output_file, metavar="FILE", help="write everything measured here")
+    add("--plot", type=output_file, metavar="FILE.png", help="draw memory and time here")
     parsed = parser.parse_args(arguments)
     impls = list(dict.fromkeys(name.strip() for name in parsed.impl.split(",") if name.strip()))
     try:
@@ -246,14 +246,14 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
     return parsed, Settings(**shared, **sizes), impls
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
     return number
 
 
-def _output(text: str) -> Path:
+def output_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write a file at {text!r}")

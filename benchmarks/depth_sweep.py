@@ -216,7 +216,7 @@ def table(result: dict[str, Any], title: str) -> Table:
     """Return one line per depth: every implementation's peak above the built model and its time per step."""
     impls = list(dict.fromkeys(row["impl"] for row in result["rows"]))
     labels = {row["impl"]: _what(row) for row in result["rows"] if row["label"]}
-    caption = [compare._machine(result["environment"]), *(f"{impl}: {what}" for impl, what in labels.items())]
+    caption = [compare.machine(result["environment"]), *(f"{impl}: {what}" for impl, what in labels.items())]
     shown = Table(title=title, title_justify="left", caption="\n".join(caption), caption_justify="left")
     shown.add_column("depth", justify="right", no_wrap=True)
     shown.add_column("parameters", justify="right", no_wrap=True)
@@ -292,7 +292,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.depth_sweep", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    add, positive, output = parser.add_argument, compare._positive, compare._output
+    add, positive, output = parser.add_argument, compare.positive, compare.output_file
     add("--growth", type=positive, metavar="K", default=12, help="features a layer adds (12)")
     add("--depths", default=DEFAULT_DEPTHS, help=f"of the form 6 n + 4 ({DEFAULT_DEPTHS})")
     add("--batch", type=positive, default=64, help="images per step (64)")

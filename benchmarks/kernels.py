@@ -28,8 +28,15 @@ from effdense.workspace import on_large_pages
 
 GEMM_SIZE = 2048  # rows and columns of the matrices
 COPY_BYTES = 2**28  # of each tensor: beyond every cache
-LAYER = ("bottleneck", "bn_relu", "conv3x3", "append_features")  # in the order of a step
-LAYER += ("take_gradient", "conv3x3_backward", "bn_relu_backward", "bottleneck_backward")
+LAYER = (
+    "bottleneck",
+    "bn_relu_conv3x3",
+    "take_gradient",
+    "bn_relu_conv3x3_backward",
+)  # in the order of a step
+LAYER += ("bottleneck_backward",)
+# what takes the place of the fused convolution where there is none
+LAYER += ("bn_relu", "conv3x3", "append_features", "conv3x3_backward", "bn_relu_backward")
 LAYER += ("channel_statistics", "bn_relu_accumulate", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
 STEM = ("bn_relu_max_pool", "max_pool_backward")
 OPERATORS = LAYER + STEM
@@ -88,6 +95,13 @@ def least(s: Shape, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     covered = p * s.pool**2  # pixels that the average pool's windows reach
     return {
         "bottleneck": (e * (m * c + o * c + m * o), 2 * m * c * o),  # reads x, weight; writes y
+        # reads y, weight; writes the new features
+        "bn_relu_conv3x3": (e * (m * o + 9 * o * k + m * k), 2 * m * 9 * o * k),
+        # reads grad, y, weight; writes grad_y, and grad_weight as sums
+        "bn_relu_conv3x3_backward": (
+            e * (m * k + 2 * m * o + 9 * o * k) + e_sum * 9 * o * k,
+            4 * m * 9 * o * k,
+        ),
         "bn_relu": (e * 2 * m * o, 0),  # reads y; writes z
         # reads z, weight; writes the new features
         "conv3x3": (e * (m * o + 9 * o * k + m * k), 2 * m * 9 * o * k),
@@ -97,8 +111,8 @@ def least(s: Shape, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         "conv3x3_backward": (e * (m * k + 2 * m * o + 2 * 9 * o * k), 4 * m * 9 * o * k),
         # reads grad, y; writes grad. The batch's sums take a second pass (5 m o) where a cache does not hold both
         "bn_relu_backward": (e * 3 * m * o, 0),
-        # reads x, grad_y, weight, grad_x; writes grad_x, and grad_weight as sums
-        "bottleneck_backward": (e * (3 * m * c + m * o + o * c) + e_sum * o * c, 4 * m * c * o),
+        # reads x, grad_y, y, weight, grad_x; writes grad_x, and grad_weight as sums
+        "bottleneck_backward": (e * (3 * m * c + 2 * m * o + o * c) + e_sum * o * c, 4 * m * c * o),
         "channel_statistics": (e * m * c, 0),  # reads x
         "bn_relu_accumulate": (e * 4 * m * c, 0),  # reads grad, x, grad_x; writes grad_x
         "bn_relu_avg_pool": (e * (covered + p) * t, 0),  # reads x in windows; writes out
@@ -123,7 +137,7 @@ def _norm(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _calls(s: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Every operator on the tensors of this shape, called as in effdense/dense_block.py and effdense/pool.py."""
+    """Every operator on the tensors of this shape, called as in effdense/engine.py and effdense/pool.py."""
     ops, aten, c, o, k = torch.ops.effdense, torch.ops.aten, s.channels, s.out_channels, s.growth_rate
     t, unit = s.buffer_channels, 16 // dtype.itemsize  # the buffers' rows are of whole 16 bytes
     features, grads = (_map(s, -(-t // unit) * unit, dtype)[:, :t] for _ in range(2))
@@ -137,6 +151,10 @@ def _calls(s: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     taken, where = ops.bn_relu_max_pool(x, *norm_c[:2], *WINDOWS)
     return {
         "bottleneck": lambda: ops.bottleneck([x], *norm_c[:2], w1, None, None, None, True, y),
+        "bn_relu_conv3x3": lambda: ops.bn_relu_conv3x3(y, *norm_o[:2], w2, None, x_new),
+        "bn_relu_conv3x3_backward": lambda: ops.bn_relu_conv3x3_backward(
+            grad_new, y, *norm_o, w2, z, False, True, True
+        ),
         "bn_relu": lambda: ops.bn_relu(y, *norm_o[:2], z),
         "conv3x3": lambda: aten.convolution(z, w2, None, *CONVOLUTION),
         "append_features": lambda: ops.append_features(new, x_new),
@@ -146,7 +164,7 @@ def _calls(s: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         ),
         "bn_relu_backward": lambda: ops.bn_relu_backward(grad_y, y, *norm_o, norm_o[0], True),
         "bottleneck_backward": lambda: ops.bottleneck_backward(
-            [x], grad_y, *norm_c, w1, [grad_x], True, True, True
+            [x], grad_y, *norm_c, w1, [grad_x], True, True, True, [y, norm_o[2], norm_o[2], norm_o[2]]
         ),
         "channel_statistics": lambda: ops.channel_statistics([x]),
         "bn_relu_accumulate": lambda: ops.bn_relu_accumulate(grad_c, x, *norm_c, grad_x),
@@ -217,7 +235,7 @@ def table(result: dict[str, Any]) -> Table:
     """Return the rows as a table for the terminal."""
     rows, gemm, copy = result["rows"], *result["ceilings"].values()
     caption = f"ceilings: GEMM {gemm['gflops_per_s']:.1f} GFLOP/s, copy {copy['gbytes_per_s']:.1f} GB/s; "
-    caption += "below 1x: the maps were in a cache\n" + compare._machine(result["environment"])
+    caption += "below 1x: the maps were in a cache\n" + compare.machine(result["environment"])
     title = f"effdense's operators and PyTorch's convolutions, {rows[0]['dtype']}"
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     shown.add_column("operator", no_wrap=True)
@@ -264,13 +282,13 @@ def _shapes(text: str) -> list[Shape]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.allow_abbrev = False
-    add, positive = parser.add_argument, compare._positive
+    add, positive = parser.add_argument, compare.positive
     add("--op", type=_operators, metavar="NAMES", default=OPERATORS, help=f"some of {', '.join(OPERATORS)}")
     add("--shape", type=_shapes, metavar="NAME", default="all", help="bc, 121, all (these) or N,H,W,C,O,K")
     add("--dtype", choices=DTYPES, default="float32")
     add("--threads", type=positive, metavar="N", help="PyTorch's default unless given")
     add("--repeats", type=positive, metavar="N", default=9, help="timed calls of each operator (9)")
-    add("--json", type=compare._output, metavar="FILE", help="write everything measured here")
+    add("--json", type=compare.output_file, metavar="FILE", help="write everything measured here")
     parsed = parser.parse_args(arguments)
     parsed.shape = [s for s in parsed.shape if not set(s.operators).isdisjoint(parsed.op)]
     if not parsed.shape:

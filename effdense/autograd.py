@@ -114,3 +114,8 @@ def empty_rows(like: Tensor, channels: int, step: int) -> Tensor:
         strides.insert(0, strides[0] * n)
     image = like.shape[2:].numel() * step
     return like.new_empty_strided((like.shape[0], channels, *like.shape[2:]), (image, 1, *strides))
+
+
+def dropout_scale(keep: float) -> float:
+    """What dropout multiplies the values with that it keeps with this probability."""
+    return 1 / keep if keep > 0 else 0.0

@@ -68,6 +68,7 @@ class _Case:
         self.x, self.grad = self.features[0], self.grads[0]
         averages = [n // k for n, k in zip(spatial, self.average, strict=True)]
         self.averages = random(images, channels[0], *averages)
+        self.conv = random(out, channels[0], 3, 3) if len(spatial) == 2 else None
         self.maxima = random(images, channels[0], *((n + 1) // 2 for n in spatial))
 
     def first(self, count: int) -> list[Tensor]:
@@ -104,10 +105,27 @@ def _bottleneck(ops: Any, c: _Case) -> list[Tensor]:
 
 def _bottleneck_backward(ops: Any, c: _Case) -> list[Tensor]:
     results = []
-    for accumulate in (False, True):
+    for accumulate, deferred in ((False, []), (True, [torch.ones_like(c.y), *c.of_out])):
         arguments = c.features, c.y, *c.vectors[:3], c.weight, c.grads
-        results += ops.bottleneck_backward(*arguments, accumulate, True, True, [])
+        results += ops.bottleneck_backward(*arguments, accumulate, True, True, deferred)
     return [*results, *c.grads]
+
+
+def _bn_relu_conv3x3(ops: Any, c: _Case) -> list[Tensor]:
+    if c.conv is None:
+        return []
+    out = torch.empty_like(c.y)
+    return [*ops.bn_relu_conv3x3(c.x, *c.first(2), c.conv, c.of_out[0], out), out]
+
+
+def _bn_relu_conv3x3_backward(ops: Any, c: _Case) -> list[Tensor]:
+    if c.conv is None:
+        return []
+    results = []
+    for accumulate in (False, True):
+        arguments = c.y, c.x, *c.first(3), c.conv, c.grad
+        results += ops.bn_relu_conv3x3_backward(*arguments, accumulate, True, True)
+    return [*results, c.grad]
 
 
 def _take_gradient(ops: Any, c: _Case) -> list[Tensor]:
@@ -155,6 +173,8 @@ OPERATORS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "append_features": _append_features,
     "bottleneck": _bottleneck,
     "bottleneck_backward": _bottleneck_backward,
+    "bn_relu_conv3x3": _bn_relu_conv3x3,
+    "bn_relu_conv3x3_backward": _bn_relu_conv3x3_backward,
     "take_gradient": _take_gradient,
     "bn_relu": _bn_relu,
     "bn_relu_backward": _bn_relu_backward,

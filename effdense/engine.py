@@ -22,6 +22,7 @@ from torch import Tensor
 from effdense import workspace
 from effdense.autograd import (
     channels_last,
+    dropout_scale,
     empty_channels_last,
     empty_rows,
     matrix,
@@ -32,7 +33,7 @@ from effdense.autograd import (
 from effdense.batch_norm import Folded
 from effdense.convolution import bn_relu_convolve, bn_relu_convolve_backward, convolve, convolve_backward
 from effdense.reference import accumulate_dtype
-from effdense.stage import POOL_PARAMETERS, Layer, Parameters, Settings, Stage
+from effdense.stage import POOL_PARAMETERS, Layer, Parameters, Settings, Stage, Vectors
 from effdense.workspace import on_large_pages
 
 
@@ -44,7 +45,7 @@ def empty_buffer(like: Tensor, channels: int) -> Tensor:
 
 def _drop_(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
     """Dropout and its backward, in place: zero where the mask is, the rest scaled up."""
-    return x if mask is None else x.mul_(mask).mul_(1 / keep if keep > 0 else 0.0)
+    return x if mask is None else x.mul_(mask).mul_(dropout_scale(keep))
 
 
 def _set(vectors: tuple[Tensor, Tensor], values: Parameters) -> None:
@@ -61,6 +62,33 @@ def _bottleneck(
     out = (None, None) if then is None else (then.scale, then.shift)
     bias = vector(layer.conv1_bias, norm1.mean)
     return ops.bottleneck([prefix], norm1.scale, norm1.shift, matrix(layer.conv1), bias, *out, statistics, y)
+
+
+def _first_half(
+    ops: Any,
+    stage: Stage,
+    layer: Layer,
+    norm1: Folded,
+    prefix: Tensor,
+    norms: Vectors,
+    kept: dict[int, Tensor],
+    scratch: workspace.Lease,
+) -> tuple[Tensor, Folded | None]:
+    """A bottleneck's output, and what is to come before the 3x3 convolution: norm2, or nothing where it is done already."""
+    if stage.straight_to_z(ops, layer):
+        z = scratch.channels_last(prefix, layer.width)
+        _bottleneck(ops, layer, norm1, prefix, z, stage.norm2(layer, norms), False)
+        return z, None
+    y = kept.get(layer.position)
+    y = scratch.channels_last(prefix, layer.width) if y is None else y
+    batch, mask = stage.settings.batch_statistics[layer.norm1 + 1], layer.masks[0]
+    statistics = _bottleneck(ops, layer, norm1, prefix, y, None, batch and mask is None)
+    if mask is not None:
+        _drop_(y, mask, layer.keep[0])
+        statistics = ops.channel_statistics([y]) if batch else None
+    if batch:
+        _set(norms[layer.norm1 + 1], statistics)
+    return y, stage.norm2(layer, norms)
 
 
 def forward(
@@ -92,24 +120,12 @@ def forward(
     size = workspace.size_of(x, stage.forward_scratch(ops))
     for layer in stage.layers:
         own = slice(layer.channels, layer.channels + layer.growth)
-        new = features[:, own]
+        prefix, new, norm1 = features[:, : layer.channels], features[:, own], stage.norm1(layer, norms)
         with workspace.lease(x.device, size) as scratch:
-            source, norm = features[:, : layer.channels], stage.norm1(layer, norms)
-            if stage.straight_to_z(ops, layer):
-                z = scratch.channels_last(x, layer.width)
-                _bottleneck(ops, layer, norm, source, z, stage.norm2(layer, norms), False)
-                source, norm = z, None
-            elif layer.width:
-                y = kept[layer.position] if layer.position in kept else scratch.channels_last(x, layer.width)
-                batch, mask = settings.batch_statistics[layer.norm1 + 1], layer.masks[0]
-                statistics = _bottleneck(ops, layer, norm, source, y, None, batch and mask is None)
-                if mask is not None:
-                    _drop_(y, mask, layer.keep[0])
-                    statistics = ops.channel_statistics([y]) if batch else None
-                if batch:
-                    _set(norms[layer.norm1 + 1], statistics)
-                source, norm = y, stage.norm2(layer, norms)
-            statistics = bn_relu_convolve(ops, source, norm, layer.conv2, layer.conv2_bias, new, scratch)
+            source: tuple[Tensor, Folded | None] = prefix, norm1
+            if layer.width:
+                source = _first_half(ops, stage, layer, norm1, prefix, norms, kept, scratch)
+            statistics = bn_relu_convolve(ops, *source, layer.conv2, layer.conv2_bias, new, scratch)
         if layer.masks[1] is not None:
             statistics = ops.channel_statistics([_drop_(new, layer.masks[1], layer.keep[1])])
         _set((mean[own], var[own]), statistics)
@@ -144,8 +160,7 @@ def backward(
     size = workspace.size_of(features, stage.backward_scratch(ops))
     for layer in reversed(stage.layers[max(lowest, 0) :]):
         with workspace.lease(features.device, size) as scratch:
-            # Something before this layer needs a gradient, or nothing does.
-            way.layer(layer, scratch, layer.position > lowest)
+            way.layer(layer, scratch, below=layer.position > lowest)
     result = way.result
     if needs[0]:
         result[0] = way.take(0, channels, empty_channels_last(features, channels))

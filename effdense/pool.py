@@ -12,10 +12,26 @@ import torch
 from torch import Tensor
 
 from effdense.autograd import differentiable_once, empty_channels_last, prepare, shaped, without_autocast
-from effdense.batch_norm import Norm, fold
+from effdense.batch_norm import Folded, Norm, fold
 from effdense.checks import check_norm
 from effdense.dense_layer import statistics
 from effdense.operators import operators
+
+
+def _gradients(
+    needs: Sequence[bool],
+    norm: Folded,
+    sums: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad_x: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """What a backward returns for weight, bias and x."""
+    return (
+        shaped(weight, sums[1] * norm.rstd) if needs[0] and weight is not None else None,
+        shaped(bias, sums[0]) if needs[1] and bias is not None else None,
+        grad_x if needs[2] else None,
+    )
 
 
 class AvgPoolNode(torch.autograd.Function):
@@ -57,11 +73,7 @@ class AvgPoolNode(torch.autograd.Function):
             if norm.batch_statistics:
                 a, b = norm.deferred(sum_d, sum_dx, x.numel() // x.shape[1])
                 ops.take_gradient(x, norm.mean, a, b, grad_x, grad_x)
-            result = (
-                shaped(weight, sum_dx * norm.rstd) if needs[0] else None,
-                shaped(bias, sum_d) if needs[1] else None,
-                grad_x if needs[2] else None,
-            )
+            result = _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
         return (None,) * 5 + differentiable_once("bn_relu_avg_pool", result)
 
 
@@ -103,11 +115,7 @@ class MaxPoolNode(torch.autograd.Function):
             sum_d, sum_dx = ops.bn_relu_backward(
                 grad_x, x, norm.scale, norm.shift, norm.mean, norm.rstd, norm.batch_statistics
             )
-            result = (
-                shaped(weight, sum_dx * norm.rstd) if needs[0] else None,
-                shaped(bias, sum_d) if needs[1] else None,
-                grad_x if needs[2] else None,
-            )
+            result = _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
         return (None,) * 5 + differentiable_once("bn_relu_max_pool", result)
 
 

@@ -167,13 +167,15 @@ def bn_relu_conv3x3_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `bn_relu_conv3x3`: writes or adds scale * d to grad_x."""
-    g, w, z = _wide(grad), _wide(weight), _affine(x, scale, shift).relu_()
-    grad_weight = scale.new_zeros(weight.shape[0] if need_weight else 0, *weight.shape[1:])
-    if need_weight:
-        grad_weight += torch.nn.grad.conv2d_weight(z, weight.shape, g, padding=1)
+    z = _affine(x, scale, shift).relu_()
+    plain = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, ...
+    d, of_weight, _ = torch.ops.aten.convolution_backward(
+        _wide(grad), z, _wide(weight), None, *plain, [need_x, need_weight, False]
+    )
+    grad_weight = of_weight if need_weight else scale.new_empty(0, *weight.shape[1:])
     if not need_x:
         return grad_weight, torch.zeros_like(scale), torch.zeros_like(scale)
-    d = torch.nn.grad.conv2d_input(x.shape, w, g, padding=1).masked_fill_(z <= 0, 0)
+    d = d.masked_fill_(z <= 0, 0)
     sum_d, sum_dx = _masked_sums(d, x, mean)
     d *= _column(scale, d)
     grad_x.copy_(_wide(grad_x) + d if accumulate else d)

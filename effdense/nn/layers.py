@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense import dense_block, dense_layer, pool
-from effdense.autograd import prepare, without_autocast
+from effdense.autograd import dropout_scale, prepare, without_autocast
 from effdense.batch_norm import Norm, read_module, update_modules
 from effdense.checks import check_conv_weight, check_memory, check_norm, check_vector
 from effdense.nn.obstacles import (
@@ -102,7 +102,7 @@ class DenseLayer(_Layer):
         features = _as_list(inputs)
         if self.obstacle() is None and all(isinstance(x, Tensor) for x in features):  # not torch.fx's proxies
             new, mask = self._fused(features), _draw_mask(self, features[0])
-            return new if mask is None else new * mask * _scale(self.drop_rate)
+            return new if mask is None else new * mask * dropout_scale(1 - self.drop_rate)
         new = self._one_by_one(features)
         if self.drop_rate > 0:
             new = F.dropout(new, p=self.drop_rate, training=self.training)
@@ -132,11 +132,6 @@ def _draw_mask(layer: Any, x: Tensor) -> Tensor | None:
     growth = list(layer._modules.values())[-1].weight.shape[0]
     shape = (x.shape[0], growth, *x.shape[2:])
     return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - layer.drop_rate)
-
-
-def _scale(drop_rate: float) -> float:
-    """What dropout multiplies the values it keeps with."""
-    return 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
 
 
 class PlainDenseLayer(_Layer):
