@@ -36,7 +36,7 @@ VECTORS = ("scale", "shift", "mean")
 # images, spatial sizes, channels, output channels: images in several bands. A thread's scratch is a band of lines of
 # 1 MiB, here (float64, forward; a backward's are no higher): 3 lines of 30, 1 of 5, 11 of 33. Two threads share the first
 # two images, and the second of three.
-CUT = [(1, (30, 64), 40, 40), (1, (5, 700), 3, 16), (3, (33, 63), 48, 12)]
+CUT = [(1, (30, 64), 40, 40), (1, (5, 700), 24, 16), (3, (33, 63), 48, 12)]
 SHAPES = [
     (1, (1, 1), 1, 1),
     (3, (1, 1), 40, 3),
@@ -45,11 +45,11 @@ SHAPES = [
     (2, (5, 7), 12, 17),
     (5, (7, 7), 48, 12),
     (2, (32, 32), 48, 12),
-    (2, (3, 2), 1, 40),
+    (2, (3, 2), 4, 40),
     *CUT,
 ]
-EMPTY = [(0, (4, 4), 3, 2), (2, (0, 4), 3, 2), (2, (4, 0), 3, 2)]
-OPCHECKS = list(zip([(2, (5, 7), 12, 17), (1, (1, 3), 3, 1), EMPTY[0]], DTYPES, strict=True))
+EMPTY = (0, (4, 4), 3, 2)
+OPCHECKS = list(zip([(2, (5, 7), 12, 17), (1, (1, 3), 3, 1), EMPTY], DTYPES, strict=True))
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda w: w,
@@ -113,7 +113,7 @@ def run_backward(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY])
+@pytest.mark.parametrize("shape", [*SHAPES, EMPTY])
 @pytest.mark.parametrize("bias, layout", [(False, "channels-last prefix"), (True, "contiguous")])
 def test_forward_matches_the_float64_twin(
     ops: Any, shape: tuple, dtype: torch.dtype, bias: bool, layout: str
@@ -122,7 +122,7 @@ def test_forward_matches_the_float64_twin(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY])
+@pytest.mark.parametrize("shape", [*SHAPES, EMPTY])
 @pytest.mark.parametrize(
     "accumulate, need_x, need_weight, layouts",
     [
@@ -152,10 +152,16 @@ def test_backward_matches_the_float64_twin(
 def test_maps_in_every_layout(
     ops: Any, layout: str, images: int, channels: int, spatial: tuple[int, ...], dtype: torch.dtype
 ) -> None:
+    """The same bits as from channels-last maps, which the other tests compare with the twin."""
     other = list(LAYOUTS)[-1 - list(LAYOUTS).index(layout)]
+    torch.manual_seed(1)  # with seed 0 relu stops all of a single channel, and nothing is to be seen
     case = make_case((images, spatial, channels, channels), dtype)
-    assert_as_exact(run_forward(case, layout=layout), ops, dtype)
-    assert_as_exact(run_backward(case, accumulate=True, layouts=(layout, other)), ops, dtype)
+    assert (case["x"] * column(case["scale"], case["x"]) + column(case["shift"], case["x"]) > 0).any()
+    got = run_forward(case, layout=layout)(ops, dtype) + run_backward(case, layouts=(layout, other))(
+        ops, dtype
+    )
+    expected = run_forward(case)(ops, dtype) + run_backward(case)(ops, dtype)
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
