@@ -55,7 +55,7 @@ def test_end_to_end(dtype, tmp_path, capsys):
         assert row.keys() == ROW and row["op"] in shown and row["dtype"] == dtype
         assert len(row["times_ms"]) == 1 and row["times_ms"][0] == row["median_ms"] > 0
         assert row["bytes"] > 0 and row["gbytes_per_s"] > 0 and row["time_to_floor"] > 0
-        has_flops = row["op"].startswith(("bottleneck", "conv3x3"))
+        has_flops = row["op"].startswith(("bottleneck", "bn_relu_conv3x3", "conv3x3"))
         assert (row["flops"] > 0) == (row["gflops_per_s"] > 0) == has_flops
         floors = [row["flops"] / gemm["gflops_per_s"] / 1e6, row["bytes"] / copy["gbytes_per_s"] / 1e6]
         assert row["floor_ms"] == max(floors) == pytest.approx(row["median_ms"] / row["time_to_floor"])
@@ -67,13 +67,15 @@ def test_least_is_what_the_tensors_hold():
     shape = kernels.Shape(2, 4, 4, 3, 8, 5, 2)
     assert kernels.least(shape, torch.float32) == {
         "bottleneck": (4 * (96 + 15 + 160), 2 * 32 * 15),
+        "bn_relu_conv3x3": (4 * (160 + 90 + 64), 2 * 32 * 90),
         "bn_relu": (4 * (160 + 160), 0),
         "conv3x3": (4 * (160 + 90 + 64), 2 * 32 * 90),
         "append_features": (4 * (64 + 64), 0),
         "take_gradient": (4 * (64 + 64 + 64), 0),
+        "bn_relu_conv3x3_backward": (4 * (64 + 160 + 90 + 160 + 90), 4 * 32 * 90),
         "conv3x3_backward": (4 * (64 + 160 + 90 + 160 + 90), 4 * 32 * 90),
         "bn_relu_backward": (4 * (160 + 160 + 160), 0),
-        "bottleneck_backward": (4 * (96 + 160 + 15 + 96 + 96 + 15), 4 * 32 * 15),
+        "bottleneck_backward": (4 * (96 + 160 + 160 + 15 + 96 + 96 + 15), 4 * 32 * 15),
         "channel_statistics": (4 * 96, 0),
         "bn_relu_accumulate": (4 * (96 + 96 + 96 + 96), 0),
         "bn_relu_avg_pool": (4 * (256 + 64), 0),
@@ -83,7 +85,9 @@ def test_least_is_what_the_tensors_hold():
     }
     half = kernels.least(shape, torch.bfloat16)
     assert half["bottleneck"] == (2 * (96 + 15 + 160), 2 * 32 * 15)
-    assert half["bottleneck_backward"][0] == 2 * (96 + 160 + 15 + 96 + 96) + 4 * 15  # the weight's is a sum
+    # the weights' gradients are sums
+    assert half["bottleneck_backward"][0] == 2 * (96 + 160 + 160 + 15 + 96 + 96) + 4 * 15
+    assert half["bn_relu_conv3x3_backward"][0] == 2 * (64 + 160 + 90 + 160) + 4 * 90
 
 
 def test_operators_can_be_chosen_and_shapes_without_them_are_left_out():

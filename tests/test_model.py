@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effdense
 from benchmarks import models
@@ -69,6 +70,39 @@ def test_layouts(layout: torch.memory_format, of_model: bool) -> None:
     assert_same(pair, x)
     x = make_input(64)[:, :, ::2, 1::2]
     assert_same(pair, x)
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes what every convolution gave, and the shapes of all copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs, self.copies = list[Tensor](), list[torch.Size]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            self.outputs.append(out)
+        elif func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.copies.append(out.shape)
+        return out
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("small_inputs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_stems_convolution_is_channels_last(
+    channels: int, small_inputs: bool, dtype: torch.dtype
+) -> None:
+    """What it gives, for the layout of what follows: the images are not copied, and neither is the output."""
+    _, ours = make_pair(in_channels=channels, small_inputs=small_inputs)
+    x = torch.randn(2, channels, 32, 32, dtype=dtype)
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        with Convolutions() as seen:
+            ours.to(dtype)(image)
+        stem = seen.outputs[0]
+        assert stem.shape[1] == 6 and stem.is_contiguous(memory_format=torch.channels_last)
+        assert not {image.shape, stem.shape} & set(seen.copies)
 
 
 def test_inference_is_the_naive_one() -> None:
