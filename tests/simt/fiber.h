@@ -39,7 +39,8 @@ namespace simt {
 
 #ifndef SIMT_UCONTEXT
 // Saves what the ABI says a call preserves, swaps stacks, and continues where `to` left off.
-__attribute__((naked, noinline)) inline void swap_stacks(void** /*from: rdi*/, void* /*to: rsi*/) {
+// noipa: the compiler, which sees no clobbered register in here, must not conclude that there is none.
+__attribute__((naked, noipa)) inline void swap_stacks(void** /*from: rdi*/, void* /*to: rsi*/) {
   asm("pushq %rbp\n\t"
       "pushq %rbx\n\t"
       "pushq %r12\n\t"

@@ -139,7 +139,8 @@ inline void order_after(void*) {}
 // ---- Errors
 
 // Gives the launch up: the host's stack throws, and no fibre runs again.
-[[noreturn]] SIMT_UNINSTRUMENTED inline void fail(const Thread& thread, Site site, const char* format, ...) {
+[[noreturn, gnu::cold]] SIMT_UNINSTRUMENTED inline void fail(const Thread& thread, Site site,
+                                                             const char* format, ...) {
   const int used = snprintf(machine.message, sizeof machine.message,
                             "%s:%u: in %s: block (%u,%u,%u), thread (%u,%u,%u): ", site.file_name(),
                             static_cast<unsigned>(site.line()), site.function_name(), blockIdx.x, blockIdx.y,

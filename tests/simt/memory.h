@@ -88,8 +88,8 @@ T* dynamic_shared() {
 
 // ---- Global memory
 
-[[noreturn]] SIMT_UNINSTRUMENTED inline void fail_alignment(const void* address, size_t alignment,
-                                                            Site site) {
+[[noreturn, gnu::cold]] SIMT_UNINSTRUMENTED inline void fail_alignment(const void* address, size_t alignment,
+                                                                       Site site) {
   fail(*machine.current, site, "the address %p is not a multiple of %zu", address, alignment);
 }
 
