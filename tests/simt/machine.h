@@ -211,7 +211,7 @@ SIMT_UNINSTRUMENTED inline void open_barrier() {
   ++machine.barriers;
 }
 
-SIMT_UNINSTRUMENTED inline void barrier(const char* name, Site site) {
+[[gnu::noinline]] SIMT_UNINSTRUMENTED inline void barrier(const char* name, Site site) {
   Thread& self = *machine.current;
   if (machine.exited > 0 && !machine.job.early_return) {
     fail(self, site, "%s, but %d threads of the block have returned", name, machine.exited);
@@ -260,8 +260,8 @@ SIMT_UNINSTRUMENTED inline Group& join(Thread& self, const char* name, Compute c
 
 // One operation of the lanes in `mask`: the last to arrive computes it for all of them.
 // Only __syncwarp orders memory between lanes; the others exchange registers.
-SIMT_UNINSTRUMENTED inline void collective(const char* name, Compute compute, uint32_t mask, void* operand,
-                                           bool orders_memory, Site site) {
+[[gnu::noinline]] SIMT_UNINSTRUMENTED inline void collective(const char* name, Compute compute, uint32_t mask,
+                                                             void* operand, bool orders_memory, Site site) {
   Thread& self = *machine.current;
   Warp& warp = *self.warp;
   Group& group = join(self, name, compute, mask, site);

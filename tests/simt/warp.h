@@ -155,97 +155,93 @@ struct Mma {
   uint32_t b[2];
 };
 
-// Branch-free, unlike the conversion in cuda_fp16.h: a product with 2^112 moves the exponent's bias,
-// subnormals too.
-SIMT_UNINSTRUMENTED inline float widen(__half_raw half) {
-  const uint32_t magnitude = half.x & 0x7FFFu;
-  const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f);
-  const uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
-  return std::bit_cast<float>(finite | special | (half.x & 0x8000u) << 16);
-}
-SIMT_UNINSTRUMENTED inline float widen(__nv_bfloat16_raw value) {
-  return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
-}
-
+// The float of a bit pattern. Branch-free, unlike cuda_fp16.h's: a product with 2^112 moves the exponent's
+// bias, and normalises what is subnormal.
 template <typename T>
-struct RawBits;
-template <>
-struct RawBits<__half> {
-  using Type = __half_raw;
-};
-template <>
-struct RawBits<__nv_bfloat16> {
-  using Type = __nv_bfloat16_raw;
-};
+SIMT_UNINSTRUMENTED inline float widen(uint16_t bits) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return std::bit_cast<float>(uint32_t{bits} << 16);
+  const uint32_t magnitude = bits & 0x7FFFu, sign = (bits & 0x8000u) << 16;
+  const auto finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f);
+  const uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
+  return std::bit_cast<float>(finite | special | sign);
+}
 
-struct Tf32;
+template <typename T, int kLines>
+SIMT_UNINSTRUMENTED inline void widen_all(const uint32_t (&pairs)[kLines][8], float (&values)[kLines][16]) {
+  uint16_t bits[kLines * 16];
+  float wide[kLines * 16];
+  memcpy(bits, pairs, sizeof bits);
+  for (int i = 0; i < kLines * 16; ++i) wide[i] = widen<T>(bits[i]);
+  memcpy(values, wide, sizeof wide);
+}
 
-using Row = float __attribute__((vector_size(32)));
+using Quad = float __attribute__((vector_size(16)));
 
+// b is transposed: [8][kDepth].
 template <int kDepth>
 SIMT_UNINSTRUMENTED inline void multiply_accumulate(Warp& warp, const float (&a)[16][kDepth],
-                                                    const Row (&b)[kDepth]) {
-  for (int half = 0; half < 2; ++half) {
-    for (int g = 0; g < 8; ++g) {
-      Row row;
-      for (int j = 0; j < 8; ++j) row[j] = operand<Mma>(warp, 4 * g + j / 2).accumulator[2 * half + j % 2];
-      for (int k = 0; k < kDepth; ++k) row += a[g + 8 * half][k] * b[k];
-      for (int j = 0; j < 8; ++j) operand<Mma>(warp, 4 * g + j / 2).accumulator[2 * half + j % 2] = row[j];
+                                                    const float (&b)[8][kDepth]) {
+  Quad left[kDepth], right[kDepth];
+  for (int k = 0; k < kDepth; ++k) {
+    left[k] = Quad{b[0][k], b[1][k], b[2][k], b[3][k]};
+    right[k] = Quad{b[4][k], b[5][k], b[6][k], b[7][k]};
+  }
+  for (int row = 0; row < 16; ++row) {
+    float* parts[4];  // of the accumulator's row, in four lanes
+    for (int t = 0; t < 4; ++t) parts[t] = operand<Mma>(warp, row % 8 * 4 + t).accumulator + row / 8 * 2;
+    Quad low = {parts[0][0], parts[0][1], parts[1][0], parts[1][1]};
+    Quad high = {parts[2][0], parts[2][1], parts[3][0], parts[3][1]};
+    for (int k = 0; k < kDepth; ++k) {
+      low += a[row][k] * left[k];
+      high += a[row][k] * right[k];
+    }
+    for (int j = 0; j < 4; ++j) {
+      parts[j / 2][j % 2] = low[j];
+      parts[2 + j / 2][j % 2] = high[j];
     }
   }
 }
 
 template <typename T>
 SIMT_UNINSTRUMENTED inline void compute_mma(Warp& warp, uint32_t) {
-  using Bits = typename RawBits<T>::Type;
-  float a[16][16];
-  Row b[16];
+  uint32_t a_pairs[16][8], b_pairs[8][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& mine = operand<Mma>(warp, lane);
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 8; ++i) {
-      const auto bits = static_cast<uint16_t>(mine.a[i / 2] >> 16 * (i % 2));
-      a[g + 8 * (i / 2 % 2)][2 * t + i % 2 + 8 * (i / 4)] = widen(Bits{bits});
-    }
-    for (int i = 0; i < 4; ++i) {
-      const auto bits = static_cast<uint16_t>(mine.b[i / 2] >> 16 * (i % 2));
-      b[2 * t + i % 2 + 8 * (i / 2)][g] = widen(Bits{bits});
-    }
+    for (int i = 0; i < 4; ++i) a_pairs[g + 8 * (i % 2)][t + 4 * (i / 2)] = mine.a[i];
+    for (int i = 0; i < 2; ++i) b_pairs[g][t + 4 * i] = mine.b[i];
   }
+  float a[16][16], b[8][16];
+  widen_all<T>(a_pairs, a);
+  widen_all<T>(b_pairs, b);
   multiply_accumulate(warp, a, b);
 }
 
-template <>
-SIMT_UNINSTRUMENTED inline void compute_mma<Tf32>(Warp& warp, uint32_t) {
+SIMT_UNINSTRUMENTED inline void compute_mma_tf32(Warp& warp, uint32_t) {
   constexpr uint32_t kUsed = 0xFFFFE000;  // the tensor core ignores the other bits
-  float a[16][8];
-  Row b[8];
+  float a[16][8], b[8][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& mine = operand<Mma>(warp, lane);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = std::bit_cast<float>(mine.a[i] & kUsed);
-    for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = std::bit_cast<float>(mine.b[i] & kUsed);
+    for (int i = 0; i < 2; ++i) b[g][t + 4 * i] = std::bit_cast<float>(mine.b[i] & kUsed);
   }
   multiply_accumulate(warp, a, b);
 }
 
-template <typename T>
-SIMT_UNINSTRUMENTED inline void mma(const char* name, float (&accumulator)[4], const uint32_t (&a)[4],
-                                    uint32_t b0, uint32_t b1, Site site) {
-  Mma mine{accumulator, a, {b0, b1}};
-  collective(name, compute_mma<T>, kFullWarp, &mine, false, site);
-}
-
 // T is __half or __nv_bfloat16.
 template <typename T>
-inline void mma_16x8x16(float (&accumulator)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                        Site site = Site::current()) {
-  mma<T>("mma_16x8x16", accumulator, a, b0, b1, site);
+SIMT_UNINSTRUMENTED inline void mma_16x8x16(float (&accumulator)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1, Site site = Site::current()) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  Mma mine{accumulator, a, {b0, b1}};
+  collective("mma_16x8x16", compute_mma<T>, kFullWarp, &mine, false, site);
 }
 
-inline void mma_16x8x8_tf32(float (&accumulator)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                            Site site = Site::current()) {
-  mma<Tf32>("mma_16x8x8_tf32", accumulator, a, b0, b1, site);
+SIMT_UNINSTRUMENTED inline void mma_16x8x8_tf32(float (&accumulator)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                uint32_t b1, Site site = Site::current()) {
+  Mma mine{accumulator, a, {b0, b1}};
+  collective("mma_16x8x8_tf32", compute_mma_tf32, kFullWarp, &mine, false, site);
 }
 
 // The nearest TF32, ties away from zero (cvt.rna), as a pattern of bits. NaN and infinity stay what they are.
