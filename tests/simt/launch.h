@@ -114,9 +114,9 @@ inline void run_block(const std::vector<int>& order) {
   set_up_threads(order);
   for (const Range& range : static_shared) fill_with_nan(range.begin, range.end);
   if (machine.dynamic_shared) fill_with_nan(machine.dynamic_shared, machine.dynamic_shared_end);
-  order_before(&machine.block_ordering);
+  order_before(&machine.block_begin);
   resume(machine.host, *machine.ready[machine.head++ % 2048]);
-  order_after(&machine.block_ordering);
+  order_after(&machine.block_end);
   if (!machine.failed) return;
   machine.threads.clear();  // their stacks were left in the middle of something
   throw Error(std::string("simt: ") + machine.message);

@@ -120,7 +120,7 @@ struct Machine {
   bool failed = false;
   char message[1024];
   // For ThreadSanitizer: a thread may arrive at the next barrier before another has left this one, hence two.
-  char barrier_orderings[2], block_ordering = 0;
+  char barrier_orderings[2], block_begin = 0, block_end = 0;
   unsigned barriers = 0;
 };
 
@@ -152,7 +152,7 @@ inline void order_after(void*) {}
     va_end(arguments);
   }
   machine.failed = true;
-  order_before(&machine.block_ordering);
+  order_before(&machine.block_end);
   Fiber::transfer(machine.current->fiber, machine.host);
   abort();
 }
@@ -192,6 +192,7 @@ SIMT_UNINSTRUMENTED inline void resume(Fiber& from, Thread& next) {
 // Lets the other threads run until somebody makes this one ready.
 SIMT_UNINSTRUMENTED inline void wait(Thread& self) {
   if (machine.head == machine.tail) fail_deadlock();
+  order_before(&machine.block_end);  // in case the launch fails before this thread runs again
   Thread& next = *machine.ready[machine.head++ % 2048];
   if (&next == &self)
     self.waits_at = nullptr;
@@ -300,7 +301,7 @@ SIMT_UNINSTRUMENTED inline void finish(Thread& self) {
            group.arrived, group.name, group.mask);
     }
   }
-  order_before(&machine.block_ordering);
+  order_before(&machine.block_end);
   if (machine.waiting > 0) {
     if (!machine.job.early_return)
       fail(self, machine.barrier, "returned, while %d threads wait at the barrier", machine.waiting);
@@ -318,7 +319,7 @@ SIMT_UNINSTRUMENTED inline void thread_entry() {
   Thread& self = *machine.current;
   Fiber::arrive(self.fiber);
   for (;;) {
-    order_after(&machine.block_ordering);
+    order_after(&machine.block_begin);
     machine.job.body(machine.job.argument);
     finish(self);
   }

@@ -7,8 +7,7 @@
 namespace effdense::kernels {
 namespace {
 
-constexpr unsigned kFull = 0xFFFFFFFF;
-constexpr int kThreads = 64;
+constexpr int kBugThreads = 64;
 
 __global__ void divergent_barrier(const float* x, float* y) {
   if (threadIdx.x < 32) {
@@ -28,7 +27,7 @@ __global__ void skipped_barrier(const float* x, float* y) {
 __global__ void missing_barrier(const float* x, float* y) {
   DYN_SHARED(float, tile);
   tile[threadIdx.x] = load(x + threadIdx.x);
-  store(y + threadIdx.x, tile[kThreads - 1 - threadIdx.x]);
+  store(y + threadIdx.x, tile[kBugThreads - 1 - threadIdx.x]);
 }
 
 // The data come out right in the order fwd: only ThreadSanitizer can know.
@@ -36,22 +35,22 @@ __global__ void missing_barrier_that_works(const float* x, float* y) {
   DYN_SHARED(float, tile);
   tile[threadIdx.x] = load(x + threadIdx.x);
   __syncthreads();
-  const float next = threadIdx.x + 1 < kThreads ? tile[threadIdx.x + 1] : 0.0f;
+  const float next = threadIdx.x + 1 < kBugThreads ? tile[threadIdx.x + 1] : 0.0f;
   tile[threadIdx.x] = 2 * next;
   __syncthreads();
   store(y + threadIdx.x, tile[threadIdx.x]);
 }
 
 __global__ void missing_syncwarp(const float* x, float* y) {
-  __shared__ float tile[kThreads];
+  __shared__ float tile[kBugThreads];
   tile[threadIdx.x] = load(x + threadIdx.x);
-  const float sum = __shfl_xor_sync(kFull, tile[threadIdx.x], 1);  // orders no memory
+  const float sum = __shfl_xor_sync(kFullMask, tile[threadIdx.x], 1);  // orders no memory
   store(y + threadIdx.x, sum + tile[threadIdx.x ^ 1]);
 }
 
 __global__ void missing_wait(const float* x, float* y) {
   DYN_SHARED(float, tile);
-  if (threadIdx.x < kThreads / 4) cp_async16(tile + 4 * threadIdx.x, x + 4 * threadIdx.x);
+  if (threadIdx.x < kBugThreads / 4) cp_async16(tile + 4 * threadIdx.x, x + 4 * threadIdx.x);
   cp_async_commit();
   __syncthreads();
   store(y + threadIdx.x, tile[threadIdx.x]);
@@ -94,17 +93,17 @@ __global__ void unwritten_dynamic_shared(const float* x, float* y) {
   store(y + threadIdx.x, tile[threadIdx.x]);
 }
 
-// Written in the first block only.
+// Written in one block, read in the other.
 template <typename T>
 __global__ void unwritten_static_shared(const T* x, T* y) {
-  __shared__ T tile[kThreads];
+  __shared__ T tile[kBugThreads];
   if (blockIdx.x == 0) tile[threadIdx.x] = load(x + threadIdx.x);
   __syncthreads();
-  store(y + threadIdx.x, tile[threadIdx.x]);
+  if (blockIdx.x == 1) store(y + threadIdx.x, tile[threadIdx.x]);
 }
 
 __global__ void mismatched_mask(const float* x, float* y) {
-  const unsigned mask = threadIdx.x % 32 < 16 ? 0x0000FFFFu : kFull;
+  const unsigned mask = threadIdx.x % 32 < 16 ? 0x0000FFFFu : kFullMask;
   store(y + threadIdx.x, __shfl_xor_sync(mask, load(x + threadIdx.x), 1));
 }
 
@@ -119,22 +118,22 @@ __global__ void shuffle_from_outside_the_mask(const float* x, float* y) {
 
 __global__ void shuffle_with_exited_lane(const float* x, float* y) {
   if (threadIdx.x == 63) return;
-  store(y + threadIdx.x, __shfl_xor_sync(kFull, load(x + threadIdx.x), 1));
+  store(y + threadIdx.x, __shfl_xor_sync(kFullMask, load(x + threadIdx.x), 1));
 }
 
 __global__ void different_operations(const float* x, float* y) {
   float value = load(x + threadIdx.x);
   if (threadIdx.x % 2 == 0) {
-    value = __shfl_xor_sync(kFull, value, 1);
+    value = __shfl_xor_sync(kFullMask, value, 1);
   } else {
-    value += static_cast<float>(__ballot_sync(kFull, 1));
+    value += static_cast<float>(__ballot_sync(kFullMask, 1));
   }
   store(y + threadIdx.x, value);
 }
 
 __global__ void deadlock(const float* x, float* y) {
   float value = load(x + threadIdx.x);
-  if (threadIdx.x % 2 == 0) value = __shfl_xor_sync(kFull, value, 2);
+  if (threadIdx.x % 2 == 0) value = __shfl_xor_sync(kFullMask, value, 2);
   __syncthreads();
   store(y + threadIdx.x, value);
 }
@@ -149,34 +148,43 @@ __global__ void ldmatrix_of_global_memory(const float* x, float* y) {
   store(y + threadIdx.x, static_cast<float>(matrix[0]));
 }
 
+struct Bug {
+  const char* name;
+  void (*kernel)(const float*, float*);
+};
+
+const Bug kBugs[] = {
+    {"divergent_barrier", divergent_barrier},
+    {"skipped_barrier", skipped_barrier},
+    {"missing_barrier", missing_barrier},
+    {"missing_barrier_that_works", missing_barrier_that_works},
+    {"missing_syncwarp", missing_syncwarp},
+    {"missing_wait", missing_wait},
+    {"load_out_of_bounds", load_out_of_bounds},
+    {"copy_out_of_bounds", copy_out_of_bounds},
+    {"store_out_of_bounds", store_out_of_bounds},
+    {"dynamic_shared_out_of_bounds", dynamic_shared_out_of_bounds},
+    {"static_shared_out_of_bounds", static_shared_out_of_bounds<kBugThreads>},
+    {"unwritten_dynamic_shared", unwritten_dynamic_shared},
+    {"unwritten_static_shared", unwritten_static_shared<float>},
+    {"mismatched_mask", mismatched_mask},
+    {"mask_without_caller", mask_without_caller},
+    {"shuffle_from_outside_the_mask", shuffle_from_outside_the_mask},
+    {"shuffle_with_exited_lane", shuffle_with_exited_lane},
+    {"different_operations", different_operations},
+    {"deadlock", deadlock},
+    {"misaligned_load", misaligned_load},
+    {"ldmatrix_of_global_memory", ldmatrix_of_global_memory},
+};
+
 }  // namespace
 
 bool launch_bug(const char* name, const float* x, float* y) {
-  constexpr size_t kBytes = kThreads * sizeof(float);
-#define BUG(kernel) \
-  if (strcmp(name, #kernel) == 0) return launch(kernel, 2, kThreads, kBytes, nullptr, x, y), true
-  BUG(divergent_barrier);
-  BUG(skipped_barrier);
-  BUG(missing_barrier);
-  BUG(missing_barrier_that_works);
-  BUG(missing_syncwarp);
-  BUG(missing_wait);
-  BUG(load_out_of_bounds);
-  BUG(copy_out_of_bounds);
-  BUG(store_out_of_bounds);
-  BUG(dynamic_shared_out_of_bounds);
-  BUG(static_shared_out_of_bounds<kThreads>);
-  BUG(unwritten_dynamic_shared);
-  BUG(unwritten_static_shared<float>);
-  BUG(mismatched_mask);
-  BUG(mask_without_caller);
-  BUG(shuffle_from_outside_the_mask);
-  BUG(shuffle_with_exited_lane);
-  BUG(different_operations);
-  BUG(deadlock);
-  BUG(misaligned_load);
-  BUG(ldmatrix_of_global_memory);
-#undef BUG
+  for (const Bug& bug : kBugs) {
+    if (strcmp(name, bug.name) != 0) continue;
+    launch(bug.kernel, 2, kBugThreads, kBugThreads * sizeof(float), nullptr, x, y);
+    return true;
+  }
   return false;
 }
 

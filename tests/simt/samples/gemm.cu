@@ -5,19 +5,19 @@
 namespace effdense::kernels {
 namespace {
 
-constexpr int kTile = 64, kDepth = 16, kPatch = 4, kThreads = kTile / kPatch * (kTile / kPatch);
+constexpr int kSide = 64, kSlice = 16, kPatch = 4, kGemmThreads = kSide / kPatch * (kSide / kPatch);
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kGemmThreads)
     gemm_kernel(const float* x, const float* scale, const float* shift, const float* w, float* y, int rows,
                 int columns, int depth) {
-  __shared__ float z_tile[kDepth][kTile + 1];
-  __shared__ float w_tile[kDepth][kTile + 1];
-  const int first_row = blockIdx.x * kTile, first_column = blockIdx.y * kTile;
-  const int row = threadIdx.x / (kTile / kPatch) * kPatch, column = threadIdx.x % (kTile / kPatch) * kPatch;
+  __shared__ float z_tile[kSlice][kSide + 1];
+  __shared__ float w_tile[kSlice][kSide + 1];
+  const int first_row = blockIdx.x * kSide, first_column = blockIdx.y * kSide;
+  const int row = threadIdx.x / (kSide / kPatch) * kPatch, column = threadIdx.x % (kSide / kPatch) * kPatch;
   float sums[kPatch][kPatch] = {};
-  for (int first = 0; first < depth; first += kDepth) {
-    for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
-      const int line = i / kDepth, k = i % kDepth;
+  for (int first = 0; first < depth; first += kSlice) {
+    for (int i = threadIdx.x; i < kSide * kSlice; i += kGemmThreads) {
+      const int line = i / kSlice, k = i % kSlice;
       const bool inside = first + k < depth;
       float z = 0, weight = 0;
       if (inside && first_row + line < rows) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
       w_tile[k][line] = weight;
     }
     __syncthreads();
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < kSlice; ++k) {
       for (int i = 0; i < kPatch; ++i) {
         for (int j = 0; j < kPatch; ++j) sums[i][j] += z_tile[k][row + i] * w_tile[k][column + j];
       }
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads)
 
 void gemm(const float* x, const float* scale, const float* shift, const float* w, float* y, int rows,
           int columns, int depth) {
-  const dim3 grid((rows + kTile - 1) / kTile, (columns + kTile - 1) / kTile);
-  launch(gemm_kernel, grid, kThreads, 0, nullptr, x, scale, shift, w, y, rows, columns, depth);
+  const dim3 grid((rows + kSide - 1) / kSide, (columns + kSide - 1) / kSide);
+  launch(gemm_kernel, grid, kGemmThreads, 0, nullptr, x, scale, shift, w, y, rows, columns, depth);
 }
 
 }  // namespace effdense::kernels

@@ -5,6 +5,8 @@
 
 namespace effdense::kernels {
 
+constexpr unsigned kFullMask = 0xFFFFFFFF;
+
 // gemm.cu: y [rows, columns] = relu(scale * x + shift) [rows, depth] w^T, w [columns, depth].
 void gemm(const float* x, const float* scale, const float* shift, const float* w, float* y, int rows,
           int columns, int depth);

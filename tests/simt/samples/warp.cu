@@ -5,18 +5,16 @@
 namespace effdense::kernels {
 namespace {
 
-constexpr unsigned kFull = 0xFFFFFFFF;
-
 __global__ void warp_primitives_kernel(const int* x, int* results) {
   const int lane = threadIdx.x, value = load(x + lane);
   int mine[kWarpResults];
-  mine[0] = __shfl_sync(kFull, value, lane + 5);
-  mine[1] = __shfl_sync(kFull, value, 3, 8);
-  mine[2] = __shfl_xor_sync(kFull, value, 9);
-  mine[3] = __shfl_xor_sync(kFull, value, 4, 4);
-  mine[4] = __shfl_up_sync(kFull, value, 3, 16);
-  mine[5] = __shfl_down_sync(kFull, value, 3, 16);
-  mine[6] = static_cast<int>(__ballot_sync(kFull, value % 3 == 0));
+  mine[0] = __shfl_sync(kFullMask, value, lane + 5);
+  mine[1] = __shfl_sync(kFullMask, value, 3, 8);
+  mine[2] = __shfl_xor_sync(kFullMask, value, 9);
+  mine[3] = __shfl_xor_sync(kFullMask, value, 4, 4);
+  mine[4] = __shfl_up_sync(kFullMask, value, 3, 16);
+  mine[5] = __shfl_down_sync(kFullMask, value, 3, 16);
+  mine[6] = static_cast<int>(__ballot_sync(kFullMask, value % 3 == 0));
   const unsigned halves = lane < 16 ? 0x0000FFFFu : 0xFFFF0000u;
   mine[7] = __any_sync(halves, value == 7);
   mine[8] = __all_sync(halves, value < 20);
@@ -33,7 +31,7 @@ __global__ void row_sums_kernel(const double* x, double* sums, int rows, int col
   if (row >= rows) return;  // whole warps
   double sum = 0;
   for (int i = lane; i < columns; i += 32) sum += load(x + int64_t{row} * columns + i);
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFull, sum, lanes);
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFullMask, sum, lanes);
   if (lane == 0) store(sums + row, sum);
 }
 
