@@ -245,6 +245,8 @@ def test_global_traffic_is_counted_exactly(
     assert result["load_bytes"] == operands + across * down * 2 * 4 * depth
     assert result["loads"] == across * down * tiles * (2 * 64 * 4 + 2 * 8)
     assert (result["stores"], result["store_bytes"]) == (rows * columns, 2 * rows * columns)
+    assert (result["w_load_bytes"], result["w_store_bytes"]) == (2 * columns * depth * down, 0)
+    assert (result["y_load_bytes"], result["y_store_bytes"]) == (0, 2 * rows * columns)
     assert result["shared"] == 31488
 
 

@@ -127,6 +127,7 @@ inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_byt
   const std::lock_guard lock(machine.busy);
   const Order order;
   last = {grid, block, dynamic_shared_bytes, {}};
+  for (Watched& array : watched) array.counters = {};
   [[maybe_unused]] static const bool once = (static_shared = find_static_shared(), true);
   machine.job = job;
   machine.failed = false;
@@ -172,11 +173,23 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
   run({body, &call, kExit == Exit::early}, grid, block, dynamic_shared_bytes);
 }
 
-// What the last launch that succeeded or failed did, and the sum over all that succeeded since the last
-// reset.
+// What the last launch did, and the sum over all that succeeded since the last reset.
 inline const Launch& last_launch() { return last; }
 inline const Counters& counters() { return totals; }
 inline void reset_counters() { totals = {}; }
+
+// Counts what launches from now on move from and to an array; watched_counters() tells what the last one did.
+inline void watch(const std::string& name, const void* begin, size_t bytes) {
+  const char* const first = static_cast<const char*>(begin);
+  watched.push_back({name, first, first + bytes, {}});
+}
+inline void unwatch_all() { watched.clear(); }
+inline const Counters& watched_counters(const std::string& name) {
+  for (const Watched& array : watched) {
+    if (array.name == name) return array.counters;
+  }
+  throw Error("simt: nothing called " + name + " is watched");
+}
 
 }  // namespace simt
 

@@ -44,6 +44,13 @@ struct Counters {
   int64_t loads = 0, load_bytes = 0, stores = 0, store_bytes = 0;
 };
 
+// An array in global memory of which the traffic is wanted apart from the rest.
+struct Watched {
+  std::string name;
+  const char *begin, *end;
+  Counters counters;
+};
+
 struct Launch {
   dim3 grid, block;
   size_t dynamic_shared_bytes = 0;
@@ -127,6 +134,7 @@ struct Machine {
 SIMT_STATE Machine machine;
 SIMT_STATE Launch last;
 SIMT_STATE Counters totals;
+SIMT_STATE std::vector<Watched> watched;
 
 #ifdef __SANITIZE_THREAD__
 inline void order_before(void* object) { __tsan_release(object); }

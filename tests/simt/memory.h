@@ -93,30 +93,35 @@ T* dynamic_shared() {
   fail(*machine.current, site, "the address %p is not a multiple of %zu", address, alignment);
 }
 
-// Function and counters apart from the access: the access is the kernel's and is instrumented.
-template <size_t kAlignment>
-SIMT_UNINSTRUMENTED inline void count_load(const void* address, int64_t bytes, Site site) {
-  if (reinterpret_cast<uintptr_t>(address) % kAlignment != 0) fail_alignment(address, kAlignment, site);
-  ++last.counters.loads;
-  last.counters.load_bytes += bytes;
+SIMT_UNINSTRUMENTED inline void add(Counters& counters, bool is_load, int64_t bytes) {
+  (is_load ? counters.loads : counters.stores) += 1;
+  (is_load ? counters.load_bytes : counters.store_bytes) += bytes;
 }
 
-template <size_t kAlignment>
-SIMT_UNINSTRUMENTED inline void count_store(const void* address, int64_t bytes, Site site) {
+[[gnu::noinline]] SIMT_UNINSTRUMENTED inline void count_watched(const void* address, bool is_load,
+                                                                int64_t bytes) {
+  for (Watched& array : watched) {
+    if (address >= array.begin && address < array.end) add(array.counters, is_load, bytes);
+  }
+}
+
+// Apart from the access itself, which is the kernel's and is instrumented.
+template <size_t kAlignment, bool kIsLoad>
+SIMT_UNINSTRUMENTED inline void count(const void* address, int64_t bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(address) % kAlignment != 0) fail_alignment(address, kAlignment, site);
-  ++last.counters.stores;
-  last.counters.store_bytes += bytes;
+  add(last.counters, kIsLoad, bytes);
+  if (!watched.empty()) count_watched(address, kIsLoad, bytes);
 }
 
 template <typename T>
 inline T load(const T* address, Site site = Site::current()) {
-  count_load<alignof(T)>(address, sizeof(T), site);
+  count<alignof(T), true>(address, sizeof(T), site);
   return *address;
 }
 
 template <typename T>
 inline void store(T* address, const std::type_identity_t<T>& value, Site site = Site::current()) {
-  count_store<alignof(T)>(address, sizeof(T), site);
+  count<alignof(T), false>(address, sizeof(T), site);
   *address = value;
 }
 
@@ -147,7 +152,7 @@ SIMT_UNINSTRUMENTED inline void issue_copy(void* shared, const void* global, int
   if (!in_shared_memory(shared, kBytes))
     fail(self, site, "cp_async: %d bytes at %p are not in shared memory", kBytes, shared);
   if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0) fail_alignment(shared, kBytes, site);
-  count_load<kBytes>(global, valid_bytes, site);
+  count<kBytes, true>(global, valid_bytes, site);
   PendingCopy& copy = append_copy(self);
   copy.to = shared;
   copy.bytes = kBytes;

@@ -94,7 +94,7 @@ __device__ __forceinline__ T load(const T* address) {
 }
 
 template <typename T>
-__device__ __forceinline__ void store(T* address, const std::common_type_t<T>& value) {
+__device__ __forceinline__ void store(T* address, const std::type_identity_t<T>& value) {
   static_assert(sizeof(T) == alignof(T));
   typename Words<sizeof(T)>::Type words;
   memcpy(&words, &value, sizeof(T));

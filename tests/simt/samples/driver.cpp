@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <functional>
 #include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -28,14 +29,16 @@ std::vector<float> values(size_t count, unsigned seed) {
 
 std::string report(const char* key, double value) {
   const simt::Launch& launch = simt::last_launch();
-  char text[512];
-  snprintf(text, sizeof text,
-           "{\"%s\": %g, \"loads\": %lld, \"load_bytes\": %lld, \"stores\": %lld, \"store_bytes\": %lld, "
-           "\"shared\": %zu}",
-           key, std::isnan(value) ? 1e30 : value, static_cast<long long>(launch.counters.loads),
-           static_cast<long long>(launch.counters.load_bytes), static_cast<long long>(launch.counters.stores),
-           static_cast<long long>(launch.counters.store_bytes), launch.dynamic_shared_bytes);
-  return text;
+  std::ostringstream text;
+  text << "{\"" << key << "\": " << (std::isnan(value) ? 1e30 : value);
+  text << ", \"loads\": " << launch.counters.loads << ", \"load_bytes\": " << launch.counters.load_bytes;
+  text << ", \"stores\": " << launch.counters.stores << ", \"store_bytes\": " << launch.counters.store_bytes;
+  for (const simt::Watched& array : simt::watched) {
+    text << ", \"" << array.name << "_load_bytes\": " << array.counters.load_bytes;
+    text << ", \"" << array.name << "_store_bytes\": " << array.counters.store_bytes;
+  }
+  text << ", \"shared\": " << launch.dynamic_shared_bytes << "}";
+  return text.str();
 }
 
 // The largest |expected - actual| / (1 + |expected|); NaN if there is one.
@@ -100,6 +103,8 @@ std::string run_tensor_core(const Arguments& arguments) {
   const auto [w, w_stride] = by_depth ? matrix(depth, columns, 2) : matrix(columns, depth, 2);
   const auto scale = values(depth, 3), shift = values(depth, 4);
   std::vector<T> y(static_cast<size_t>(rows) * columns);
+  simt::watch("w", w.data(), w.size() * sizeof(T));
+  simt::watch("y", y.data(), y.size() * sizeof(T));
   tensor_core_gemm(x.data(), scale.data(), shift.data(), w.data(), y.data(), rows, columns, depth, x_stride,
                    w_stride, by_depth, plant);
   const auto expected = plain_gemm(
@@ -224,6 +229,7 @@ std::string run(const std::string& name, const Arguments& arguments) {
       {"reverse", run_reverse},
       {"bug", run_bug},
       {"speed", run_speed}};
+  simt::unwatch_all();
   return samples.at(name)(arguments);
 }
 
