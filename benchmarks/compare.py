@@ -158,6 +158,7 @@ def title(settings: Settings) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
+    """Return one line on where and with what it was measured."""
     return (
         f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads, "
         f"torch {environment['torch']}, load before {environment['load_average']:.1f}"
@@ -247,6 +248,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
 
 
 def positive(text: str) -> int:
+    """Return the whole number of 1 or more that an argument of a command line is."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
@@ -254,6 +256,7 @@ def positive(text: str) -> int:
 
 
 def output_file(text: str) -> Path:
+    """Return the path that an argument names, if a file can be written there."""
     path = Path(text)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write a file at {text!r}")

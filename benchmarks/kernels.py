@@ -28,14 +28,9 @@ from effdense.workspace import on_large_pages
 
 GEMM_SIZE = 2048  # rows and columns of the matrices
 COPY_BYTES = 2**28  # of each tensor: beyond every cache
-LAYER = (
-    "bottleneck",
-    "bn_relu_conv3x3",
-    "take_gradient",
-    "bn_relu_conv3x3_backward",
-)  # in the order of a step
-LAYER += ("bottleneck_backward",)
-# what takes the place of the fused convolution where there is none
+# In the order of a step; then what takes the place of the fused convolution where there is none, and the rest.
+LAYER = ("bottleneck", "bn_relu_conv3x3")
+LAYER += ("take_gradient", "bn_relu_conv3x3_backward", "bottleneck_backward")
 LAYER += ("bn_relu", "conv3x3", "append_features", "conv3x3_backward", "bn_relu_backward")
 LAYER += ("channel_statistics", "bn_relu_accumulate", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
 STEM = ("bn_relu_max_pool", "max_pool_backward")

@@ -97,11 +97,6 @@ def shaped(like: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.shape == like.shape else grad.view(like.shape)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """x in channels-last layout, copied only if it is not."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def empty_channels_last(like: Tensor, channels: int) -> Tensor:
     """An uninitialised [N, channels, *spatial] in channels-last layout, of the batch and spatial sizes of `like`."""
     return empty_rows(like, channels, channels)

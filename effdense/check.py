@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effdense import reference
 from effdense.operators import operators
+from effdense.reference import channels_last
 
 # images, spatial sizes, channels of each feature, output channels
 SHAPES = [
@@ -39,10 +40,6 @@ class Result(NamedTuple):
         return self.error <= self.allowed
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 class _Case:
     """Random arguments of one shape, the same numbers in every dtype (multiples of 1/16)."""
 
@@ -57,9 +54,9 @@ class _Case:
             return (torch.randn(size, generator=generator) * 16).round().div(16).to(device, dtype)
 
         maps = [random(images, c, *spatial) for c in channels]
-        self.features = [_channels_last(x) if i % 2 else x for i, x in enumerate(maps)]
-        self.grads = [_channels_last(random(images, c, *spatial)) for c in channels]
-        self.y, self.weight = _channels_last(random(images, out, *spatial)), random(out, sum(channels))
+        self.features = [channels_last(x) if i % 2 else x for i, x in enumerate(maps)]
+        self.grads = [channels_last(random(images, c, *spatial)) for c in channels]
+        self.y, self.weight = channels_last(random(images, out, *spatial)), random(out, sum(channels))
         self.vectors = [random(sum(channels), dtype=wide) for _ in range(4)]
         self.of_out = [random(out, dtype=wide) for _ in range(3)]
         self.average = [min(2, n) for n in spatial]

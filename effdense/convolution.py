@@ -6,13 +6,15 @@ into scratch and runs PyTorch's own convolutions, channels-last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from effdense.autograd import channels_last, sum_per_channel, vector
+from effdense.autograd import sum_per_channel, vector
 from effdense.batch_norm import Folded
+from effdense.reference import channels_last
 from effdense.workspace import Lease
 
 
@@ -47,10 +49,9 @@ def bn_relu_convolve(
 class Gradients(NamedTuple):
     """What the backward of `bn_relu_convolve` makes; None where it was not needed."""
 
-    x: (
-        Tensor | None
-    )  # scale * d, d the gradient behind the norm: what the batch's statistics subtract is missing
-    sums: tuple[Tensor, Tensor] | None  # sum d, sum d (x - mean)
+    # scale * d, d the gradient behind the norm: what the batch's statistics subtract is missing
+    x: Tensor | None
+    sums: Sequence[Tensor] | None  # sum d, sum d (x - mean)
     weight: Tensor | None
     bias: Tensor | None
 
@@ -68,6 +69,7 @@ def bn_relu_convolve_backward(
 ) -> Gradients:
     """Gradients of x, weight and bias, as far as `needs` asks; that of x is new, or is added to `add_to`."""
     need_x, need_weight, need_bias = needs
+    vectors = norm.scale, norm.shift, norm.mean
     if fuses(ops, weight):
         grad_bias = sum_per_channel(grad) if need_bias else None
         if not (need_x or need_weight):
@@ -75,26 +77,24 @@ def bn_relu_convolve_backward(
         grad_x = x.new_empty(0)
         if need_x:
             grad_x = scratch.channels_last(x, x.shape[1]) if add_to is None else add_to
-        vectors = norm.scale, norm.shift, norm.mean
         grad_weight, *sums = ops.bn_relu_conv3x3_backward(
             grad, x, *vectors, weight, grad_x, add_to is not None, need_x, need_weight
         )
+        grad_weight = grad_weight if need_weight else None
+        if not need_x:
+            return Gradients(None, None, grad_weight, grad_bias)
+        return Gradients(grad_x, sums, grad_weight, grad_bias)
+    z = scratch.channels_last(x, x.shape[1])
+    ops.bn_relu(x, norm.scale, norm.shift, z)
+    grad_x, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs)
+    if not need_x:
+        return Gradients(None, None, grad_weight, grad_bias)
+    grad_x = channels_last(grad_x)
+    if add_to is None:
+        sums = ops.bn_relu_backward(grad_x, x, *vectors, norm.rstd, False)
     else:
-        z = scratch.channels_last(x, x.shape[1])
-        ops.bn_relu(x, norm.scale, norm.shift, z)
-        grad_x, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs)
-        if need_x:
-            grad_x = channels_last(grad_x)
-            if add_to is None:
-                sums = ops.bn_relu_backward(grad_x, x, norm.scale, norm.shift, norm.mean, norm.rstd, False)
-            else:
-                sums = ops.bn_relu_accumulate(grad_x, x, norm.scale, norm.shift, norm.mean, add_to)
-    return Gradients(
-        grad_x if need_x else None,
-        tuple(sums) if need_x else None,
-        grad_weight if need_weight else None,
-        grad_bias,
-    )
+        sums = ops.bn_relu_accumulate(grad_x, x, *vectors, add_to)
+    return Gradients(grad_x, sums, grad_weight, grad_bias)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

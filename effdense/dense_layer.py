@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from effdense.autograd import (
-    channels_last,
     differentiable_once,
     empty_channels_last,
     matrix,
@@ -31,6 +30,7 @@ from effdense.batch_norm import Folded, Norm, fold
 from effdense.checks import check_conv_weight, check_norm, check_vector
 from effdense.convolution import convolve, convolve_backward
 from effdense.operators import operators
+from effdense.reference import channels_last
 
 
 def statistics(features: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor]:

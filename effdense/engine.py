@@ -21,7 +21,6 @@ from torch import Tensor
 
 from effdense import workspace
 from effdense.autograd import (
-    channels_last,
     dropout_scale,
     empty_channels_last,
     empty_rows,
@@ -32,7 +31,7 @@ from effdense.autograd import (
 )
 from effdense.batch_norm import Folded
 from effdense.convolution import bn_relu_convolve, bn_relu_convolve_backward, convolve, convolve_backward
-from effdense.reference import accumulate_dtype
+from effdense.reference import accumulate_dtype, channels_last
 from effdense.stage import POOL_PARAMETERS, Layer, Parameters, Settings, Stage, Vectors
 from effdense.workspace import on_large_pages
 
@@ -292,10 +291,9 @@ class _Backward:
     ) -> tuple[Tensor, list[Tensor]]:
         """The gradient of y and what is deferred of it: nothing where it is wanted whole, or goes through dropout."""
         mask = layer.masks[0]
-        if not norm2.batch_statistics:
-            return _drop_(grad, mask, layer.keep[0]), []
-        deferred = [y, norm2.mean, *norm2.deferred(sums[0], sums[1], self.count)]
-        if not whole and mask is None:
-            return grad, deferred
-        self.ops.take_gradient(*deferred, grad, grad)
+        if norm2.batch_statistics:
+            deferred = [y, norm2.mean, *norm2.deferred(sums[0], sums[1], self.count)]
+            if not whole and mask is None:
+                return grad, deferred
+            self.ops.take_gradient(*deferred, grad, grad)
         return _drop_(grad, mask, layer.keep[0]), []

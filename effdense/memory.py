@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from effdense import engine, operators
-from effdense._extension import extension
 from effdense.convert import convert, report
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.stage import Settings
@@ -72,15 +71,7 @@ class Plan(NamedTuple):
 # What operators take for their tiles while they run, in bytes a thread: up to twice that on large images, less on small
 # ones (csrc/cpu; what stays in a core's cache).
 _TILES = 2**19
-_TILED = (
-    {
-        getattr(torch.ops.effdense, name + way).default
-        for name in ("bottleneck", "bn_relu_conv3x3")
-        for way in ("", "_backward")
-    }
-    if extension is not None
-    else set()
-)
+_TILED = {f"effdense::{name}{way}" for name in ("bottleneck", "bn_relu_conv3x3") for way in ("", "_backward")}
 
 
 @dataclasses.dataclass
@@ -150,7 +141,7 @@ class _Timeline(TorchDispatchMode):
             return self._inside(engine.backward, args, 8)
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **kwargs or {})
-        if self._in_stage and func in _TILED:
+        if self._in_stage and func.name() in _TILED:
             self._note(_TILES * torch.get_num_threads())
         if func is torch.ops.aten.convolution.default:  # on meta it does not follow its arguments' layout
             layouts = {suggest_memory_format(t) for t in args[:2]} - {torch.contiguous_format}

@@ -20,6 +20,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x in channels-last layout, copied only if it is not.
+
+    The stride of a single channel says nothing, but PyTorch tells the layout by it: it is set as well.
+    """
+    y = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return y if y.stride(1) == 1 else y.as_strided(y.shape, (y.stride(0), 1, *y.stride()[2:]))
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(accumulate_dtype(x.dtype))
 
@@ -150,7 +159,7 @@ def bn_relu_conv3x3(
 ) -> tuple[Tensor, Tensor]:
     """out = weight * relu(scale * x + shift) + bias, 3x3 with padding 1; out's mean and biased variance."""
     z = _affine(x, scale, shift).relu_()
-    out.copy_(F.conv2d(z, _wide(weight), None if bias is None else bias, padding=1))
+    out.copy_(F.conv2d(z, _wide(weight), bias, padding=1))
     return channel_statistics([out])
 
 
@@ -234,15 +243,11 @@ def _three(sizes: Sequence[int], missing: int) -> list[int]:
     return [missing] * (3 - len(sizes)) + list(sizes)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def bn_relu_avg_pool(x: Tensor, scale: Tensor, shift: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """The average of relu(scale * x + shift) over windows of kernel_size side by side."""
     pooled = F.avg_pool3d(_as_3d(_affine(x, scale, shift).relu_()), _three(kernel_size, 1))
     sizes = [n // k for n, k in zip(x.shape[2:], kernel_size, strict=True)]
-    return _channels_last(pooled.reshape(*x.shape[:2], *sizes).to(x.dtype))
+    return channels_last(pooled.reshape(*x.shape[:2], *sizes).to(x.dtype))
 
 
 def bn_relu_avg_pool_backward(
@@ -286,7 +291,7 @@ def bn_relu_max_pool(
         tap = tap * k[dim] + position - first.view(-1, *[1] * (2 - dim))
     sizes = out.shape[5 - (x.dim() - 2) :]
     flat = [t.reshape(*x.shape[:2], *sizes) for t in (out.to(x.dtype), tap.to(torch.uint8))]
-    return _channels_last(flat[0]), _channels_last(flat[1])
+    return channels_last(flat[0]), channels_last(flat[1])
 
 
 def max_pool_backward(

@@ -45,7 +45,7 @@ def make_map(shape: tuple) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x as the operators want what they write; the formula of effdense.autograd."""
+    """x as the operators want what they write; the formula of effdense.reference."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 

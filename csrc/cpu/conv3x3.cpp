@@ -38,19 +38,15 @@ struct Bands {
     per_image = (height + step - 1) / step;
     count = x.size(0) * per_image;
   }
-  int64_t slots() const { return std::min<int64_t>(at::get_num_threads(), count); }
+  int64_t slots() const { return count_slots(count); }
   int64_t height, width, per_image, step, count;
 
-  // body(slot, image, first line, last line), bitwise repeatable as Tiling's
+  // Runs body(slot, image, first line, last line), a slot's bands in order.
   template <typename Body>
   void for_each(const Body& body) const {
-    const int64_t used = slots();
-    at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot)
-        for (int64_t t = count * slot / used; t < count * (slot + 1) / used; ++t) {
-          const int64_t first = t % per_image * step;
-          body(slot, t / per_image, first, std::min(first + step, height));
-        }
+    for_each_piece(count, [&](int64_t slot, int64_t i) {
+      const int64_t first = i % per_image * step;
+      body(slot, i / per_image, first, std::min(first + step, height));
     });
   }
 };
@@ -150,61 +146,62 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
   check_channels(op, "grad", grad, k, "the weight's output channels");
   check_per_channel(op, "mean", mean, x, channels);
   if (need_x) check_same_shape(op, "grad_x", grad_x, x);
-  Tensor grad_weight = at::zeros({channels, 3, 3, need_weight ? k : 0}, scale.options());
+  Tensor grad_weight =
+      at::zeros({channels, 3, 3, need_weight ? k : 0}, scale.options()).permute({3, 0, 1, 2});
   Tensor sum_d = at::zeros({channels}, scale.options()), sum_dx = at::zeros({channels}, scale.options());
-  if (x.numel() > 0)
-    EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
-      const Rows<T>& loops = rows<T>();
-      const Rows<A>& wide = rows<A>();
-      const Features<T> from(x);
-      const Readable<T> g(grad);
-      const Block<T> to = need_x ? writable<T>(op, "grad_x", grad_x) : Block<T>{nullptr, 0};
-      const int64_t columns = kTaps * k, around_step = aligned(columns);
-      // [9 k, channels]; what a pixel gets from its neighbour on one side came through the tap on the other
-      const Tensor w = weight.to(scale.scalar_type()).flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
-      const Bands bands(x, sizeof(A) * (4 * channels + around_step + k), 0);
-      const int64_t width = bands.width, pixels = bands.height * width, most = aligned(bands.step * width);
-      const int64_t line = (width + 2) * k, padded = aligned((bands.step + 2) * line) + kVector;
-      const int64_t per_slot = most * (4 * channels + around_step) + padded + kVector;
-      const Tensor scratch = at::empty({bands.slots(), per_slot}, scale.options());
-      const Tensor partial = at::zeros({need_weight ? bands.slots() : 0, channels, columns}, scale.options());
-      Sums sums(bands.slots(), channels);
-      bands.for_each([&](int64_t slot, int64_t image, int64_t first, int64_t last) {
-        A* x_scratch = scratch.mutable_data_ptr<A>() + slot * per_slot;
-        const Block<A> z{x_scratch + most * channels, channels}, dz{z.data + most * channels, channels};
-        const Block<A> transposed{dz.data + most * channels, most};
-        const Block<A> around{transposed.data + most * channels, around_step};
-        A* lines = around.data + most * around_step + kVector;
-        const int64_t row = image * pixels + first * width, count = (last - first) * width;
-        for (int64_t y = first - 1; y <= last; ++y) {
-          A* to_line = lines + (y - first + 1) * line + k;
-          std::fill_n(to_line - k, k, A(0));
-          std::fill_n(to_line + width * k, k, A(0));
-          if (y < 0 || y >= bands.height)
-            std::fill_n(to_line, width * k, A(0));
-          else
-            loops.load(width, k, from_row(g.block, image * pixels + y * width), {to_line, k});
-        }
-        for (int64_t y = 0; y < last - first; ++y)
-          wide.spread_taps(width, k, lines + y * line, line, from_row(around, y * width));
-        const Block<const A> tile_x = from.template read<A>(loops, {row, row + count}, x_scratch);
-        wide.bn_relu(count, channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
-        if (need_weight) {
-          wide.transpose(count, channels, constant(z), transposed);
-          gemm(channels, columns, count, constant(transposed), constant(around),
-               {partial.mutable_data_ptr<A>() + slot * channels * columns, columns}, true);
-        }
-        if (!need_x) return;
-        gemm(count, channels, columns, constant(around), {w.const_data_ptr<A>(), channels}, dz, false);
-        loops.bottleneck_backward(count, channels, tile_x, mean.const_data_ptr<A>(), constant(z),
-                                  constant(dz), scale.const_data_ptr<A>(), from_row(to, row), accumulate,
-                                  sums.d(slot), sums.dx(slot));
-      });
-      for (int64_t slot = 0; need_weight && slot < bands.slots(); ++slot)
-        grad_weight.add_(partial[slot].view({channels, 3, 3, k}));
-      sums.template write<A>(sum_d, sum_dx);
+  if (x.numel() == 0) return {grad_weight, sum_d, sum_dx};
+  EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
+    const Rows<T>& loops = rows<T>();
+    const Rows<A>& wide = rows<A>();
+    const Features<T> from(x);
+    const Readable<T> g(grad);
+    const Block<T> to = need_x ? writable<T>(op, "grad_x", grad_x) : Block<T>{nullptr, 0};
+    const int64_t columns = kTaps * k, around_step = aligned(columns);
+    // [9 k, channels]; what a pixel gets from its neighbour on one side came through the tap on the other
+    const Tensor w = weight.to(scale.scalar_type()).flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
+    const Bands bands(x, sizeof(A) * (4 * channels + around_step + k), 0);
+    const int64_t width = bands.width, pixels = bands.height * width, most = aligned(bands.step * width);
+    const int64_t line = (width + 2) * k, padded = aligned((bands.step + 2) * line) + kVector;
+    const int64_t per_slot = most * (4 * channels + around_step) + padded + kVector;
+    const Tensor scratch = at::empty({bands.slots(), per_slot}, scale.options());
+    const Tensor partial = at::zeros({need_weight ? bands.slots() : 0, channels, columns}, scale.options());
+    Sums sums(bands.slots(), channels);
+    bands.for_each([&](int64_t slot, int64_t image, int64_t first, int64_t last) {
+      A* x_scratch = scratch.mutable_data_ptr<A>() + slot * per_slot;
+      const Block<A> z{x_scratch + most * channels, channels}, dz{z.data + most * channels, channels};
+      const Block<A> transposed{dz.data + most * channels, most};
+      const Block<A> around{transposed.data + most * channels, around_step};
+      A* lines = around.data + most * around_step + kVector;
+      const int64_t row = image * pixels + first * width, count = (last - first) * width;
+      for (int64_t y = first - 1; y <= last; ++y) {
+        A* to_line = lines + (y - first + 1) * line + k;
+        std::fill_n(to_line - k, k, A(0));
+        std::fill_n(to_line + width * k, k, A(0));
+        if (y < 0 || y >= bands.height)
+          std::fill_n(to_line, width * k, A(0));
+        else
+          loops.load(width, k, from_row(g.block, image * pixels + y * width), {to_line, k});
+      }
+      for (int64_t y = 0; y < last - first; ++y)
+        wide.spread_taps(width, k, lines + y * line, line, from_row(around, y * width));
+      const Block<const A> tile_x = from.template read<A>(loops, {row, row + count}, x_scratch);
+      wide.bn_relu(count, channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
+      if (need_weight) {
+        wide.transpose(count, channels, constant(z), transposed);
+        gemm(channels, columns, count, constant(transposed), constant(around),
+             {partial.mutable_data_ptr<A>() + slot * channels * columns, columns}, true);
+      }
+      if (!need_x) return;
+      gemm(count, channels, columns, constant(around), {w.const_data_ptr<A>(), channels}, dz, false);
+      loops.bottleneck_backward(count, channels, tile_x, mean.const_data_ptr<A>(), constant(z), constant(dz),
+                                scale.const_data_ptr<A>(), from_row(to, row), accumulate, sums.d(slot),
+                                sums.dx(slot));
     });
-  return {grad_weight.flip({1, 2}).permute({3, 0, 1, 2}), sum_d, sum_dx};
+    for (int64_t slot = 0; need_weight && slot < bands.slots(); ++slot)
+      grad_weight.add_(partial[slot].view({channels, 3, 3, k}).flip({1, 2}).permute({3, 0, 1, 2}));
+    sums.template write<A>(sum_d, sum_dx);
+  });
+  return {grad_weight, sum_d, sum_dx};
 }
 
 }  // namespace

@@ -159,6 +159,22 @@ class Features {
   std::vector<Map> maps_;
 };
 
+// Pieces of work are cut into one slot per thread, always the same way: sums kept per slot and merged in
+// order are bitwise repeatable for a given thread count.
+inline int64_t count_slots(int64_t pieces) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), pieces));
+}
+
+// Runs body(slot, piece), a slot's pieces in order.
+template <typename Body>
+void for_each_piece(int64_t pieces, const Body& body) {
+  const int64_t slots = count_slots(pieces);
+  at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot)
+      for (int64_t i = pieces * slot / slots; i < pieces * (slot + 1) / slots; ++i) body(slot, i);
+  });
+}
+
 // Cuts `rows` rows into tiles of at most `limit` rows, as many for each of `slots` threads as can be.
 class Tiling {
  public:
@@ -172,18 +188,13 @@ class Tiling {
   }
   int64_t count() const { return count_; }
   int64_t step() const { return step_; }
-  int64_t slots() const { return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count_)); }
+  int64_t slots() const { return count_slots(count_); }
   Tile operator[](int64_t i) const { return {i * step_, std::min((i + 1) * step_, rows_)}; }
 
-  // Runs body(slot, tile) over a fixed cut of the tiles, one slot per thread: sums kept per slot and merged
-  // in order are bitwise repeatable for a given thread count.
+  // Runs body(slot, tile).
   template <typename Body>
   void for_each(const Body& body) const {
-    const int64_t used = slots();
-    at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot)
-        for (int64_t t = count_ * slot / used; t < count_ * (slot + 1) / used; ++t) body(slot, (*this)[t]);
-    });
+    for_each_piece(count_, [&](int64_t slot, int64_t i) { body(slot, (*this)[i]); });
   }
 
  private:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense import pool
-from effdense.autograd import channels_last
 from effdense.batch_norm import read_module, update_modules
 from effdense.nn.layers import DenseBlock, Transition, run_stage
 from effdense.nn.obstacles import (
@@ -19,6 +18,7 @@ from effdense.nn.obstacles import (
     module_obstacle,
     plain_max_pool,
 )
+from effdense.reference import channels_last
 
 
 def _is(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -93,9 +93,6 @@ class DenseFeatures(nn.Sequential):
 def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:
     """conv(x) in the layout that comes next. Asked for through the weight, it needs no lasting copy of x."""
     weight = channels_last(conv.weight) if x.dim() > 3 else conv.weight
-    if x.dim() > 3 and weight.shape[1] == 1:  # the stride of a single channel says nothing unless it is set
-        strides = weight.stride()
-        weight = weight.as_strided(weight.shape, (strides[0], 1, *strides[2:]))
     y: Tensor = conv._conv_forward(x, weight, conv.bias)
     return y
 

@@ -145,9 +145,10 @@ inline void ldmatrix_x4_trans(uint32_t (&result)[4], const void* row, Site site 
 
 // ---- mma: accumulator += A B, A of 16 x K, B of K x 8. With g = lane / 4 and t = lane % 4, a lane holds
 //   accumulator   (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
-//   A, 16 bits    four pairs of columns: (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with the
-//   column after it B, 16 bits    two pairs of rows: (2t, g) (2t + 8, g), each with the row after it A, TF32
-//   (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4) B, TF32       (t, g) (t + 4, g)
+//   A, 16 bits    (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with the column after it
+//   B, 16 bits    (2t, g) (2t + 8, g), each with the row after it
+//   A, TF32       (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4)
+//   B, TF32       (t, g) (t + 4, g)
 
 struct Mma {
   float* accumulator;
