@@ -22,6 +22,7 @@ DRIVER = ROOT / "tests" / "simt" / "samples" / "bottleneck_driver.cpp"
 FLAGS = ["-Wno-unknown-pragmas"]  # unroll is nvcc's
 ORDERS = ["fwd", "rev", "20240229"]
 F64 = torch.float64
+MAPS = ("x", "grad_y", "deferred_y", "grad_x")
 
 # arithmetic -> dtype, whether TF32 is permitted, the rounding of an operand
 ARITHMETICS = {
@@ -44,17 +45,16 @@ SHAPES = [
     (1100, 20, 12, 0, 4),  # several blocks along the pixels, backward too
     (40, 150, 130, 3, 0),
 ]
-FIELDS = [
-    *("pixels channels out tf32 accumulate x_step y_step grad_y_step deferred_step grad_x_step".split()),
-    *("x weight scale shift mean bias out_scale out_shift y y_mean y_var".split()),
-    *("grad_y deferred_y deferred_mean a b grad_x grad_weight sum_d sum_dx".split()),
-]
+NUMBERS = ["pixels", "channels", "out", "tf32", "accumulate"]
+NUMBERS += ["x_step", "y_step", "grad_y_step", "deferred_y_step", "grad_x_step"]
+POINTERS = ["x", "weight", "scale", "shift", "mean", "bias", "out_scale", "out_shift", "y", "y_mean", "y_var"]
+POINTERS += ["grad_y", "deferred_y", "deferred_mean", "a", "b", "grad_x", "grad_weight", "sum_d", "sum_dx"]
 
 
 class Case(ctypes.Structure):
     """That of the driver."""
 
-    _fields_ = [(name, ctypes.c_int64 if i < 10 else ctypes.c_void_p) for i, name in enumerate(FIELDS)]
+    _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [(name, ctypes.c_void_p) for name in POINTERS]
 
 
 class Kernels:
@@ -192,8 +192,7 @@ def check_forward(
     reference.bottleneck(*args, False, expected)
     magnitude = (case["x"] * case["scale"]).abs().add(case["shift"].abs()) @ case["weight"].abs().t()
     magnitude += case["bias"].abs() if bias else 0
-    sums = max(unit, 2.0**-24 if dtype != F64 else 0)  # float sums, of up to 300 products
-    bound = magnitude * (2 * unit + 16 * min(sums, 2.0**-24))
+    bound = magnitude * (2 * unit + 16 * min(unit, 2.0**-24))  # the operands, and the sums in float
     if norm:
         bound = bound * case["out_scale"].abs() + case["out_shift"].abs() * unit
     bound += as_matrix(expected).abs() * unit
@@ -269,11 +268,7 @@ def backward(
     if deferred:
         vectors |= {"deferred_mean": case["y_mean"].to(vector), "a": case["a"].to(vector)}
         vectors |= {"b": case["b"].to(vector)}
-    steps = {
-        f"{name.split('_y')[0] if name == 'deferred_y' else name}_step": value.stride(0)
-        for name, value in (maps | results).items()
-        if name in ("x", "grad_y", "deferred_y", "grad_x")
-    }
+    steps = {f"{name}_step": m.stride(0) for name, m in (maps | results).items() if name in MAPS}
     sizes = {"pixels": pixels, "channels": channels, "out": out, "tf32": tf32, "accumulate": int(accumulate)}
     weight = case["weight"].to(dtype)
     traffic = kernels(

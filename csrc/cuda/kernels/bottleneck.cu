@@ -32,7 +32,7 @@ void choose_tile(const Arguments& arguments, Stream stream) {
 
 template <typename T>
 int64_t bottleneck_workspace_size(Size size, int64_t out_channels) {
-  return 2 * divide_up(size.rows, kPixelsPerBlock) * out_channels;
+  return 3 * divide_up(size.rows, kPixelsPerBlock) * out_channels;
 }
 
 template <typename T>
@@ -41,8 +41,6 @@ void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T
                 acc_t<T>* workspace, Stream stream) {
   if (size.rows == 0 || out_channels == 0) return;
   const int64_t blocks = divide_up(size.rows, kPixelsPerBlock);
-  acc_t<T>* const means = mean != nullptr ? workspace : nullptr;
-  acc_t<T>* const m2s = mean != nullptr ? workspace + blocks * out_channels : nullptr;
   const BottleneckArguments<T, acc_t<T>> arguments{
       operand(x, size.rows, size.channels),
       operand(Matrix<const T>{weight, size.channels}, out_channels, size.channels),
@@ -52,8 +50,7 @@ void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T
       epilogue.scale,
       epilogue.shift,
       operand(y, size.rows, out_channels),
-      means,
-      m2s};
+      mean != nullptr ? workspace : nullptr};
   if constexpr (sizeof(T) == 2) {
     choose_tile<TensorCore<T>>(arguments, stream);
   } else if constexpr (std::is_same_v<T, float>) {
@@ -64,7 +61,7 @@ void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T
   if (mean == nullptr) return;
   launch(merge_statistics_kernel<acc_t<T>>,
          dim3(static_cast<unsigned>(divide_up(out_channels, kMergeColumns))), dim3(kMergeThreads), 0, stream,
-         means, m2s, blocks, static_cast<int>(kPixelsPerBlock), size.rows, static_cast<int>(out_channels),
+         workspace, blocks, static_cast<int>(kPixelsPerBlock), size.rows, static_cast<int>(out_channels),
          mean, var);
 }
 

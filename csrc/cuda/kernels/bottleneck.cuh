@@ -15,11 +15,14 @@ template <typename Math, int kOut>
 struct BottleneckTile {
   using E = typename Math::Element;
   using Sum = typename Math::Sum;
-  static constexpr int kPixels = 128, kDepth = 64 / sizeof(E), kStages = 3;
+  static constexpr int kColumns = kOut, kPixels = 128, kDepth = 64 / sizeof(E), kStages = 3;
   static constexpr int kWarpRows = 32, kWarpColumns = 64, kRowWarps = kPixels / kWarpRows;
   static constexpr int kWarps = kRowWarps * kOut / kWarpColumns, kThreads = 32 * kWarps;
   // On a multiprocessor: what shared memory has room for on most architectures.
-  static constexpr int kBlocks = sizeof(Sum) == 8 ? 2 : kOut == 64 ? 3 : kOut == 128 ? 2 : 1;
+  static constexpr int kBlocks = sizeof(Sum) == 8                                     ? 2
+                                 : kOut == 64                                         ? 3
+                                 : kOut == 128 && !std::is_same_v<Math, Plain<float>> ? 2
+                                                                                      : 1;
   static constexpr int kStep = kTileStep<E, kDepth>, kOutStep = kTileStep<E, kWarpColumns>;
 
   struct alignas(16) Stage {
@@ -28,7 +31,7 @@ struct BottleneckTile {
   };
   struct alignas(16) Out {  // takes the stages' place
     E y[kWarps][16 * kOutStep];
-    Sum mean[kRowWarps][kOut], m2[kRowWarps][kOut];
+    Sum pivot[kOut], mean[kRowWarps][kOut], m2[kRowWarps][kOut];
   };
   static constexpr int kBytes = kStages * sizeof(Stage) > sizeof(Out) ? kStages * sizeof(Stage) : sizeof(Out);
 };
@@ -38,7 +41,7 @@ struct BottleneckArguments {
   Operand<const E> x, weight;
   const Sum *scale, *shift, *bias, *out_scale, *out_shift;
   Operand<E> y;
-  Sum *means, *m2s;  // [blocks of pixels][out channels], or null
+  Sum* statistics;  // block_statistics, or null
 };
 
 // The epilogue's arithmetic, on a lane's results; they become what is stored.
@@ -65,47 +68,66 @@ __device__ __forceinline__ void finish_y(
   }
 }
 
-// mean and sum of squares about it of every column's first `rows` of the warp's 32 rows.
+// With u = y - pivot: mean of u, and sum of squares about that mean, of every column's first `rows` of the
+// warp's 32 rows.
 template <typename Sum, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void warp_statistics(const Sum (&y)[kRowTiles][kColumnTiles][4], int rows,
-                                                Sum* means, Sum* m2s) {
+                                                const Sum* pivots, Sum* means, Sum* m2s) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   const Sum share = rows > 0 ? Sum(1) / static_cast<Sum>(rows) : Sum(0);
 #pragma unroll
   for (int j = 0; j < 2 * kColumnTiles; ++j) {
+    const int column = j / 2 * 8 + 2 * t + j % 2;
+    const Sum pivot = pivots[column];
     Sum sum = 0, m2 = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i)
-      sum += g + 8 * i < rows ? y[i / 2][j / 2][i % 2 * 2 + j % 2] : Sum(0);
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      if (g + 8 * i < rows) sum += y[i / 2][j / 2][i % 2 * 2 + j % 2] - pivot;
+    }
     const Sum mean = sum_over_rows(sum) * share;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      const Sum deviation = g + 8 * i < rows ? y[i / 2][j / 2][i % 2 * 2 + j % 2] - mean : Sum(0);
-      m2 += deviation * deviation;
+      const Sum deviation = y[i / 2][j / 2][i % 2 * 2 + j % 2] - pivot - mean;
+      if (g + 8 * i < rows) m2 += deviation * deviation;
     }
     m2 = sum_over_rows(m2);
     if (g == 0) {
-      means[j / 2 * 8 + 2 * t + j % 2] = mean;
-      m2s[j / 2 * 8 + 2 * t + j % 2] = m2;
+      means[column] = mean;
+      m2s[column] = m2;
     }
   }
 }
 
-// The warps' statistics of a column as one: with n = sum n_w, mean = sum n_w mean_w / n and
-// M2 = sum M2_w + n_w (mean_w - mean)^2 (Chan, Golub and LeVeque), about the first warp's mean.
-template <int kWarps, int kWarpRows, int kOut, typename Sum>
-__device__ __forceinline__ void merge_warps(const Sum (&means)[kWarps][kOut], const Sum (&m2s)[kWarps][kOut],
-                                            int column, int rows, Sum* mean, Sum* m2) {
-  Sum moved = 0, squares = 0;
-  const auto count = [&](int warp) { return static_cast<Sum>(min(rows - kWarpRows * warp, kWarpRows)); };
-  for (int w = 1; kWarpRows * w < rows; ++w) moved += count(w) * (means[w][column] - means[0][column]);
-  moved /= static_cast<Sum>(rows);
-  for (int w = 0; kWarpRows * w < rows; ++w) {
-    const Sum deviation = means[w][column] - means[0][column] - moved;
-    squares += m2s[w][column] + count(w) * deviation * deviation;
+// The block's statistics, into [block][3][out channels]: pivot, mean of u, M2. With n = sum n_w over the
+// warps, mean = sum n_w mean_w / n and M2 = sum M2_w + n_w (mean_w - mean)^2 (Chan, Golub and LeVeque). The
+// pivot, the block's first row, is what keeps a mean far larger than the deviation from costing digits.
+template <typename Tile, typename Sum, typename Out>
+__device__ __forceinline__ void block_statistics(
+    const Sum (&y)[Tile::kWarpRows / 16][Tile::kWarpColumns / 8][4], Out& out, int row_warp, int column,
+    int rows, int first_out, int columns, Sum* statistics) {
+  const int lane = lane_id(), mine = static_cast<int>(threadIdx.x);
+  if (row_warp == 0 && lane < 4) {
+#pragma unroll
+    for (int j = 0; j < Tile::kWarpColumns / 4; ++j)
+      out.pivot[column + j / 2 * 8 + 2 * lane + j % 2] = y[0][j / 2][j % 2];
   }
-  store(mean, means[0][column] + moved);
-  store(m2, squares);
+  __syncthreads();
+  const auto count = [&](int warp) { return min(max(rows - Tile::kWarpRows * warp, 0), Tile::kWarpRows); };
+  warp_statistics(y, count(row_warp), out.pivot + column, out.mean[row_warp] + column,
+                  out.m2[row_warp] + column);
+  __syncthreads();
+  if (mine >= Tile::kColumns || first_out + mine >= columns) return;
+  Sum mean = 0, m2 = 0;
+  for (int w = 0; w < Tile::kRowWarps; ++w) mean += static_cast<Sum>(count(w)) * out.mean[w][mine];
+  mean /= static_cast<Sum>(rows);
+  for (int w = 0; w < Tile::kRowWarps; ++w) {
+    const Sum deviation = out.mean[w][mine] - mean;
+    if (count(w) > 0) m2 += out.m2[w][mine] + static_cast<Sum>(count(w)) * deviation * deviation;
+  }
+  Sum* const to = statistics + int64_t{blockIdx.x} * 3 * columns + first_out + mine;
+  store(to, out.pivot[mine]);
+  store(to + columns, mean);
+  store(to + 2 * columns, m2);
 }
 
 template <typename Math, int kOut>
@@ -155,18 +177,10 @@ __global__ void __launch_bounds__(BottleneckTile<Math, kOut>::kThreads, Bottlene
   finish_y<Math>(y, arguments, first_out + column);
   __syncthreads();  // nobody reads the stages
   auto& out = *reinterpret_cast<typename Tile::Out*>(stages);
-  const int rows = static_cast<int>(min(arguments.y.rows - first_pixel, int64_t{Tile::kPixels}));
-  if (arguments.means != nullptr) {
-    const int row_warp = warp % Tile::kRowWarps;
-    warp_statistics(y, min(max(rows - row, 0), Tile::kWarpRows), out.mean[row_warp] + column,
-                    out.m2[row_warp] + column);
-    __syncthreads();
-    const int mine = static_cast<int>(threadIdx.x), c = first_out + mine;
-    if (mine < kOut && c < arguments.y.columns) {
-      const int64_t at = int64_t{blockIdx.x} * arguments.y.columns + c;
-      merge_warps<Tile::kRowWarps, Tile::kWarpRows>(out.mean, out.m2, mine, rows, arguments.means + at,
-                                                    arguments.m2s + at);
-    }
+  if (arguments.statistics != nullptr) {
+    const int rows = static_cast<int>(min(arguments.y.rows - first_pixel, int64_t{Tile::kPixels}));
+    block_statistics<Tile>(y, out, warp % Tile::kRowWarps, column, rows, first_out, arguments.y.columns,
+                           arguments.statistics);
   }
   // 16 rows of the warp at a time, so that they leave in whole pieces.
   using Pair = Vec<typename Math::Element, 2>;
@@ -190,18 +204,19 @@ __global__ void __launch_bounds__(BottleneckTile<Math, kOut>::kThreads, Bottlene
   }
 }
 
-// The second stage of the statistics: the blocks' as one, by the formula of merge_warps in double. 8 columns
-// a block, 64 lanes each, which take every 64th block of pixels and are added up by halves.
+// The second stage of the statistics: the blocks' as one, by the same formula in double. 8 columns a block,
+// 64 lanes each, which take every 64th block of pixels and are added up by halves.
 constexpr int kMergeColumns = 8, kMergeLanes = 64, kMergeThreads = kMergeColumns * kMergeLanes;
 
 template <typename Sum>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_statistics_kernel(const Sum* means, const Sum* m2s, int64_t blocks, int pixels_per_block,
-                            int64_t pixels, int columns, Sum* mean, Sum* var) {
+    merge_statistics_kernel(const Sum* statistics, int64_t blocks, int pixels_per_block, int64_t pixels,
+                            int columns, Sum* mean, Sum* var) {
   __shared__ double shared[kMergeLanes][kMergeColumns];
   const int lane = static_cast<int>(threadIdx.x) / kMergeColumns,
             side = static_cast<int>(threadIdx.x) % kMergeColumns;
   const int column = static_cast<int>(blockIdx.x) * kMergeColumns + side;
+  const bool inside = column < columns;
   const auto total = [&](double value) {
     shared[lane][side] = value;
     for (int half = kMergeLanes / 2; half > 0; half /= 2) {
@@ -216,22 +231,27 @@ __global__ void __launch_bounds__(kMergeThreads)
   const auto count = [&](int64_t block) {
     return static_cast<double>(min(int64_t{pixels_per_block}, pixels - block * pixels_per_block));
   };
-  const int64_t last = column < columns ? blocks : 0;
-  const double pivot = column < columns ? static_cast<double>(load(means + column)) : 0.0;
-  double moved = 0, squares = 0;
+  const auto deviation = [&](int64_t block, double from) {  // of the block's mean
+    const Sum* const part = statistics + block * 3 * columns + column;
+    return static_cast<double>(load(part)) - from + static_cast<double>(load(part + columns));
+  };
+  const int64_t last = inside ? blocks : 0;
+  const double pivot = inside ? static_cast<double>(load(statistics + column)) : 0.0;
+  double moved = 0, m2 = 0;
 #pragma unroll 4
   for (int64_t block = lane; block < last; block += kMergeLanes)
-    moved += count(block) * (load(means + block * columns + column) - pivot);
+    moved += count(block) * deviation(block, pivot);
   const double center = pivot + total(moved) / static_cast<double>(pixels);
 #pragma unroll 4
   for (int64_t block = lane; block < last; block += kMergeLanes) {
-    const double deviation = load(means + block * columns + column) - center;
-    squares += load(m2s + block * columns + column) + count(block) * deviation * deviation;
+    const double from_center = deviation(block, center);
+    m2 += static_cast<double>(load(statistics + (block * 3 + 2) * columns + column)) +
+          count(block) * from_center * from_center;
   }
-  squares = total(squares);
-  if (lane > 0 || column >= columns) return;
+  m2 = total(m2);
+  if (lane > 0 || !inside) return;
   store(mean + column, static_cast<Sum>(center));
-  store(var + column, static_cast<Sum>(squares / static_cast<double>(pixels)));
+  store(var + column, static_cast<Sum>(m2 / static_cast<double>(pixels)));
 }
 
 }  // namespace effdense::kernels

@@ -33,24 +33,18 @@ __device__ __forceinline__ Sum bn_relu_value(Sum x, Sum scale, Sum shift) {
 
 // Two elements that share a register.
 __device__ __forceinline__ float2 unpack(__half, uint32_t bits) {
-  __half2 pair;
-  memcpy(&pair, &bits, sizeof bits);
-  return __half22float2(pair);
+  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
 }
 __device__ __forceinline__ float2 unpack(__nv_bfloat16, uint32_t bits) {
   return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
 }
 __device__ __forceinline__ uint32_t pack(__half, float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 __device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // Each of the three: A is the fragment of 16 rows by kDepth, B that of kDepth by kColumnTiles * 8 columns. A

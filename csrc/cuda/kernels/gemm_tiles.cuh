@@ -50,9 +50,11 @@ __device__ __forceinline__ void for_pieces(int thread, int64_t rows, int columns
   constexpr int kAcross = kColumns / kPiece;
   static_assert(kColumns % kPiece == 0);
   const int inside = static_cast<int>(min(rows, int64_t{kRows}));
-  constexpr int kUnroll = kAtOnce;
-#pragma unroll kUnroll
-  for (int i = thread; i < kRows * kAcross; i += kThreads) {
+  constexpr int kCount = kRows * kAcross;
+#pragma unroll kAtOnce
+  for (int first = 0; first < kCount; first += kThreads) {
+    const int i = first + thread;
+    if (kCount % kThreads != 0 && i >= kCount) break;
     const int row = i / kAcross, column = i % kAcross * kPiece;
     body(row, column, row < inside ? min(max(columns - column, 0), kPiece) : 0);
   }

@@ -36,7 +36,7 @@ using namespace effdense::kernels;
 
 struct Case {  // tests/test_simt_bottleneck.py has the same
   int64_t pixels, channels, out, tf32, accumulate;
-  int64_t x_step, y_step, grad_y_step, deferred_step, grad_x_step;
+  int64_t x_step, y_step, grad_y_step, deferred_y_step, grad_x_step;
   const void *x, *weight, *scale, *shift, *mean;
   const void *bias, *out_scale, *out_shift;
   void *y, *y_mean, *y_var;
@@ -71,11 +71,11 @@ void run(const std::string& op, const Case& c) {
   }
   std::vector<A> workspace(bottleneck_backward_workspace_size<T>(size, c.out));
   watch("grad_y", type(c.grad_y), c.pixels, c.grad_y_step, c.out);
-  watch("deferred_y", type(c.deferred_y), c.pixels, c.deferred_step, c.out);
+  watch("deferred_y", type(c.deferred_y), c.pixels, c.deferred_y_step, c.out);
   watch("grad_x", type(c.grad_x), c.pixels, c.grad_x_step, c.channels);
   watch("workspace", workspace.data(), 1, 0, workspace.size());
   const Deferred<T> deferred{
-      {type(c.deferred_y), c.deferred_step}, vector(c.deferred_mean), vector(c.a), vector(c.b)};
+      {type(c.deferred_y), c.deferred_y_step}, vector(c.deferred_mean), vector(c.a), vector(c.b)};
   bottleneck_backward<T>(size, c.out, {type(c.x), c.x_step}, {type(c.grad_y), c.grad_y_step}, deferred, norm,
                          type(c.weight), c.tf32, {static_cast<T*>(c.grad_x), c.grad_x_step}, c.accumulate,
                          result(c.grad_weight), result(c.sum_d), result(c.sum_dx), workspace.data(), nullptr);
