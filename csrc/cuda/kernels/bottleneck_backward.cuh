@@ -139,12 +139,9 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
       const int64_t first = (first_tile + tile) * kPixels;
       copy_tile<kPixels, kOut, kThreads>(stage.grad_y, arguments.grad_y, first, 0);
       copy_tile<kPixels, kColumns, kThreads>(stage.x, arguments.x, first, first_column);
-      if (accumulate) {
-        const Operand<const typename Math::Element> grad_x{arguments.grad_x.data, arguments.grad_x.step,
-                                                           arguments.grad_x.rows, arguments.grad_x.columns,
-                                                           arguments.grad_x.piece};
-        copy_tile<kPixels, kColumns, kThreads>(stage.grad_x, grad_x, first, first_column);
-      }
+      if (accumulate)
+        copy_tile<kPixels, kColumns, kThreads>(stage.grad_x, read_only(arguments.grad_x), first,
+                                               first_column);
       // One buffer is enough: the pieces of the tile before have been used up, by this very thread.
       if (corrected) copy_tile<kPixels, kOut, kThreads>(shared.y, arguments.y, first, 0);
     }

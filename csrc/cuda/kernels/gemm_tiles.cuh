@@ -21,6 +21,11 @@ Operand<T> operand(Matrix<T> matrix, int64_t rows, int64_t columns) {
   return {matrix.data, matrix.step, rows, static_cast<int>(columns), aligned_elements(matrix)};
 }
 
+template <typename T>
+__device__ __forceinline__ Operand<const T> read_only(const Operand<T>& from) {
+  return {from.data, from.step, from.rows, from.columns, from.piece};
+}
+
 // Elements between the rows of a tile in shared memory: 16 bytes more than they need. Every piece is aligned,
 // and the 8 rows that ldmatrix reads at a time fall into different banks, as kColumns is an even number of 16
 // bytes.
