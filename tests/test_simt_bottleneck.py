@@ -353,6 +353,13 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
             assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
+def test_no_pixels_launch_nothing(kernels: Kernels) -> None:
+    case = make_case((0, 24, 48), torch.float16)
+    empty = {"x": case["x"].half(), "weight": case["weight"].half(), "channels": 24, "out": 48}
+    assert kernels("bottleneck", torch.float16, **empty, y=case["x"].half()) == {"": 0}
+    assert kernels("bottleneck_backward", torch.float16, **empty, grad_y=case["x"].half()) == {"": 0}
+
+
 @pytest.mark.parametrize("arithmetic", ["half", "tf32"])
 def test_nan_and_infinity_come_through(kernels: Kernels, arithmetic: str) -> None:
     case = make_case((70, 24, 48), ARITHMETICS[arithmetic][0])
@@ -388,7 +395,7 @@ def test_each_element_moves_once(kernels: Kernels, arithmetic: str, shape: tuple
 def test_ragged_shapes_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     flags = [f"-fsanitize={sanitizer}", "-g1", "-O1", *FLAGS]
     program = compile_for_cpu([DRIVER], tmp_path / sanitizer, *flags)
-    for order in ORDERS:
+    for order in ORDERS if sanitizer == "address" else ORDERS[2:]:  # to the other one, order is no matter
         environment = {**os.environ, "SIMT_ORDER": order, "TSAN_OPTIONS": "halt_on_error=1"}
         done = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=1800)
         assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]

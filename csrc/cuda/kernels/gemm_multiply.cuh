@@ -223,7 +223,8 @@ __device__ __forceinline__ void multiply(typename Math::Sum (&sums)[kRowTiles][k
                                          const typename Math::Element* b_tile, int b_step, int column,
                                          int depth, const Prologue& prologue) {
   static_assert(kColumnTiles % Math::kColumnTiles == 0);
-#pragma unroll 2
+  // Two steps at a time hide the loads; where the results take the registers there is no room for that.
+#pragma unroll(kRowTiles > 2 ? 1 : 2)
   for (int k = 0; k < depth; k += Math::kDepth) {
     typename Math::A a[kRowTiles];
 #pragma unroll

@@ -46,7 +46,7 @@ struct Case {  // tests/test_simt_bottleneck.py has the same
 
 template <typename T>
 void watch(const char* name, const T* data, int64_t rows, int64_t step, int64_t columns) {
-  if (data != nullptr) simt::watch(name, data, ((rows - 1) * step + columns) * sizeof(T));
+  if (data != nullptr && rows > 0) simt::watch(name, data, ((rows - 1) * step + columns) * sizeof(T));
 }
 
 template <typename T>
