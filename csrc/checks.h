@@ -106,6 +106,28 @@ inline void check_channels(const char* op, const char* name, const Tensor& tenso
                     "), got shape ", tensor.sizes());
 }
 
+// What is missing of grad_y, -a - b * (y - mean): y, mean, a, b, or nothing.
+inline void check_deferred(const char* op, TensorList deferred, const Tensor& grad_y) {
+  if (deferred.empty()) return;
+  TORCH_CHECK_VALUE(deferred.size() == 4, op, ": deferred must hold y, mean, a, b, or nothing, got ",
+                    deferred.size(), " tensors");
+  check_same_shape(op, "deferred[0]", deferred[0], grad_y);
+  for (size_t i = 1; i < 4; ++i)
+    check_per_channel(op, ("deferred[" + std::to_string(i) + "]").c_str(), deferred[i], grad_y,
+                      grad_y.size(1));
+}
+
+// The weight of a padded 3x3 convolution, [out_channels, channels, 3, 3].
+inline void check_conv3x3(const char* op, const Tensor& weight, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4, op, ": x must be [N, C, H, W], got shape ", x.sizes());
+  check_device(op, "weight", weight, x.device());
+  check_type(op, "weight", weight, x.scalar_type(), "the features' type");
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == x.size(1) &&
+                        weight.size(2) == 3 && weight.size(3) == 3,
+                    op, ": weight must be [out_channels, ", x.size(1), ", 3, 3] (x's channels), got shape ",
+                    weight.sizes());
+}
+
 // The normalisation that may follow a convolution: both vectors or none.
 inline void check_epilogue(const char* op, const std::optional<Tensor>& out_scale,
                            const std::optional<Tensor>& out_shift, const Tensor& like, int64_t channels) {

@@ -35,10 +35,24 @@ TORCH_LIBRARY(effdense, m) {
       "bottleneck(Tensor[] features, Tensor scale, Tensor shift, Tensor weight, Tensor? bias,"
       " Tensor? out_scale, Tensor? out_shift, bool statistics, Tensor(a!) y) -> (Tensor mean, Tensor var)");
   // d = (weight^T grad_y) masked by relu -> grad_weight [O, C] (in the accumulation type), sum d, sum d (x -
-  // mean); grad_features[i] becomes scale * d, or with `accumulate` grows by it, unless it is empty
+  // mean); grad_features[i] becomes scale * d, or with `accumulate` grows by it, unless it is empty.
+  // `deferred`: nothing, or y, mean_y, a, b where grad_y - a - b * (y - mean_y) is what stands for grad_y
   m.def(
       "bottleneck_backward(Tensor[] features, Tensor grad_y, Tensor scale, Tensor shift, Tensor mean,"
-      " Tensor weight, Tensor(a!)[] grad_features, bool accumulate, bool need_features, bool need_weight)"
+      " Tensor weight, Tensor(a!)[] grad_features, bool accumulate, bool need_features, bool need_weight,"
+      " Tensor[] deferred)"
+      " -> (Tensor grad_weight, Tensor sum_d, Tensor sum_dx)");
+  // out = weight * relu(scale * x + shift) + bias, a 3x3 convolution with padding 1 -> out's mean and
+  // variance
+  m.def(
+      "bn_relu_conv3x3(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, Tensor(a!) out)"
+      " -> (Tensor mean, Tensor var)");
+  // d = (gradient of relu(...)) masked by relu -> grad_weight [O, C, 3, 3] (in the accumulation type), sum d,
+  // sum d (x - mean); grad_x becomes scale * d, or with `accumulate` grows by it
+  m.def(
+      "bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor "
+      "weight,"
+      " Tensor(a!) grad_x, bool accumulate, bool need_x, bool need_weight)"
       " -> (Tensor grad_weight, Tensor sum_d, Tensor sum_dx)");
   // out = grad - a - b * (x - mean): finishes batch normalisation's backward; out may be grad
   m.def("take_gradient(Tensor x, Tensor mean, Tensor a, Tensor b, Tensor grad, Tensor(a!) out) -> ()");

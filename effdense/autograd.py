@@ -114,35 +114,3 @@ def empty_rows(like: Tensor, channels: int, step: int) -> Tensor:
         strides.insert(0, strides[0] * n)
     image = like.shape[2:].numel() * step
     return like.new_empty_strided((like.shape[0], channels, *like.shape[2:]), (image, 1, *strides))
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of odd kernel size that keeps the image's size, on PyTorch's own kernels."""
-    x_, weight_, settings = _conv_form(x, weight)
-    y: Tensor = torch.ops.aten.convolution(x_, weight_, bias, *settings)
-    return y.squeeze(2) if x.dim() == 3 else y
-
-
-def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, as far as `needs` asks for them."""
-    x_, weight_, settings = _conv_form(x, weight)
-    bias_sizes = None if bias is None else list(bias.shape)
-    grad_ = grad.unsqueeze(2) if x.dim() == 3 else grad
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_, x_, weight_, bias_sizes, *settings, list(needs)
-    )
-    if x.dim() == 3:
-        grad_x = grad_x.squeeze(2) if needs[0] else grad_x
-        grad_weight = grad_weight.squeeze(2) if needs[1] else grad_weight
-    return grad_x, grad_weight, grad_bias
-
-
-def _conv_form(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """x, weight, and stride, padding, dilation, transposed, output_padding, groups; 1D as 2D, which knows channels-last."""
-    padding = [k // 2 for k in weight.shape[2:]]
-    if x.dim() == 3:
-        x, weight, padding = x.unsqueeze(2), weight.unsqueeze(2), [0, *padding]
-    ones = [1] * len(padding)
-    return x, weight, (ones, padding, ones, False, [0] * len(padding), 1)

@@ -106,7 +106,7 @@ def _bottleneck_backward(ops: Any, c: _Case) -> list[Tensor]:
     results = []
     for accumulate in (False, True):
         arguments = c.features, c.y, *c.vectors[:3], c.weight, c.grads
-        results += ops.bottleneck_backward(*arguments, accumulate, True, True)
+        results += ops.bottleneck_backward(*arguments, accumulate, True, True, [])
     return [*results, *c.grads]
 
 

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from effdense.autograd import (
     channels_last,
-    convolve,
-    convolve_backward,
     differentiable_once,
     empty_channels_last,
     matrix,
@@ -31,6 +29,7 @@ from effdense.autograd import (
 )
 from effdense.batch_norm import Folded, Norm, fold
 from effdense.checks import check_conv_weight, check_norm, check_vector
+from effdense.convolution import convolve, convolve_backward
 from effdense.operators import operators
 
 
@@ -70,6 +69,7 @@ def _bottleneck_backward(
         False,
         any(need_features) or need_norm,
         need_conv,
+        [],
     )
     if norm.batch_statistics and any(need_features):
         sizes = [x.shape[1] for x in features]

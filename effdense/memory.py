@@ -1,7 +1,7 @@
 """The planner: what one training step would take at its peak, and what for, without running it.
 
 The step is walked through on meta tensors, which have shapes and no memory, while storages are followed from birth to
-death; so is the inside of the block engine (dense_block.py), so that a plan comes from what the engine does and not from
+death; so is the inside of the block engine (engine.py), so that a plan comes from what the engine does and not from
 a description of it. "naive" and "checkpoint" are followed by PyTorch's own MemTracker.
 """
 
@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from effdense import dense_block, operators
+from effdense import engine, operators
+from effdense._extension import extension
 from effdense.convert import convert, report
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.stage import Settings
@@ -68,6 +69,20 @@ class Plan(NamedTuple):
         return "\n".join(f"{name:<{width}}  {size / 2**20:10.1f} MiB" for name, size in rows)
 
 
+# What operators take for their tiles while they run, in bytes a thread: up to twice that on large images, less on small
+# ones (csrc/cpu; what stays in a core's cache).
+_TILES = 2**19
+_TILED = (
+    {
+        getattr(torch.ops.effdense, name + way).default
+        for name in ("bottleneck", "bn_relu_conv3x3")
+        for way in ("", "_backward")
+    }
+    if extension is not None
+    else set()
+)
+
+
 @dataclasses.dataclass
 class _Block:
     """Some memory that exists at the moment."""
@@ -95,11 +110,11 @@ class _Timeline(TorchDispatchMode):
             sums["activations"], sums["stem"] = sums["stem"], 0
         return self.peak, sums
 
-    def _note(self) -> None:
-        """Called before anything goes: in between the level only rises."""
-        if self.level > self.peak:
-            self.peak = self.level
-            self._at_peak = [*self._live.values(), _Block(self._workspace.size, "scratch")]
+    def _note(self, tiles: int = 0) -> None:
+        """Called before anything goes: in between the level only rises. `tiles`: what an operator takes in passing."""
+        if self.level + tiles > self.peak:
+            self.peak = self.level + tiles
+            self._at_peak = [*self._live.values(), _Block(self._workspace.size + tiles, "scratch")]
 
     def _follow(self, tensor: Tensor, category: str) -> None:
         """Counts a tensor's storage from now until it dies."""
@@ -127,14 +142,16 @@ class _Timeline(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.effdense.dense_stage.default:
-            stage: list[Tensor] = self._inside(dense_block.forward, args, 4)
+            stage: list[Tensor] = self._inside(engine.forward, args, 4)
             for tensor, category in zip(stage, ("other", "features", "bottlenecks", "other"), strict=True):
                 self._live[id(tensor.untyped_storage())].category = category
             return tuple(stage)
         if func is torch.ops.effdense.dense_stage_backward.default:
-            return self._inside(dense_block.backward, args, 8)
+            return self._inside(engine.backward, args, 8)
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **kwargs or {})
+        if self._in_stage and func in _TILED:
+            self._note(_TILES * torch.get_num_threads())
         if func is torch.ops.aten.convolution.default:  # on meta it does not follow its arguments' layout
             layouts = {suggest_memory_format(t) for t in args[:2]} - {torch.contiguous_format}
             result = result.contiguous(memory_format=layouts.pop()) if layouts else result
@@ -272,9 +289,8 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
     """Predicts the memory of one training step of `model` on the CPU, without running it.
 
     The model is not touched: a copy without memory is converted, in the dtype and the modes that the model is in.
-    "balanced" and "minimal" are within a few per cent of what is measured. Not modelled is what kernels take for
-    themselves in passing: effdense's tiles (about 1 MiB a thread), the reordered copies of oneDNN, a loss that keeps more
-    than one copy of the output.
+    "balanced" and "minimal" are within a few per cent of what is measured. Not modelled is what oneDNN takes for itself
+    in passing, and a loss that keeps more than one copy of the output.
 
     Args:
         model: any module that `effdense.convert` could convert, or has converted.

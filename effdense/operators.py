@@ -87,8 +87,30 @@ def _register_fakes() -> None:
         accumulate: bool,
         need_features: bool,
         need_weight: bool,
+        deferred: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_weight = scale.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1])
+        return grad_weight, torch.empty_like(scale), torch.empty_like(scale)
+
+    @fake("effdense::bn_relu_conv3x3")
+    def _(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Any:
+        return _two_vectors(out)
+
+    @fake("effdense::bn_relu_conv3x3_backward")
+    def _(
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        weight: Tensor,
+        grad_x: Tensor,
+        accumulate: bool,
+        need_x: bool,
+        need_weight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = weight.shape[0] if need_weight else 0
+        grad_weight = scale.new_empty(weight.shape[1], 3, 3, size).permute(3, 0, 1, 2)
         return grad_weight, torch.empty_like(scale), torch.empty_like(scale)
 
     @fake("effdense::bn_relu_backward")

@@ -119,9 +119,17 @@ def bottleneck_backward(
     accumulate: bool,
     need_features: bool,
     need_weight: bool,
+    deferred: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `bottleneck`: writes or adds scale * d to every grad_features[i] that is not empty."""
+    """Backward of `bottleneck`: writes or adds scale * d to every grad_features[i] that is not empty.
+
+    `deferred`: nothing, or y, mean, a, b of what grad_y still misses (see `take_gradient`).
+    """
     x, dy = torch.cat(list(features), 1), _wide(grad_y)
+    if deferred:
+        y, y_mean, a, b = deferred
+        dy = torch.empty_like(dy)
+        take_gradient(y, y_mean, a, b, grad_y, dy)
     z = _affine(x, scale, shift).relu_()
     grad_weight = scale.new_zeros(weight.shape[0] if need_weight else 0, weight.shape[1])
     if need_weight:
@@ -134,6 +142,41 @@ def bottleneck_backward(
     for part, grad in zip(d.split([f.shape[1] for f in features], 1), grad_features, strict=True):
         if grad.numel():
             grad.copy_(_wide(grad) + part if accumulate else part)
+    return grad_weight, sum_d, sum_dx
+
+
+def bn_relu_conv3x3(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out = weight * relu(scale * x + shift) + bias, 3x3 with padding 1; out's mean and biased variance."""
+    z = _affine(x, scale, shift).relu_()
+    out.copy_(F.conv2d(z, _wide(weight), None if bias is None else bias, padding=1))
+    return channel_statistics([out])
+
+
+def bn_relu_conv3x3_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    accumulate: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `bn_relu_conv3x3`: writes or adds scale * d to grad_x."""
+    g, w, z = _wide(grad), _wide(weight), _affine(x, scale, shift).relu_()
+    grad_weight = scale.new_zeros(weight.shape[0] if need_weight else 0, *weight.shape[1:])
+    if need_weight:
+        grad_weight += torch.nn.grad.conv2d_weight(z, weight.shape, g, padding=1)
+    if not need_x:
+        return grad_weight, torch.zeros_like(scale), torch.zeros_like(scale)
+    d = torch.nn.grad.conv2d_input(x.shape, w, g, padding=1).masked_fill_(z <= 0, 0)
+    sum_d, sum_dx = _masked_sums(d, x, mean)
+    d *= _column(scale, d)
+    grad_x.copy_(_wide(grad_x) + d if accumulate else d)
     return grad_weight, sum_d, sum_dx
 
 

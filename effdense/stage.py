@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from effdense.batch_norm import Folded, fold
+from effdense.convolution import fuses
 
 POOL_PARAMETERS = 4  # norm's weight and bias; weight and bias of the 1x1 convolution behind the pool
 Vectors = list[tuple[Tensor, Tensor]]
+Parameters = Sequence[Tensor | None]
 
 
 class Settings(NamedTuple):
@@ -152,18 +154,20 @@ class Stage:
             for layer, part in zip(kept, parts, strict=True)
         }
 
-    def straight_to_z(self, layer: Layer) -> bool:
-        """Whether relu(norm2(y)) can be made without y: nobody wants y later, and norm2 is known beforehand."""
+    def straight_to_z(self, ops: Any, layer: Layer) -> bool:
+        """Whether relu(norm2(y)) is made without y: nobody wants y, norm2 is known beforehand, and the convolution wants z."""
         s = self.settings
-        return s.memory == "inference" and not s.batch_statistics[layer.norm1 + 1] and layer.masks[0] is None
+        known = s.memory == "inference" and layer.width > 0 and not s.batch_statistics[layer.norm1 + 1]
+        return known and layer.masks[0] is None and not fuses(ops, layer.conv2)
 
-    def forward_scratch(self) -> list[int]:
-        """Channels of the maps that a forward holds of the workspace at once: z, and a y that is not kept."""
-        z = max((layer.width or layer.channels for layer in self.layers), default=0)
-        made = [layer for layer in self.layers if layer.width and not self._is_saved(layer)]
-        made = [layer for layer in made if not self.straight_to_z(layer)]
-        return [z, max(layer.width for layer in made)] if made else [z]
+    def forward_scratch(self, ops: Any) -> list[int]:
+        """Channels of the maps that a forward holds of the workspace at once: a y that is not kept, and a z."""
+        made = [n.width for n in self.layers if not self._is_saved(n) and not self.straight_to_z(ops, n)]
+        z = [n.width or n.channels for n in self.layers if not fuses(ops, n.conv2)]
+        return [max(made, default=0), max(z, default=0)]
 
-    def backward_scratch(self) -> list[int]:
-        """The same of a backward: z, a y that is not kept, and the gradient of a layer's new features."""
-        return [*self.forward_scratch(), max((layer.growth for layer in self.layers), default=0)]
+    def backward_scratch(self, ops: Any) -> list[int]:
+        """The same of a backward, where a z may be y's gradient, and there is the gradient of a layer's new features."""
+        made = max((n.width for n in self.layers if not self._is_saved(n)), default=0)
+        z = [n.width if fuses(ops, n.conv2) else n.width or n.channels for n in self.layers]
+        return [made, max(z, default=0), max((n.growth for n in self.layers), default=0)]

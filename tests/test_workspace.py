@@ -112,8 +112,8 @@ def test_a_failing_layer_gives_the_block_back(monkeypatch: pytest.MonkeyPatch) -
         raise MemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("effdense.dense_block.convolve", fail)
-        patch.setattr("effdense.dense_block.convolve_backward", fail)
+        patch.setattr("effdense.engine.bn_relu_convolve", fail)
+        patch.setattr("effdense.engine.bn_relu_convolve_backward", fail)
         for call in (lambda: ours(make_input()), lambda: y.sum().backward()):
             with pytest.raises(MemoryError):
                 call()

@@ -3,7 +3,7 @@
 // Forward, per tile of pixels: the prologue writes z [pixels, channels] into a scratch that stays in L2, one
 // GEMM makes y, and y's statistics are taken while it is in cache. Backward, per tile: z again, dz = dy W by
 // one GEMM, dW += dy^T z by another, and one pass that masks, sums and writes the gradients. Neither z nor dz
-// is ever stored.
+// is ever stored, nor is dy where a norm behind y deferred a part of it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -97,7 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
                                                        const Tensor& scale, const Tensor& shift,
                                                        const Tensor& mean, const Tensor& weight,
                                                        TensorList grad_features, bool accumulate,
-                                                       bool need_features, bool need_weight) {
+                                                       bool need_features, bool need_weight,
+                                                       TensorList deferred) {
   constexpr const char* op = "bottleneck_backward";
   check_features(op, features);
   const Tensor& first = features[0];
@@ -109,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
   const int64_t out_channels = weight.size(0);
   check_same_images(op, "grad_y", grad_y, first);
   check_channels(op, "grad_y", grad_y, out_channels, "the weight's rows");
+  check_deferred(op, deferred, grad_y);
   check_grad_features(op, grad_features, features);
 
   Tensor grad_weight = at::zeros({need_weight ? out_channels : 0, channels}, scale.options());
@@ -119,6 +121,9 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
     const Rows<T>& loops = rows<T>();
     const Rows<A>& wide = rows<A>();
     const Features<T> x(features), dy(grad_y);
+    const std::optional<Features<T>> y =
+        deferred.empty() ? std::nullopt : std::optional<Features<T>>(deferred[0]);
+    const auto deferred_data = [&](size_t i) { return deferred[i].const_data_ptr<A>(); };
     std::vector<Block<T>> grads;
     for (size_t i = 0; i < grad_features.size(); ++i) {
       const std::string name = "grad_features[" + std::to_string(i) + "]";
@@ -129,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
     const Block<const A> w_block{w.const_data_ptr<A>(), channels};
     const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(2 * channels + out_channels));
     const int64_t step = tiles.step();
-    const int64_t per_slot = step * (3 * channels + 2 * out_channels);
+    const int64_t per_slot = step * (3 * channels + 3 * out_channels);
     const Tensor scratch = at::empty({tiles.slots(), per_slot}, scale.options());
     const Tensor partial =
         at::empty({need_weight ? tiles.slots() : 0, out_channels, channels}, scale.options());
@@ -141,7 +146,14 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       A* dy_scratch = dz.data + step * channels;
       const Block<A> transposed{dy_scratch + step * out_channels, step};
       const Block<const A> tile_x = x.template read<A>(loops, tile, x_scratch);
-      const Block<const A> tile_dy = dy.template read<A>(loops, tile, dy_scratch);
+      Block<const A> tile_dy = dy.template read<A>(loops, tile, dy_scratch);
+      if (y) {
+        const Block<A> corrected{dy_scratch, out_channels};
+        const Block<const A> tile_y = y->template read<A>(loops, tile, dy_scratch + 2 * step * out_channels);
+        wide.take_gradient(tile.rows(), out_channels, tile_y, deferred_data(1), deferred_data(2),
+                           deferred_data(3), tile_dy, corrected);
+        tile_dy = constant(corrected);
+      }
       wide.bn_relu(tile.rows(), channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
         wide.transpose(tile.rows(), out_channels, tile_dy, transposed);

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense import pool
+from effdense.autograd import channels_last
 from effdense.batch_norm import read_module, update_modules
 from effdense.nn.layers import DenseBlock, Transition, run_stage
 from effdense.nn.obstacles import (
@@ -92,8 +92,10 @@ class DenseFeatures(nn.Sequential):
 
 def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:
     """conv(x) in the layout that comes next. Asked for through the weight, it needs no lasting copy of x."""
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    weight = conv.weight if layout is None else conv.weight.contiguous(memory_format=layout)
+    weight = channels_last(conv.weight) if x.dim() > 3 else conv.weight
+    if x.dim() > 3 and weight.shape[1] == 1:  # the stride of a single channel says nothing unless it is set
+        strides = weight.stride()
+        weight = weight.as_strided(weight.shape, (strides[0], 1, *strides[2:]))
     y: Tensor = conv._conv_forward(x, weight, conv.bias)
     return y
 

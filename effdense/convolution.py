@@ -1,0 +1,129 @@
+"""BN-ReLU-convolution, the second half of a layer (all of a plain one), forward and backward.
+
+On the CPU a 3x3 convolution takes the norm and the ReLU into its tiles (csrc/cpu/conv3x3.cpp). Everything else normalises
+into scratch and runs PyTorch's own convolutions, channels-last.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effdense.autograd import channels_last, sum_per_channel, vector
+from effdense.batch_norm import Folded
+from effdense.workspace import Lease
+
+
+def fuses(ops: Any, weight: Tensor) -> bool:
+    """Whether these operators have a fused kernel for this convolution."""
+    return (
+        weight.shape[2:] == (3, 3)
+        and weight.device.type in ("cpu", "meta")
+        and hasattr(ops, "bn_relu_conv3x3")
+    )
+
+
+def bn_relu_convolve(
+    ops: Any,
+    x: Tensor,
+    norm: Folded | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Lease,
+) -> Any:
+    """Writes out = weight * relu(norm(x)) + bias (None: x is normalised already); returns out's mean and variance."""
+    if norm is not None and fuses(ops, weight):
+        return ops.bn_relu_conv3x3(x, norm.scale, norm.shift, weight, vector(bias, norm.mean), out)
+    z = x
+    if norm is not None:
+        z = scratch.channels_last(x, x.shape[1])
+        ops.bn_relu(x, norm.scale, norm.shift, z)
+    return ops.append_features(convolve(z, weight, bias), out)
+
+
+class Gradients(NamedTuple):
+    """What the backward of `bn_relu_convolve` makes; None where it was not needed."""
+
+    x: (
+        Tensor | None
+    )  # scale * d, d the gradient behind the norm: what the batch's statistics subtract is missing
+    sums: tuple[Tensor, Tensor] | None  # sum d, sum d (x - mean)
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def bn_relu_convolve_backward(
+    ops: Any,
+    grad: Tensor,
+    x: Tensor,
+    norm: Folded,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    scratch: Lease,
+    add_to: Tensor | None,
+) -> Gradients:
+    """Gradients of x, weight and bias, as far as `needs` asks; that of x is new, or is added to `add_to`."""
+    need_x, need_weight, need_bias = needs
+    if fuses(ops, weight):
+        grad_bias = sum_per_channel(grad) if need_bias else None
+        if not (need_x or need_weight):
+            return Gradients(None, None, None, grad_bias)
+        grad_x = x.new_empty(0)
+        if need_x:
+            grad_x = scratch.channels_last(x, x.shape[1]) if add_to is None else add_to
+        vectors = norm.scale, norm.shift, norm.mean
+        grad_weight, *sums = ops.bn_relu_conv3x3_backward(
+            grad, x, *vectors, weight, grad_x, add_to is not None, need_x, need_weight
+        )
+    else:
+        z = scratch.channels_last(x, x.shape[1])
+        ops.bn_relu(x, norm.scale, norm.shift, z)
+        grad_x, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs)
+        if need_x:
+            grad_x = channels_last(grad_x)
+            if add_to is None:
+                sums = ops.bn_relu_backward(grad_x, x, norm.scale, norm.shift, norm.mean, norm.rstd, False)
+            else:
+                sums = ops.bn_relu_accumulate(grad_x, x, norm.scale, norm.shift, norm.mean, add_to)
+    return Gradients(
+        grad_x if need_x else None,
+        tuple(sums) if need_x else None,
+        grad_weight if need_weight else None,
+        grad_bias,
+    )
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of odd kernel size that keeps the image's size, on PyTorch's own kernels."""
+    x_, weight_, settings = _conv_form(x, weight)
+    y: Tensor = torch.ops.aten.convolution(x_, weight_, bias, *settings)
+    return y.squeeze(2) if x.dim() == 3 else y
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, as far as `needs` asks for them."""
+    x_, weight_, settings = _conv_form(x, weight)
+    bias_sizes = None if bias is None else list(bias.shape)
+    grad_ = grad.unsqueeze(2) if x.dim() == 3 else grad
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_, x_, weight_, bias_sizes, *settings, list(needs)
+    )
+    if x.dim() == 3:
+        grad_x = grad_x.squeeze(2) if needs[0] else grad_x
+        grad_weight = grad_weight.squeeze(2) if needs[1] else grad_weight
+    return grad_x, grad_weight, grad_bias
+
+
+def _conv_form(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """x, weight, and stride, padding, dilation, transposed, output_padding, groups; 1D as 2D, which knows channels-last."""
+    padding = [k // 2 for k in weight.shape[2:]]
+    if x.dim() == 3:
+        x, weight, padding = x.unsqueeze(2), weight.unsqueeze(2), [0, *padding]
+    ones = [1] * len(padding)
+    return x, weight, (ones, padding, ones, False, [0] * len(padding), 1)

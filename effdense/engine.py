@@ -1,0 +1,286 @@
+"""The block engine: a whole dense stage, forward and backward, as operators strung together.
+
+A stage is a dense block and, where the caller knows it, the BN-ReLU-average-pool behind it (a transition's, or a head's).
+It owns one feature buffer in channels-last layout. Each layer reads a prefix and appends its channels; a channel's
+statistics are taken once, when it is appended, and serve every norm that reads it:
+
+    y = W1 relu(norm1(prefix))      new = conv3x3(relu(norm2(y)))      plain layers: new = conv3x3(relu(norm1(prefix)))
+
+The backward walks the layers in reverse over one gradient buffer of the same size. What batch normalisation's backward
+subtracts is affine in x, so each reader adds two numbers per channel to (a, b) and the correction is made once, when the
+channel's own gradient is taken (docs/design.md, "The mathematics"). dense_block.py makes this a node of autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdense import workspace
+from effdense.autograd import (
+    channels_last,
+    empty_channels_last,
+    empty_rows,
+    matrix,
+    shaped,
+    sum_per_channel,
+    vector,
+)
+from effdense.batch_norm import Folded
+from effdense.convolution import bn_relu_convolve, bn_relu_convolve_backward, convolve, convolve_backward
+from effdense.reference import accumulate_dtype
+from effdense.stage import POOL_PARAMETERS, Layer, Parameters, Settings, Stage
+from effdense.workspace import on_large_pages
+
+
+def empty_buffer(like: Tensor, channels: int) -> Tensor:
+    """An uninitialised [N, channels, *spatial], channels-last, in rows of whole 16 bytes."""
+    unit = max(1, 16 // like.element_size())
+    return empty_rows(like, channels, -(-channels // unit) * unit)
+
+
+def _drop_(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    """Dropout and its backward, in place: zero where the mask is, the rest scaled up."""
+    return x if mask is None else x.mul_(mask).mul_(1 / keep if keep > 0 else 0.0)
+
+
+def _set(vectors: tuple[Tensor, Tensor], values: Parameters) -> None:
+    for to, value in zip(vectors, values, strict=True):
+        assert value is not None
+        to.copy_(value)
+
+
+def _bottleneck(
+    ops: Any, layer: Layer, norm1: Folded, prefix: Tensor, y: Tensor, then: Folded | None, statistics: bool
+) -> Any:
+    """Writes y = W1 relu(norm1(prefix)), or relu(then(y)); returns y's statistics."""
+    assert layer.conv1 is not None
+    out = (None, None) if then is None else (then.scale, then.shift)
+    bias = vector(layer.conv1_bias, norm1.mean)
+    return ops.bottleneck([prefix], norm1.scale, norm1.shift, matrix(layer.conv1), bias, *out, statistics, y)
+
+
+def forward(
+    ops: Any,
+    settings: Settings,
+    x: Tensor,
+    parameters: Parameters,
+    running: Parameters,
+    masks: Parameters,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The whole stage: returns the pooled output (or nothing), the feature buffer, every kept y, the norms' vectors.
+
+    `parameters`: per layer norm1's weight and bias, conv1's weight and bias, norm2's, conv2's (plain: norm1's, conv2's),
+    then the pool's norm's, and those of a transition's 1x1 convolution, which comes after the pool (they commute, and
+    there it has less to do); None for a head. `running`: mean and variance of every norm that does not use the batch's, else None.
+    `masks`: of dropout, per layer y's and the new features' (bool, or None), or nothing.
+    """
+    stage = Stage(settings, x.shape[1], parameters, masks)
+    features = on_large_pages(empty_buffer(x, stage.channels))
+    saved = on_large_pages(x.new_empty(stage.saved_size(x)))
+    kept = stage.split_saved(saved, x)
+    vectors = x.new_empty(stage.vector_size(), dtype=accumulate_dtype(x.dtype))
+    (mean, var), norms = stage.split_vectors(vectors)
+    for i, batch in enumerate(settings.batch_statistics):
+        if not batch:
+            _set(norms[i], running[2 * i : 2 * i + 2])
+
+    _set((mean[: x.shape[1]], var[: x.shape[1]]), ops.append_features(x, features[:, : x.shape[1]]))
+    size = workspace.size_of(x, stage.forward_scratch(ops))
+    for layer in stage.layers:
+        own = slice(layer.channels, layer.channels + layer.growth)
+        new = features[:, own]
+        with workspace.lease(x.device, size) as scratch:
+            source, norm = features[:, : layer.channels], stage.norm1(layer, norms)
+            if stage.straight_to_z(ops, layer):
+                z = scratch.channels_last(x, layer.width)
+                _bottleneck(ops, layer, norm, source, z, stage.norm2(layer, norms), False)
+                source, norm = z, None
+            elif layer.width:
+                y = kept[layer.position] if layer.position in kept else scratch.channels_last(x, layer.width)
+                batch, mask = settings.batch_statistics[layer.norm1 + 1], layer.masks[0]
+                statistics = _bottleneck(ops, layer, norm, source, y, None, batch and mask is None)
+                if mask is not None:
+                    _drop_(y, mask, layer.keep[0])
+                    statistics = ops.channel_statistics([y]) if batch else None
+                if batch:
+                    _set(norms[layer.norm1 + 1], statistics)
+                source, norm = y, stage.norm2(layer, norms)
+            statistics = bn_relu_convolve(ops, source, norm, layer.conv2, layer.conv2_bias, new, scratch)
+        if layer.masks[1] is not None:
+            statistics = ops.channel_statistics([_drop_(new, layer.masks[1], layer.keep[1])])
+        _set((mean[own], var[own]), statistics)
+    out = x.new_empty(0)
+    if settings.pool:
+        norm = stage.pool_norm(norms)
+        out = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, settings.pool)
+        weight, bias = stage.pool_parameters[2:]
+        out = out if weight is None else channels_last(convolve(out, weight, bias))
+    return out, features, saved, vectors
+
+
+def backward(
+    ops: Any,
+    settings: Settings,
+    grad: Tensor,
+    channels: int,
+    features: Tensor,
+    saved: Tensor,
+    vectors: Tensor,
+    parameters: Parameters,
+    masks: Parameters,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the input (of `channels` channels) and of every parameter, as far as `needs` asks for them."""
+    stage = Stage(settings, channels, parameters, masks)
+    way = _Backward(ops, stage, features, saved, vectors, needs)
+    way.pool(grad)
+    del grad  # of the pooled size
+    step = settings.step
+    lowest = -1 if needs[0] else next((i - 1 for i, need in enumerate(needs) if need), len(needs)) // step
+    size = workspace.size_of(features, stage.backward_scratch(ops))
+    for layer in reversed(stage.layers[max(lowest, 0) :]):
+        with workspace.lease(features.device, size) as scratch:
+            # Something before this layer needs a gradient, or nothing does.
+            way.layer(layer, scratch, layer.position > lowest)
+    result = way.result
+    if needs[0]:
+        result[0] = way.take(0, channels, empty_channels_last(features, channels))
+    for i, (need, like) in enumerate(zip(needs, (None, *parameters), strict=True)):
+        value = result[i] if need else None
+        # One after the other: never two of all gradients.
+        result[i] = value if value is None or like is None else shaped(like, value).contiguous()
+    return result
+
+
+class _Backward:
+    """The gradient buffer, the deferred corrections, and the gradients made so far (input, then parameters)."""
+
+    def __init__(
+        self,
+        ops: Any,
+        stage: Stage,
+        features: Tensor,
+        saved: Tensor,
+        vectors: Tensor,
+        needs: Sequence[bool],
+    ) -> None:
+        self.ops, self.stage, self.features, self.needs = ops, stage, features, needs
+        (self.mean, _), self.norms = stage.split_vectors(vectors)
+        self.kept = stage.split_saved(saved, features)
+        self.count = features.shape[0] * features.shape[2:].numel()
+        self.grad_features = on_large_pages(empty_buffer(features, stage.channels))
+        self.a, self.b = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        self.result: list[Tensor | None] = [None] * len(needs)
+
+    def take(self, start: int, end: int, out: Tensor) -> Tensor:
+        """The finished gradient of channels start..end."""
+        of = slice(start, end)
+        x, grad = self.features[:, of], self.grad_features[:, of]
+        self.ops.take_gradient(x, self.mean[of], self.a[of], self.b[of], grad, out)
+        return out
+
+    def _normalised(self, norm: Folded, sums: Sequence[Tensor], position: int) -> None:
+        """The gradients of a norm's parameters."""
+        self.result[position], self.result[position + 1] = sums[1] * norm.rstd, sums[0]
+
+    def _read(self, norm: Folded, sums: Sequence[Tensor], position: int) -> None:
+        """The same of a norm that reads a prefix, and its part of the deferred correction."""
+        self._normalised(norm, sums, position)
+        if norm.batch_statistics:
+            self.ops.defer(*sums, norm.rstd, norm.scale, self.count, self.a, self.b)
+
+    def pool(self, grad: Tensor) -> None:
+        """Starts the gradient buffer: from the pool behind the block, or from the block's own gradient."""
+        stage, features, ops = self.stage, self.features, self.ops
+        kernel = stage.settings.pool
+        if not kernel:
+            self.grad_features.copy_(grad)
+            return
+        norm, (weight, bias) = stage.pool_norm(self.norms), stage.pool_parameters[2:]
+        if weight is not None:  # what went into the convolution is made again: one read of the features
+            pooled = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, kernel)
+            needs = True, self.needs[-2], self.needs[-1]
+            grad, *self.result[-2:] = convolve_backward(grad, pooled, weight, bias, needs)
+        sums = ops.bn_relu_avg_pool_backward(
+            channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel, self.grad_features
+        )
+        self._read(norm, sums, len(self.needs) - POOL_PARAMETERS)
+
+    def layer(self, layer: Layer, scratch: workspace.Lease, below: bool) -> None:
+        """One layer; what it makes is gone when the next one starts. `below`: whether the prefix needs a gradient."""
+        stage, ops, step = self.stage, self.ops, self.stage.settings.step
+        first = 1 + step * layer.position
+        wanted = self.needs[first : first + step]
+        prefix, norm1 = self.features[:, : layer.channels], stage.norm1(layer, self.norms)
+        below_prefix = self.grad_features[:, : layer.channels]
+        g = scratch.channels_last(self.features, layer.growth)
+        self.take(layer.channels, layer.channels + layer.growth, g)
+        _drop_(g, layer.masks[1], layer.keep[1])
+        source, norm = prefix, norm1
+        if layer.width:
+            source, norm = self._y(layer, norm1, prefix, scratch), stage.norm2(layer, self.norms)
+        conv2 = bn_relu_convolve_backward(
+            ops,
+            g,
+            source,
+            norm,
+            layer.conv2,
+            layer.conv2_bias,
+            (below or any(wanted[:-2]), wanted[-2], wanted[-1]),
+            scratch,
+            None if layer.width else below_prefix,
+        )
+        self.result[first + step - 2 : first + step] = conv2.weight, conv2.bias
+        if conv2.x is None or conv2.sums is None:
+            return
+        if not layer.width:
+            self._read(norm1, conv2.sums, first)
+            return
+        self._normalised(norm, conv2.sums, first + 4)
+        if not (below or any(wanted[:4])):
+            return
+        grad_y, deferred = self._grad_y(layer, conv2.x, source, norm, conv2.sums, wanted[3])
+        if wanted[3]:
+            self.result[first + 3] = sum_per_channel(grad_y)
+        assert layer.conv1 is not None
+        need_features = below or wanted[0] or wanted[1]
+        vectors = norm1.scale, norm1.shift, norm1.mean
+        grad_conv1, *sums = ops.bottleneck_backward(
+            [prefix],
+            grad_y,
+            *vectors,
+            matrix(layer.conv1),
+            [below_prefix],
+            True,
+            need_features,
+            wanted[2],
+            deferred,
+        )
+        self.result[first + 2] = grad_conv1
+        self._read(norm1, sums, first)
+
+    def _y(self, layer: Layer, norm1: Folded, prefix: Tensor, scratch: workspace.Lease) -> Tensor:
+        """A bottleneck's output, kept or made again."""
+        y = self.kept.get(layer.position)
+        if y is None:
+            y = scratch.channels_last(self.features, layer.width)
+            _bottleneck(self.ops, layer, norm1, prefix, y, None, False)
+            _drop_(y, layer.masks[0], layer.keep[0])
+        return y
+
+    def _grad_y(
+        self, layer: Layer, grad: Tensor, y: Tensor, norm2: Folded, sums: Sequence[Tensor], whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of y and what is deferred of it: nothing where it is wanted whole, or goes through dropout."""
+        mask = layer.masks[0]
+        if not norm2.batch_statistics:
+            return _drop_(grad, mask, layer.keep[0]), []
+        deferred = [y, norm2.mean, *norm2.deferred(sums[0], sums[1], self.count)]
+        if not whole and mask is None:
+            return grad, deferred
+        self.ops.take_gradient(*deferred, grad, grad)
+        return _drop_(grad, mask, layer.keep[0]), []
