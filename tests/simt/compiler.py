@@ -1,9 +1,11 @@
-"""Compiles CUDA sources: with g++ against the harness, so that they run on the CPU, or with nvcc."""
+"""Compiles CUDA sources: with g++ against the harness, so that they run on the CPU, or with nvcc.
+
+The harness needs GCC's attributes noinit, naked and noipa: g++ 12 or later, no other compiler.
+"""
 
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
 import subprocess
@@ -36,7 +38,7 @@ def compile_for_cpu(sources: Sequence[Path], output: Path, *flags: str) -> Path:
 
     For AddressSanitizer or ThreadSanitizer (executables only): flags "-fsanitize=address" or "-fsanitize=thread".
     """
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, "-isystem", cuda_include()]
+    command = ["g++", *FLAGS, *flags, "-isystem", cuda_include()]
     command += [f"-I{path}" for path in INCLUDES]
     _run([*command, "-x", "c++", *sources, "-o", output])
     return output

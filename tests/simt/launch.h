@@ -127,7 +127,11 @@ inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_byt
   const std::lock_guard lock(machine.busy);
   const Order order;
   last = {grid, block, dynamic_shared_bytes, {}};
-  for (Watched& array : watched) array.counters = {};
+  for (Watched& array : watched) {
+    array.counters = {};
+    array.loaded_by.assign(array.bytes, Watched::kNobody);
+    array.stored_by.assign(array.bytes, Watched::kNobody);
+  }
   [[maybe_unused]] static const bool once = (static_shared = find_static_shared(), true);
   machine.job = job;
   machine.failed = false;
@@ -143,6 +147,7 @@ inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_byt
     blockIdx = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
                 static_cast<unsigned>(id / grid.x / grid.y)};
     order.threads(id, threads);
+    machine.block = static_cast<int>(id);
     // Exactly as large as asked for, and fresh: AddressSanitizer sees the byte behind it, and a pointer kept
     // too long.
     void* shared = nullptr;
@@ -178,10 +183,10 @@ inline const Launch& last_launch() { return last; }
 inline const Counters& counters() { return totals; }
 inline void reset_counters() { totals = {}; }
 
-// Counts what launches from now on move from and to an array; watched_counters() tells what the last one did.
-inline void watch(const std::string& name, const void* begin, size_t bytes) {
-  const char* const first = static_cast<const char*>(begin);
-  watched.push_back({name, first, first + bytes, {}});
+// From now on, counts what a launch moves from and to an array, and holds it for an error if one block
+// touches what another one stores. watched_counters() tells what the last launch did.
+inline void watch(const std::string& name, const void* begin, int64_t bytes) {
+  watched.push_back({name, static_cast<const char*>(begin), bytes, {}, {}, {}});
 }
 inline void unwatch_all() { watched.clear(); }
 inline const Counters& watched_counters(const std::string& name) {

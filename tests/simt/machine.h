@@ -44,10 +44,14 @@ struct Counters {
   int64_t loads = 0, load_bytes = 0, stores = 0, store_bytes = 0;
 };
 
-// An array in global memory of which the traffic is wanted apart from the rest.
+// An array in global memory of which the traffic is wanted apart from the rest, and of which each byte is to
+// belong to one block if any block stores to it.
 struct Watched {
+  static constexpr int kNobody = -1, kMany = -2;
   std::string name;
-  const char *begin, *end;
+  const char* begin;
+  int64_t bytes;
+  std::vector<int> loaded_by, stored_by;  // blocks, for each byte
   Counters counters;
 };
 
@@ -113,6 +117,7 @@ struct Machine {
   std::mutex busy;
   Job job;
   Thread* current = nullptr;
+  int block = 0;  // linear
   Fiber host;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;

@@ -98,10 +98,32 @@ SIMT_UNINSTRUMENTED inline void add(Counters& counters, bool is_load, int64_t by
   (is_load ? counters.load_bytes : counters.store_bytes) += bytes;
 }
 
+// Blocks run one after another here, and in any order or at once on the device.
+SIMT_UNINSTRUMENTED inline void check_blocks(Watched& array, int64_t offset, bool is_load, int64_t bytes,
+                                             Site site) {
+  int *loaded_by = array.loaded_by.data() + offset, *stored_by = array.stored_by.data() + offset;
+  const int self = machine.block;
+  for (int64_t i = 0; i < bytes; ++i) {
+    int other = Watched::kNobody;
+    if (stored_by[i] != self) other = stored_by[i];
+    if (!is_load && loaded_by[i] != self && loaded_by[i] != Watched::kNobody) other = loaded_by[i];
+    if (other != Watched::kNobody) {
+      fail(*machine.current, site, "%s byte %lld of %s, which another block has %s in this launch",
+           is_load ? "loads" : "stores to", static_cast<long long>(offset + i), array.name.c_str(),
+           other == stored_by[i] ? "stored to" : "loaded");
+    }
+    int& mine = is_load ? loaded_by[i] : stored_by[i];
+    mine = mine == self || mine == Watched::kNobody ? self : Watched::kMany;
+  }
+}
+
 [[gnu::noinline]] SIMT_UNINSTRUMENTED inline void count_watched(const void* address, bool is_load,
-                                                                int64_t bytes) {
+                                                                int64_t bytes, Site site) {
   for (Watched& array : watched) {
-    if (address >= array.begin && address < array.end) add(array.counters, is_load, bytes);
+    const int64_t offset = static_cast<const char*>(address) - array.begin;
+    if (offset < 0 || offset >= array.bytes) continue;
+    add(array.counters, is_load, bytes);
+    check_blocks(array, offset, is_load, std::min(bytes, array.bytes - offset), site);
   }
 }
 
@@ -110,7 +132,7 @@ template <size_t kAlignment, bool kIsLoad>
 SIMT_UNINSTRUMENTED inline void count(const void* address, int64_t bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(address) % kAlignment != 0) fail_alignment(address, kAlignment, site);
   add(last.counters, kIsLoad, bytes);
-  if (!watched.empty()) count_watched(address, kIsLoad, bytes);
+  if (!watched.empty()) count_watched(address, kIsLoad, bytes, site);
 }
 
 template <typename T>

@@ -148,6 +148,16 @@ __global__ void ldmatrix_of_global_memory(const float* x, float* y) {
   store(y + threadIdx.x, static_cast<float>(matrix[0]));
 }
 
+// Two that only concern arrays that are watched.
+__global__ void blocks_store_to_one_place(const float* x, float* y) {
+  if (threadIdx.x == 5 + blockIdx.x) store(y + 6, load(x + threadIdx.x));
+}
+
+__global__ void blocks_read_each_other(const float*, float* y) {
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  if (threadIdx.x < 32) store(y + i, load(y + (i + 32) % 64));
+}
+
 struct Bug {
   const char* name;
   void (*kernel)(const float*, float*);
@@ -174,6 +184,8 @@ const Bug kBugs[] = {
     {"different_operations", different_operations},
     {"deadlock", deadlock},
     {"misaligned_load", misaligned_load},
+    {"blocks_store_to_one_place", blocks_store_to_one_place},
+    {"blocks_read_each_other", blocks_read_each_other},
     {"ldmatrix_of_global_memory", ldmatrix_of_global_memory},
 };
 

@@ -188,6 +188,7 @@ std::string run_reverse(const Arguments& arguments) {
 std::string run_bug(const Arguments& arguments) {
   const auto x = values(64, 1);
   std::vector<float> y(64);
+  if (arguments.size() > 1) simt::watch("y", y.data(), y.size() * sizeof(float));
   if (!launch_bug(arguments.at(0).c_str(), x.data(), y.data())) throw std::invalid_argument("no such bug");
   int count = 0;
   for (const float value : y) count += std::isnan(value);
