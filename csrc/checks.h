@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace effdense {
@@ -203,12 +204,15 @@ inline void check_defer(const char* op, const Tensor& sum_d, const Tensor& sum_d
   TORCH_CHECK_VALUE(a.is_contiguous() && b.is_contiguous() && a.numel() >= channels && b.numel() == a.numel(),
                     op, ": a and b must be contiguous vectors of at least ", channels,
                     " elements, got shapes ", a.sizes(), " and ", b.sizes());
-  check_type(op, "a", a, sum_d.scalar_type(), "the type that sums are kept in");
-  check_type(op, "b", b, sum_d.scalar_type(), "the type that sums are kept in");
+  for (const auto& [name, tensor] : {std::pair("a", a), std::pair("b", b)}) {
+    check_device(op, name, tensor, sum_d.device());
+    check_type(op, name, tensor, sum_d.scalar_type(), "the type that sums are kept in");
+  }
 }
 
 // Which tap of its window the maximum was.
 inline void check_where(const char* op, const Tensor& where, const Tensor& grad) {
+  check_device(op, "where", where, grad.device());
   check_type(op, "where", where, at::kByte, "taps");
   TORCH_CHECK_VALUE(where.sizes() == grad.sizes(), op, ": where must have grad's shape ", grad.sizes(),
                     ", got ", where.sizes());
