@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from effdense import reference
 from tests.cases import SHAPES, assert_as_exact, channels_last, make_norm_case, to_dtype
+from tests.simt.compiler import KERNELS, ROOT, compile_for_cpu
 from tests.test_batch_norm import run_accumulate, run_backward, run_defer, run_fold, run_forward
 from tests.test_features import run_append, run_statistics, run_take
 from tests.test_pool import (
@@ -21,7 +25,7 @@ from tests.test_pool import (
     run_maximum,
     run_maximum_backward,
 )
-from tests.test_simt_harness import ORDERS
+from tests.test_simt_harness import ORDERS, SANITIZER_OPTIONS
 
 Run = Callable[[Any, torch.dtype], list[Tensor]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.half]
@@ -119,7 +123,7 @@ class Traffic:
 
     def map(self, name: str, read: int, written: int, size: int = 16) -> Tensor:
         """A map that is to be read and written so many times."""
-        wide = 64 if self.channels <= 64 else self.channels + 8
+        wide = 64 if self.channels <= 64 else self.channels + 4
         x = torch.randn(self.images, size, size, wide).to(self.dtype).movedim(-1, 1)[:, : self.channels]
         self.simt.watch(name, x)
         moved = x.numel() * x.element_size()
@@ -268,3 +272,17 @@ def test_nobody_touches_the_neighbours(simt: Any, channels: int, dtype: torch.dt
         assert torch.equal(out, x)
         assert (buffer[..., :first] == 77).all() and (buffer[..., first + channels :] == 77).all()
     simt.forget()
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers_find_nothing(
+    simt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sanitizer: str
+) -> None:
+    """Every launcher, in every order of threads, on memory that ends where its matrices end."""
+    program = tmp_path / sanitizer
+    sources = [ROOT / "tests" / "simt" / "launchers.cpp", *KERNELS]
+    compile_for_cpu(sources, program, "-O1", "-g1", f"-fsanitize={sanitizer}")
+    for order in ORDERS:
+        environment = {**os.environ, **SANITIZER_OPTIONS, "SIMT_ORDER": order}
+        done = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr

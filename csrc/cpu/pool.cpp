@@ -136,12 +136,11 @@ std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale
         const int64_t image = o / product(size);
         bool first = true;
         for_taps(windows, o / (size[2] * size[1]) % size[0], o / size[2] % size[1], o % size[2],
-                     [&](uint8_t tap, int64_t row) {
-                       loops.bn_relu_max(channels, from.block.row(image * product(windows.in) + row),
-                                         scale_data, shift_data, first, tap, best.data(),
-                                         where_data + o * channels);
-                       first = false;
-                     });
+                 [&](uint8_t tap, int64_t row) {
+                   loops.bn_relu_max(channels, from.block.row(image * product(windows.in) + row), scale_data,
+                                     shift_data, first, tap, best.data(), where_data + o * channels);
+                   first = false;
+                 });
         loops.store(1, channels, {best.data(), channels}, from_row(to, o));
       }
     });
@@ -169,10 +168,10 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
         const int64_t image = i / product(in);
         std::fill(d.begin(), d.end(), A(0));
         for_windows(windows, i / (in[2] * in[1]) % in[0], i / in[2] % in[1], i % in[2],
-                        [&](uint8_t tap, int64_t row) {
-                          const int64_t o = image * product(windows.out) + row;
-                          loops.max_pool_gather(channels, g.block.row(o), taps.block.row(o), tap, d.data());
-                        });
+                    [&](uint8_t tap, int64_t row) {
+                      const int64_t o = image * product(windows.out) + row;
+                      loops.max_pool_gather(channels, g.block.row(o), taps.block.row(o), tap, d.data());
+                    });
         loops.store(1, channels, {d.data(), channels}, from_row(to, i));
       }
     });

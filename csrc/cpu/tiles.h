@@ -1,5 +1,5 @@
-// What the CPU operators share: feature maps that are read where they lie, and tiles of pixels small enough to
-// stay in cache. Features that a user passes may also lie channel by channel; they are transposed tile by
+// What the CPU operators share: feature maps that are read where they lie, and tiles of pixels small enough
+// to stay in cache. Features that a user passes may also lie channel by channel; they are transposed tile by
 // tile.
 #pragma once
 

@@ -50,11 +50,11 @@ struct DeviceType<at::BFloat16> {
 };
 
 // The types that the CUDA operators are built for; T is the storage type, A the one for sums.
-#define EFFDENSE_CUDA_DISPATCH(type, name, ...)                                    \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, name, [&] {      \
-    using T = DeviceType<scalar_t>::Type;                                          \
-    using A [[maybe_unused]] = kernels::acc_t<T>;                                  \
-    __VA_ARGS__();                                                                 \
+#define EFFDENSE_CUDA_DISPATCH(type, name, ...)                               \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, name, [&] { \
+    using T = DeviceType<scalar_t>::Type;                                     \
+    using A [[maybe_unused]] = kernels::acc_t<T>;                             \
+    __VA_ARGS__();                                                            \
   })
 
 inline kernels::Size size_of(const Tensor& x) { return {x.size(0) * count_pixels(x), x.size(1)}; }

@@ -7,9 +7,17 @@
 namespace effdense {
 namespace {
 
-kernels::Windows windows_of(const Tensor& x, const Windows& windows) {
+kernels::Windows windows_of(const char* op, const Tensor& x, const Windows& windows) {
+  int64_t pixels = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    pixels *= std::max(windows.in[axis] + 2 * windows.padding[axis], windows.stride[axis]);
+    TORCH_CHECK_VALUE(pixels < int64_t{1} << 31, op,
+                      ": an image must have fewer than 2^31 pixels on CUDA, got shape ", x.sizes());
+  }
   kernels::Windows all{x.size(0), x.size(1), {}, {}, {}, {}, {}};
-  const auto copy = [](const Size3& from, int64_t(&to)[3]) { std::copy(from.begin(), from.end(), to); };
+  const auto copy = [](const Size3& from, int (&to)[3]) {
+    for (int axis = 0; axis < 3; ++axis) to[axis] = static_cast<int>(from[axis]);
+  };
   copy(windows.in, all.in);
   copy(windows.kernel, all.kernel);
   copy(windows.stride, all.stride);
@@ -27,7 +35,7 @@ Tensor bn_relu_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shif
   Tensor out = channels_last_empty(x, windows.out, x.scalar_type());
   EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
     const ReadableMatrix<T> from(x);
-    kernels::bn_relu_avg_pool(windows_of(x, windows), from.matrix, norm_of<A>(scale, shift),
+    kernels::bn_relu_avg_pool(windows_of(op, x, windows), from.matrix, norm_of<A>(scale, shift),
                               writable_matrix<T>(op, "out", out), device.stream);
   });
   return out;
@@ -45,12 +53,12 @@ std::tuple<Tensor, Tensor> bn_relu_avg_pool_backward(const Tensor& grad, const T
   const Sums sums(x, scale);
   EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
     const ReadableMatrix<T> from(x), g(grad);
-    const kernels::Windows all = windows_of(x, windows);
+    const kernels::Windows all = windows_of(op, x, windows);
     const Tensor workspace = at::empty({kernels::avg_pool_workspace_size<T>(all)}, scale.options());
     kernels::bn_relu_avg_pool_backward(all, g.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
-                                       writable_matrix<T>(op, "grad_x", grad_x),
-                                       sums.d.mutable_data_ptr<A>(), sums.dx.mutable_data_ptr<A>(),
-                                       workspace.mutable_data_ptr<A>(), device.stream);
+                                       writable_matrix<T>(op, "grad_x", grad_x), sums.d.mutable_data_ptr<A>(),
+                                       sums.dx.mutable_data_ptr<A>(), workspace.mutable_data_ptr<A>(),
+                                       device.stream);
   });
   return {sums.d, sums.dx};
 }
@@ -66,7 +74,7 @@ std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale
   Tensor where = channels_last_empty(x, windows.out, at::kByte);
   EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
     const ReadableMatrix<T> from(x);
-    kernels::bn_relu_max_pool(windows_of(x, windows), from.matrix, norm_of<A>(scale, shift),
+    kernels::bn_relu_max_pool(windows_of(op, x, windows), from.matrix, norm_of<A>(scale, shift),
                               writable_matrix<T>(op, "out", out),
                               writable_matrix<uint8_t>(op, "where", where), device.stream);
   });
@@ -84,7 +92,7 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
   EFFDENSE_CUDA_DISPATCH(grad_z.scalar_type(), op, [&] {
     const ReadableMatrix<T> g(grad);
     const ReadableMatrix<uint8_t> taps(where);
-    kernels::max_pool_backward(windows_of(grad_z, windows), g.matrix, taps.matrix,
+    kernels::max_pool_backward(windows_of(op, grad_z, windows), g.matrix, taps.matrix,
                                writable_matrix<T>(op, "grad_z", grad_z), device.stream);
   });
 }

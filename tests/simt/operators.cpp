@@ -1,5 +1,5 @@
-// torch.ops.effdense_simt: the CUDA operators from their own sources, kernels and bindings, on CPU tensors. And
-// what the harness knows of them: the traffic of arrays and launches.
+// torch.ops.effdense_simt: the CUDA operators from their own sources, kernels and bindings, on CPU tensors.
+// And what the harness knows of them: the traffic of arrays and launches.
 #include "schemas.h"
 
 // One translation unit: torch's headers cost more time than all else.

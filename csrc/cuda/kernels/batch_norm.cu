@@ -58,9 +58,9 @@ template <typename A>
 struct BnRelu {
   static constexpr int kIn = 1, kOut = 1, kVectors = 2;
   static constexpr Reduce kReduce = Reduce::nothing;
-  const A* vectors[2];  // scale, shift
+  const A* const vectors[2];  // scale, shift
 
-  __device__ void operator()(const A (&k)[2], const A (&in)[1], A (&out)[1], A&, A&) const {
+  __device__ void operator()(const A (&k)[2], const A (&in)[1], A (&out)[1], Sum<A>&, Sum<A>&) const {
     out[0] = relu(multiply_add(k[0], in[0], k[1]));
   }
 };
@@ -73,13 +73,14 @@ template <typename A, Write kWrite>
 struct Backward {
   static constexpr int kIn = kWrite == Write::add ? 3 : 2, kOut = kWrite != Write::nothing, kVectors = 3;
   static constexpr Reduce kReduce = Reduce::gradients;
-  const A* vectors[3];  // scale, shift, mean
+  const A* const vectors[3];  // scale, shift, mean
 
   // in: x, grad, and grad_x that is added to
-  __device__ void operator()(const A (&k)[3], const A (&in)[kIn], A (&out)[1], A& sum_d, A& sum_dx) const {
+  __device__ void operator()(const A (&k)[3], const A (&in)[kIn], A (&out)[1], Sum<A>& sum_d,
+                             Sum<A>& sum_dx) const {
     const A d = masked(multiply_add(k[0], in[0], k[1]), in[1]);
-    sum_d += d;
-    sum_dx = multiply_add(d, in[0] - k[2], sum_dx);
+    sum_d.add(d);
+    sum_dx.add_product(d, in[0] - k[2]);
     if constexpr (kWrite == Write::replace) out[0] = k[0] * d;
     if constexpr (kWrite == Write::add) out[0] = multiply_add(k[0], d, in[2]);
   }
@@ -90,9 +91,9 @@ template <typename A>
 struct Finish {
   static constexpr int kIn = 2, kOut = 1, kVectors = 5;
   static constexpr Reduce kReduce = Reduce::nothing;
-  const A* vectors[5];  // scale, shift, mean, a, b
+  const A* const vectors[5];  // scale, shift, mean, a, b
 
-  __device__ void operator()(const A (&k)[5], const A (&in)[2], A (&out)[1], A&, A&) const {
+  __device__ void operator()(const A (&k)[5], const A (&in)[2], A (&out)[1], Sum<A>&, Sum<A>&) const {
     const A d = masked(multiply_add(k[0], in[0], k[1]), in[1]);
     out[0] = multiply_add(k[0], d, -correction(k[3], k[4], in[0], k[2]));
   }
@@ -152,18 +153,18 @@ void bn_relu_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm
   merge(Gradients<A>{size, sum_d, sum_dx}, cut.row_blocks, workspace, stream);
 }
 
-#define EFFDENSE_INSTANTIATE_VECTORS(A)                                                                  \
-  template void fold(int64_t, const A*, const A*, const A*, const A*, A, A*, A*, A*, Stream);            \
+#define EFFDENSE_INSTANTIATE_VECTORS(A)                                                       \
+  template void fold(int64_t, const A*, const A*, const A*, const A*, A, A*, A*, A*, Stream); \
   template void defer(int64_t, const A*, const A*, const A*, const A*, int64_t, A*, A*, Stream)
 EFFDENSE_INSTANTIATE_VECTORS(float);
 EFFDENSE_INSTANTIATE_VECTORS(double);
 #undef EFFDENSE_INSTANTIATE_VECTORS
 
-#define EFFDENSE_INSTANTIATE(T)                                                                           \
-  template void bn_relu(Size, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);                        \
-  template void bn_relu_backward(Size, Matrix<T>, Matrix<const T>, Norm<acc_t<T>>, bool, acc_t<T>*,       \
-                                 acc_t<T>*, acc_t<T>*, Stream);                                           \
-  template void bn_relu_accumulate(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,     \
+#define EFFDENSE_INSTANTIATE(T)                                                                       \
+  template void bn_relu(Size, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);                    \
+  template void bn_relu_backward(Size, Matrix<T>, Matrix<const T>, Norm<acc_t<T>>, bool, acc_t<T>*,   \
+                                 acc_t<T>*, acc_t<T>*, Stream);                                       \
+  template void bn_relu_accumulate(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, \
                                    acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
 EFFDENSE_INSTANTIATE(float);
 EFFDENSE_INSTANTIATE(double);

@@ -1,5 +1,5 @@
-// What is done to features as such: their statistics, once when they are produced, and take_gradient, the part
-// of batch normalisation's backward that needs the sums of the whole batch.
+// What is done to features as such: their statistics, once when they are produced, and take_gradient, the
+// part of batch normalisation's backward that needs the sums of the whole batch.
 #include "kernels/rows.cuh"
 
 namespace effdense::kernels {
@@ -12,10 +12,11 @@ struct Statistics {
   static constexpr Reduce kReduce = Reduce::moments;
   const A* vectors[1] = {nullptr};
 
-  __device__ void operator()(const A (&k)[1], const A (&in)[1], A (&out)[1], A& sum, A& squares) const {
+  __device__ void operator()(const A (&k)[1], const A (&in)[1], A (&out)[1], Sum<A>& sum,
+                             Sum<A>& squares) const {
     const A deviation = in[0] - k[0];
-    sum += deviation;
-    squares = multiply_add(deviation, deviation, squares);
+    sum.add(deviation);
+    squares.add_product(deviation, deviation);
     if constexpr (kCopy) out[0] = in[0];
   }
 };
@@ -24,9 +25,9 @@ template <typename A>
 struct TakeGradient {
   static constexpr int kIn = 2, kOut = 1, kVectors = 3;
   static constexpr Reduce kReduce = Reduce::nothing;
-  const A* vectors[3];  // mean, a, b
+  const A* const vectors[3];  // mean, a, b
 
-  __device__ void operator()(const A (&k)[3], const A (&in)[2], A (&out)[1], A&, A&) const {
+  __device__ void operator()(const A (&k)[3], const A (&in)[2], A (&out)[1], Sum<A>&, Sum<A>&) const {
     out[0] = in[1] - correction(k[1], k[2], in[0], k[0]);
   }
 };
@@ -63,12 +64,11 @@ void take_gradient(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc
   for_rows<T>(size, TakeGradient<acc_t<T>>{{mean, a, b}}, {{x, grad}, {out}}, nullptr, stream);
 }
 
-#define EFFDENSE_INSTANTIATE(T)                                                                          \
-  template int64_t workspace_size<T>(Size);                                                              \
-  template void channel_statistics(Size, Matrix<const T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);      \
-  template void append_features(Size, Matrix<const T>, Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*,       \
-                                Stream);                                                                 \
-  template void take_gradient(Size, Matrix<const T>, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, \
+#define EFFDENSE_INSTANTIATE(T)                                                                             \
+  template int64_t workspace_size<T>(Size);                                                                 \
+  template void channel_statistics(Size, Matrix<const T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);         \
+  template void append_features(Size, Matrix<const T>, Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream); \
+  template void take_gradient(Size, Matrix<const T>, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,     \
                               Matrix<const T>, Matrix<T>, Stream)
 EFFDENSE_INSTANTIATE(float);
 EFFDENSE_INSTANTIATE(double);

@@ -1,27 +1,42 @@
-// Pooling of relu(scale * x + shift), which is never stored: the average over windows side by side, each pixel
-// read once, and the maximum over windows that may overlap. A thread has the channels of one Place and takes
-// one window after another.
+// Pooling of relu(scale * x + shift), which is never stored: the average over windows side by side, each
+// pixel read once, and the maximum over windows that may overlap. A thread has the channels of one Place and
+// takes one window after another.
 #include "kernels/sums.cuh"
 
 namespace effdense::kernels {
 namespace {
 
-__host__ __device__ int64_t product(const int64_t (&size)[3]) { return size[0] * size[1] * size[2]; }
+__host__ __device__ int product(const int (&size)[3]) { return size[0] * size[1] * size[2]; }
 
-// The index-th of images of some size, row-major.
 struct Spot {
-  int64_t image, at[3];
-  __device__ Spot(int64_t index, const int64_t (&size)[3]) {
+  int64_t image;
+  int at[3];
+};
+
+// Places in images of some size, counted from the first-th on, row-major. The one 64-bit division comes
+// first: the device has none in hardware.
+struct Spots {
+  int size[3];
+  int64_t image;
+  unsigned pixel;
+
+  __device__ Spots(const int (&images)[3], int64_t first) : size{images[0], images[1], images[2]} {
+    image = first / product(images);
+    pixel = static_cast<unsigned>(first % product(images));
+  }
+  __device__ Spot operator[](int64_t offset) const {
+    unsigned index = pixel + static_cast<unsigned>(offset);
+    Spot spot;
     for (int axis = 2; axis >= 0; --axis) {
-      at[axis] = index % size[axis];
+      spot.at[axis] = static_cast<int>(index % size[axis]);
       index /= size[axis];
     }
-    image = index;
+    spot.image = image + index;
+    return spot;
   }
 };
 
-__device__ __forceinline__ int64_t row_of(int64_t image, const int64_t (&size)[3], int64_t z, int64_t y,
-                                          int64_t x) {
+__device__ __forceinline__ int64_t row_of(int64_t image, const int (&size)[3], int z, int y, int x) {
   return ((image * size[0] + z) * size[1] + y) * size[2] + x;
 }
 
@@ -33,17 +48,16 @@ struct PoolCut : Cut {
   PoolCut(int64_t windows, int64_t pixels, int64_t channels, int vector) : Cut(channels, vector) {
     slices = static_cast<int>(std::clamp<int64_t>(pixels / 8, 1, height));
     slots = height / slices;
-    cut_rows(windows,
-             std::max(slots * std::max<int64_t>(1, 16 / pixels), divide_up(kLeastRows, pixels)));
+    cut_rows(windows, std::max(slots * std::max<int64_t>(1, 16 / pixels), divide_up(kLeastRows, pixels)));
   }
 };
 
 // Calls body(z, y, x) for every `slices`-th pixel of the window that begins at `first`, from `slice` on.
 template <typename Body>
-__device__ __forceinline__ void for_pixels(const int64_t (&first)[3], const int64_t (&kernel)[3], int slice,
+__device__ __forceinline__ void for_pixels(const int (&first)[3], const int (&kernel)[3], int slice,
                                            int slices, const Body& body) {
-  int64_t i = 0, j = 0;
-  for (int64_t k = slice;; k += slices) {
+  int i = 0, j = 0;
+  for (int k = slice;; k += slices) {
     for (; k >= kernel[2]; k -= kernel[2]) ++j;
     for (; j >= kernel[1]; j -= kernel[1]) ++i;
     if (i >= kernel[0]) return;
@@ -51,8 +65,7 @@ __device__ __forceinline__ void for_pixels(const int64_t (&first)[3], const int6
   }
 }
 
-__device__ __forceinline__ void first_pixel(const Spot& window, const int64_t (&kernel)[3],
-                                            int64_t (&first)[3]) {
+__device__ __forceinline__ void first_pixel(const Spot& window, const int (&kernel)[3], int (&first)[3]) {
   for (int axis = 0; axis < 3; ++axis) first[axis] = window.at[axis] * kernel[axis];
 }
 
@@ -64,20 +77,21 @@ __global__ void __launch_bounds__(kThreads)
   const Place<kVector> at(cut, windows.channels);
   const int slot = at.y / cut.slices, slice = at.y % cut.slices;
   const bool works = slot < cut.slots && at.count > 0;
-  A scale[kVector], shift[kVector];
-  load_channels<kVector>(norm.scale + at.channel, at.count, scale);
-  load_channels<kVector>(norm.shift + at.channel, at.count, shift);
+  A vectors[2][kVector];
+  share_channels({norm.scale, norm.shift}, at, vectors);
+  const auto& [scale, shift] = vectors;
   const A share = A(1) / static_cast<A>(product(windows.kernel));
   const int64_t begin = int64_t{blockIdx.x} * cut.rows_per_block;
   const int64_t end = min(begin + cut.rows_per_block, windows.images * product(windows.out));
+  const Spots spots(windows.out, begin);
   for (int64_t next = begin; next < end; next += cut.slots) {  // the same for the whole block: barriers
     const int64_t window = next + slot;
     A sums[kVector] = {};
     if (works && window < end) {
-      const Spot spot(window, windows.out);
-      int64_t first[3];
+      const Spot spot = spots[window - begin];
+      int first[3];
       first_pixel(spot, windows.kernel, first);
-      for_pixels(first, windows.kernel, slice, cut.slices, [&](int64_t i, int64_t j, int64_t k) {
+      for_pixels(first, windows.kernel, slice, cut.slices, [&](int i, int j, int k) {
         const T* const pixel = x.data + row_of(spot.image, windows.in, i, j, k) * x.step + at.channel;
         const Vec<T, kVector> in = load_some<kVector>(pixel, at.count);
         for (int c = 0; c < kVector; ++c)
@@ -96,8 +110,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The windows that the image cuts off are gone through too: nobody reads their pixels, whose gradient is 0.
-__host__ __device__ void all_windows(const Windows& windows, int64_t (&size)[3]) {
-  for (int axis = 0; axis < 3; ++axis) size[axis] = divide_up(windows.in[axis], windows.kernel[axis]);
+__host__ __device__ void all_windows(const Windows& windows, int (&size)[3]) {
+  for (int axis = 0; axis < 3; ++axis)
+    size[axis] = static_cast<int>(divide_up(windows.in[axis], windows.kernel[axis]));
 }
 
 template <typename T, int kVector>
@@ -105,21 +120,23 @@ __global__ void __launch_bounds__(kThreads)
     avg_pool_backward_kernel(PoolCut cut, Windows windows, Matrix<const T> grad, Matrix<const T> x,
                              Norm<acc_t<T>> norm, Matrix<T> grad_x, acc_t<T>* workspace) {
   using A = acc_t<T>;
+  __shared__ A shared[2 * kVector][kThreads];
   const Place<kVector> at(cut, windows.channels);
   const int slot = at.y / cut.slices, slice = at.y % cut.slices;
-  A scale[kVector], shift[kVector], mean[kVector], sums[2 * kVector] = {};
-  load_channels<kVector>(norm.scale + at.channel, at.count, scale);
-  load_channels<kVector>(norm.shift + at.channel, at.count, shift);
-  load_channels<kVector>(norm.mean + at.channel, at.count, mean);
+  A vectors[3][kVector];
+  share_channels({norm.scale, norm.shift, norm.mean}, at, vectors);
+  const auto& [scale, shift, mean] = vectors;
+  Sum<A> sums[2][kVector] = {};
   const A share = A(1) / static_cast<A>(product(windows.kernel));
-  int64_t size[3];
+  int size[3];
   all_windows(windows, size);
   const int64_t begin = int64_t{blockIdx.x} * cut.rows_per_block;
   const int64_t end = slot < cut.slots && at.count > 0
                           ? min(begin + cut.rows_per_block, windows.images * product(size))
                           : begin;
+  const Spots spots(size, begin);
   for (int64_t window = begin + slot; window < end; window += cut.slots) {
-    const Spot spot(window, size);
+    const Spot spot = spots[window - begin];
     bool whole = true;
     for (int axis = 0; axis < 3; ++axis) whole = whole && spot.at[axis] < windows.out[axis];
     Vec<T, kVector> from{};
@@ -127,9 +144,9 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t row = row_of(spot.image, windows.out, spot.at[0], spot.at[1], spot.at[2]);
       from = load_some<kVector>(grad.data + row * grad.step + at.channel, at.count);
     }
-    int64_t first[3];
+    int first[3];
     first_pixel(spot, windows.kernel, first);
-    for_pixels(first, windows.kernel, slice, cut.slices, [&](int64_t i, int64_t j, int64_t k) {
+    for_pixels(first, windows.kernel, slice, cut.slices, [&](int i, int j, int k) {
       if (i >= windows.in[0] || j >= windows.in[1] || k >= windows.in[2]) return;
       const int64_t row = row_of(spot.image, windows.in, i, j, k);
       Vec<T, kVector> result{};
@@ -138,22 +155,22 @@ __global__ void __launch_bounds__(kThreads)
         for (int c = 0; c < kVector; ++c) {
           const A value = static_cast<A>(in[c]);
           const A d = masked(multiply_add(scale[c], value, shift[c]), share * static_cast<A>(from[c]));
-          sums[c] += d;
-          sums[kVector + c] = multiply_add(d, value - mean[c], sums[kVector + c]);
+          sums[0][c].add(d);
+          sums[1][c].add_product(d, value - mean[c]);
           result[c] = static_cast<T>(scale[c] * d);
         }
       }
       store_some<kVector>(grad_x.data + row * grad_x.step + at.channel, result, at.count);
     });
   }
-  store_sums<Gradients<A>::kLines>(sums, at, cut, windows.channels, workspace);
+  store_sums<Gradients<A>::kLines>(sums, shared, at, cut, windows.channels, workspace);
 }
 
 // ---- Maximum, one thread a window.
 
 // The pixels, or windows, first..last along one axis.
 struct Range {
-  int64_t first, last;
+  int first, last;
 };
 
 template <typename T, int kVector>
@@ -162,27 +179,27 @@ __global__ void __launch_bounds__(kThreads)
                     Matrix<uint8_t> where) {
   using A = acc_t<T>;
   const Place<kVector> at(cut, windows.channels);
-  if (at.count <= 0) return;
-  A scale[kVector], shift[kVector];
-  load_channels<kVector>(norm.scale + at.channel, at.count, scale);
-  load_channels<kVector>(norm.shift + at.channel, at.count, shift);
+  A vectors[2][kVector];
+  share_channels({norm.scale, norm.shift}, at, vectors);
+  const auto& [scale, shift] = vectors;
   const int64_t begin = int64_t{blockIdx.x} * cut.rows_per_block;
-  const int64_t end = min(begin + cut.rows_per_block, windows.images * product(windows.out));
+  const int64_t end =
+      at.count > 0 ? min(begin + cut.rows_per_block, windows.images * product(windows.out)) : begin;
+  const Spots spots(windows.out, begin);
   for (int64_t window = begin + at.y; window < end; window += cut.height) {
-    const Spot spot(window, windows.out);
-    int64_t corner[3];  // may lie in the padding
+    const Spot spot = spots[window - begin];
+    int corner[3];  // may lie in the padding
     Range inside[3];
     for (int axis = 0; axis < 3; ++axis) {
       corner[axis] = spot.at[axis] * windows.stride[axis] - windows.padding[axis];
-      inside[axis] = {max(corner[axis], int64_t{0}),
-                      min(corner[axis] + windows.kernel[axis], windows.in[axis])};
+      inside[axis] = {max(corner[axis], 0), min(corner[axis] + windows.kernel[axis], windows.in[axis])};
     }
     A best[kVector];
     for (int c = 0; c < kVector; ++c) best[c] = A(-1);  // less than any
     Vec<uint8_t, kVector> taps{};
-    for (int64_t i = inside[0].first; i < inside[0].last; ++i)
-      for (int64_t j = inside[1].first; j < inside[1].last; ++j)
-        for (int64_t k = inside[2].first; k < inside[2].last; ++k) {
+    for (int i = inside[0].first; i < inside[0].last; ++i)
+      for (int j = inside[1].first; j < inside[1].last; ++j)
+        for (int k = inside[2].first; k < inside[2].last; ++k) {
           const T* const pixel = x.data + row_of(spot.image, windows.in, i, j, k) * x.step + at.channel;
           const Vec<T, kVector> in = load_some<kVector>(pixel, at.count);
           const auto tap = static_cast<uint8_t>(
@@ -211,20 +228,22 @@ __global__ void __launch_bounds__(kThreads)
   if (at.count <= 0) return;
   const int64_t begin = int64_t{blockIdx.x} * cut.rows_per_block;
   const int64_t end = min(begin + cut.rows_per_block, windows.images * product(windows.in));
+  const Spots spots(windows.in, begin);
   for (int64_t pixel = begin + at.y; pixel < end; pixel += cut.height) {
-    const Spot spot(pixel, windows.in);
+    const Spot spot = spots[pixel - begin];
     Range over[3];
     for (int axis = 0; axis < 3; ++axis) {
-      const int64_t stride = windows.stride[axis], from = spot.at[axis] + windows.padding[axis];
-      over[axis] = {max(from - windows.kernel[axis] + stride, int64_t{0}) / stride,
+      const int stride = windows.stride[axis], from = spot.at[axis] + windows.padding[axis];
+      over[axis] = {max(from - windows.kernel[axis] + stride, 0) / stride,
                     min(from / stride + 1, windows.out[axis])};
     }
     A sums[kVector] = {};
-    for (int64_t i = over[0].first; i < over[0].last; ++i)
-      for (int64_t j = over[1].first; j < over[1].last; ++j)
-        for (int64_t k = over[2].first; k < over[2].last; ++k) {
-          const int64_t row = row_of(spot.image, windows.out, i, j, k), window[3] = {i, j, k};
-          int64_t tap = 0;
+    for (int i = over[0].first; i < over[0].last; ++i)
+      for (int j = over[1].first; j < over[1].last; ++j)
+        for (int k = over[2].first; k < over[2].last; ++k) {
+          const int64_t row = row_of(spot.image, windows.out, i, j, k);
+          const int window[3] = {i, j, k};
+          int tap = 0;
           for (int axis = 0; axis < 3; ++axis)
             tap = tap * windows.kernel[axis] + spot.at[axis] + windows.padding[axis] -
                   window[axis] * windows.stride[axis];
@@ -240,7 +259,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int64_t count_all_windows(const Windows& windows) {
-  int64_t size[3];
+  int size[3];
   all_windows(windows, size);
   return windows.images * product(size);
 }
@@ -309,13 +328,13 @@ void max_pool_backward(const Windows& windows, Matrix<const T> grad, Matrix<cons
   });
 }
 
-#define EFFDENSE_INSTANTIATE(T)                                                                              \
-  template void bn_relu_avg_pool(const Windows&, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);        \
-  template int64_t avg_pool_workspace_size<T>(const Windows&);                                               \
+#define EFFDENSE_INSTANTIATE(T)                                                                             \
+  template void bn_relu_avg_pool(const Windows&, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);       \
+  template int64_t avg_pool_workspace_size<T>(const Windows&);                                              \
   template void bn_relu_avg_pool_backward(const Windows&, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, \
-                                          Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);               \
-  template void bn_relu_max_pool(const Windows&, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,                 \
-                                 Matrix<uint8_t>, Stream);                                                   \
+                                          Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);              \
+  template void bn_relu_max_pool(const Windows&, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,                \
+                                 Matrix<uint8_t>, Stream);                                                  \
   template void max_pool_backward(const Windows&, Matrix<const T>, Matrix<const uint8_t>, Matrix<T>, Stream)
 EFFDENSE_INSTANTIATE(float);
 EFFDENSE_INSTANTIATE(double);

@@ -6,7 +6,8 @@
 //     static constexpr Reduce kReduce;
 //     const A* vectors[kVectors];
 //     // k: the channel's elements of the vectors (of Reduce::moments: its pivot)
-//     void operator()(const A (&k)[kVectors], const A (&in)[kIn], A (&out)[kOut or 1], A& sum, A& other) const;
+//     void operator()(const A (&k)[kVectors], const A (&in)[kIn], A (&out)[kOut or 1], Sum<A>& sum,
+//                     Sum<A>& other) const;
 //   };
 #pragma once
 
@@ -48,25 +49,28 @@ __global__ void __launch_bounds__(kThreads)
   };
   fetch(first + at.y);
 
+  constexpr bool kSums = Body::kReduce != Reduce::nothing;
+  __shared__ A shared[kSums ? 2 * kVector : 1][kThreads];
   A k[kVectors][kVector] = {};
-  if constexpr (kPivots) {  // the block's first row, which its first line of threads has
-    __shared__ A pivots[kWarp * kVector];
-    if (at.y == 0 && at.count > 0) {
-      A* const to = workspace + int64_t{blockIdx.x} * Moments<A>::kLines * size.channels + at.channel;
-      for (int j = 0; j < kVector; ++j) {
-        const A pivot = static_cast<A>(in[0][0][j]);
-        pivots[at.x * kVector + j] = pivot;
-        if (j < at.count) store(to + j, pivot);
-      }
+  if constexpr (kPivots) {  // the mean of the block's first batch
+    for (int b = 0; b < kBatch; ++b) {
+      if (first + at.y + b * cut.height >= last) break;
+      for (int j = 0; j < kVector; ++j) k[0][j] += static_cast<A>(in[b][0][j]);
+    }
+    add_up(k[0], shared, at.y, cut.height, cut.width);
+    __syncthreads();
+    const A count = static_cast<A>(min(last - first, int64_t{kBatch} * cut.height));
+    A* const to = workspace + int64_t{blockIdx.x} * Moments<A>::kLines * size.channels + at.channel;
+    for (int j = 0; j < kVector; ++j) {
+      k[0][j] = shared[j][at.x] / count;
+      if (at.y == 0 && j < at.count) store(to + j, k[0][j]);
     }
     __syncthreads();
-    for (int j = 0; j < kVector; ++j) k[0][j] = pivots[at.x * kVector + j];
   } else {
-    for (int v = 0; v < kVectors; ++v)
-      load_channels<kVector>(body.vectors[v] + at.channel, at.count, k[v]);
+    share_channels(body.vectors, at, k);
   }
 
-  A sums[2 * kVector] = {};
+  Sum<A> sums[2][kVector] = {};
   for (int64_t row = first + at.y; row < last; fetch(row)) {
     for (int b = 0; b < kBatch; ++b, row += cut.height) {
       if (row >= last) continue;
@@ -75,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
         A constants[kVectors], from[kIn], to[kOut > 0 ? kOut : 1];
         for (int v = 0; v < kVectors; ++v) constants[v] = k[v][j];
         for (int i = 0; i < kIn; ++i) from[i] = static_cast<A>(in[b][i][j]);
-        body(constants, from, to, sums[j], sums[kVector + j]);
+        body(constants, from, to, sums[0][j], sums[1][j]);
         for (int o = 0; o < kOut; ++o) out[o][j] = static_cast<T>(to[o]);
       }
       for (int o = 0; o < kOut; ++o) {
@@ -84,8 +88,10 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if constexpr (Body::kReduce != Reduce::nothing)
-    store_sums<kPivots ? Moments<A>::kLines : Gradients<A>::kLines>(sums, at, cut, size.channels, workspace);
+  if constexpr (kSums) {
+    constexpr int kLines = kPivots ? Moments<A>::kLines : Gradients<A>::kLines;
+    store_sums<kLines>(sums, shared, at, cut, size.channels, workspace);
+  }
 }
 
 // Returns how the rows were cut, for `merge`.

@@ -1,17 +1,32 @@
-// Two sums over the rows of every channel, in two stages of fixed order: a thread adds its rows up, a block
-// its threads by halves; `merge` adds the blocks up in double. The result depends on the shape and alignment
-// alone.
+// Two sums over the rows of every channel, in two stages of fixed order: a thread adds its rows up and makes
+// good what rounding loses, a block adds its threads up by halves; `merge` adds the blocks up in double. The
+// order depends on shape and alignment alone.
 #pragma once
 
 #include "kernels/access.cuh"
 
 namespace effdense::kernels {
 
+// A sum, and what the roundings on the way to it have added too much (Kahan 1965).
+template <typename A>
+struct Sum {
+  A total, excess;
+  __device__ void add(A term) { add_exact(term - excess); }
+  __device__ void add_product(A a, A b) { add_exact(multiply_add(a, b, -excess)); }
+
+ private:
+  __device__ void add_exact(A term) {
+    const A next = total + term;
+    excess = (next - total) - term;
+    total = next;
+  }
+};
+
 // Adds up, value by value, what `count` threads hold that are `apart` threads apart; the one with index 0
-// gets it. `shared` is used up: whoever wants it again needs a barrier first.
+// gets it, and leaves it in shared[value][threadIdx.x]. Whoever wants `shared` again needs a barrier first.
 template <int kValues, typename A>
-__device__ __forceinline__ void add_up(A (&values)[kValues], A (&shared)[kValues][kThreads], int index,
-                                       int count, int apart) {
+__device__ __forceinline__ void add_up(A (&values)[kValues], A (*shared)[kThreads], int index, int count,
+                                       int apart) {
   const int me = static_cast<int>(threadIdx.x);
   for (int v = 0; v < kValues; ++v) shared[v][me] = values[v];
   while (count > 1) {
@@ -24,27 +39,28 @@ __device__ __forceinline__ void add_up(A (&values)[kValues], A (&shared)[kValues
   }
 }
 
-// The block's sums of its channels into the workspace, [row block][kLines][channels]; the sums are the last
-// two lines.
+// The block's sums of its channels into the workspace, [row block][kLines][channels]: the last two lines.
 template <int kLines, int kVector, typename A>
-__device__ __forceinline__ void store_sums(A (&sums)[2 * kVector], const Place<kVector>& at, const Cut& cut,
-                                           int64_t channels, A* workspace) {
-  __shared__ A shared[2 * kVector][kThreads];
-  add_up(sums, shared, at.y, cut.height, cut.width);
+__device__ __forceinline__ void store_sums(const Sum<A> (&sums)[2][kVector],
+                                           A (&shared)[2 * kVector][kThreads], const Place<kVector>& at,
+                                           const Cut& cut, int64_t channels, A* workspace) {
+  A totals[2 * kVector];
+  for (int v = 0; v < 2 * kVector; ++v) totals[v] = sums[v / kVector][v % kVector].total;
+  add_up(totals, shared, at.y, cut.height, cut.width);
   if (at.y > 0) return;
   A* const to = workspace + (int64_t{blockIdx.x} * kLines + kLines - 2) * channels + at.channel;
   for (int j = 0; j < kVector; ++j) {
     if (j >= at.count) break;
-    store(to + j, sums[j]);
-    store(to + channels + j, sums[kVector + j]);
+    store(to + j, totals[j]);
+    store(to + channels + j, totals[kVector + j]);
   }
 }
 
 // ---- The second stage. A result says what a row block's part is, and what to make of the whole.
 
-// mean and biased variance of sums of x - p and (x - p)^2, where a block's pivot p is its first row: a mean
-// far larger than the deviation costs nothing. All are moved to the first block's pivot, in double, to be
-// added.
+// mean and biased variance of sums of x - p and (x - p)^2, where a block's pivot p is about the mean of its
+// rows: a mean far larger than the deviation costs nothing. All are moved to the first block's pivot, in
+// double, to be added.
 template <typename A>
 struct Moments {
   static constexpr bool kPivots = true;
