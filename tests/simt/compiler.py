@@ -49,31 +49,23 @@ def compile_for_cpu(sources: Sequence[Path], output: Path, *flags: str) -> Path:
 
 
 def compile_operators() -> Path:
-    """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU.
-
-    Its objects are kept between runs, under names that tell what they were made of.
-    """
+    """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effdense-simt"
-    cache.mkdir(parents=True, exist_ok=True)
-    headers = [p for folder in ("csrc", "tests/simt") for p in sorted((ROOT / folder).rglob("*.*h"))]
-    binding = ROOT / "tests" / "simt" / "operators.cpp"
-    with_torch = ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
-    with_torch += [f"-isystem{path}" for path in include_paths()]
-    builds: list[tuple[Path, Sequence[Path], Sequence[str]]] = [(source, headers, []) for source in KERNELS]
-    included = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
-    builds.append((binding, [*headers, *included], [*with_torch, f"-D_TORCH_VERSION={torch.__version__}"]))
-    objects = []
-    for source, made_of, flags in builds:
-        objects.append(cache / f"{source.stem}-{_digest([source, *made_of], flags)}.o")
-        _once(objects[-1], lambda to, s=source, f=flags: compile_for_cpu([s], to, *f, "-c"))
-    torch_library = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{torch_library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_library}"]
-    library = cache / f"operators-{_digest(objects, link)}.so"
-    _once(library, lambda to: _run(["g++", *objects, *link, "-o", to]))
-    return library
+    flags = ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
+    flags += [f"-isystem{path}" for path in include_paths()]
+    bindings = _object(ROOT / "tests" / "simt" / "operators.cpp", *flags, f"-D_TORCH={torch.__version__}")
+    libraries = Path(torch.__file__).parent / "lib"
+    link = ["-shared", f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    return _linked("operators.so", [bindings, *map(_object, KERNELS)], *link)
+
+
+def compile_launchers(sanitizer: str) -> Path:
+    """The executable that calls every launcher of the kernels, with "address" or "thread" sanitizer."""
+    flags = ["-O1", "-g1", f"-fsanitize={sanitizer}"]
+    sources = [ROOT / "tests" / "simt" / "launchers.cpp", *KERNELS]
+    return _linked(f"launchers-{sanitizer}", [_object(source, *flags) for source in sources], flags[-1])
 
 
 def compile_for_gpu(source: Path, output: Path, architecture: str) -> Path:
@@ -97,36 +89,36 @@ def _compiler() -> list[str]:
     return os.environ.get("CXX", "g++").split()
 
 
-def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
-    digest = hashlib.sha256(" ".join([*_compiler(), *words]).encode())
-    for file in files:
+# What was compiled is kept between runs, under names that tell what it was made of.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effdense-simt"
+
+
+def _object(source: Path, *flags: str) -> Path:
+    """Compiled again when any header has changed, or a .cpp file of csrc/cuda, which operators.cpp includes."""
+    folders = ROOT / "csrc", ROOT / "tests" / "simt"
+    headers = [path for folder in folders for path in folder.rglob("*.*h")]
+    included = (ROOT / "csrc" / "cuda").glob("*.cpp") if source.suffix == ".cpp" else ()
+    made_of = [source, *sorted(headers), *sorted(included)]
+    return _once(f"{source.stem}.o", made_of, flags, lambda to: compile_for_cpu([source], to, *flags, "-c"))
+
+
+def _linked(name: str, objects: Sequence[Path], *flags: str) -> Path:
+    return _once(name, objects, flags, lambda to: _run(["g++", *objects, *flags, "-o", to]))
+
+
+def _once(name: str, made_of: Sequence[Path], flags: Sequence[str], make: Callable[[Path], object]) -> Path:
+    digest = hashlib.sha256("\0".join([*FLAGS, *flags]).encode())
+    for file in made_of:
         digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _into(output: Path, make: Callable[[Path], object]) -> None:
-    """Made beside and moved: whoever else tests at the same time sees all of it or nothing."""
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        made = Path(folder) / output.name
-        make(made)
-        made.replace(output)
-
-
-def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
-    digest = hashlib.sha256("\0".join([*FLAGS, *words]).encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _once(output: Path, make: Callable[[Path], object]) -> None:
-    """Made beside and moved: whoever tests at the same time sees all of it or nothing."""
-    if output.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        made = Path(folder) / output.name
-        make(made)
-        made.replace(output)
+    output = CACHE / digest.hexdigest()[:16] / name
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside and moved: whoever tests at the same time sees all of it or nothing.
+        with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+            made = Path(folder) / name
+            make(made)
+            made.replace(output)
+    return output
 
 
 def _run(command: Sequence[object]) -> None:
