@@ -3,6 +3,7 @@
 #include "kernels/launchers.h"
 
 #include <cstdio>
+#include <utility>
 #include <vector>
 
 #include "kernels/compat.cuh"
@@ -83,8 +84,8 @@ void run_pools(Windows windows, int64_t more, int64_t first) {
 template <typename T>
 void run_all() {
   for (const Size size : {Size{1, 1}, {9, 3}, {70, 12}, {49, 13}, {300, 24}, {33, 40}, {20, 300}})
-    for (const int64_t first : {0, 1, 4, 8})
-      for (const int64_t more : {0, 3, 8}) run_maps<T>(size, size.channels + more, first);
+    for (const auto& [first, more] : {std::pair{0, 0}, {0, 8}, {4, 8}, {1, 3}})
+      run_maps<T>(size, size.channels + more, first);
   for (const int64_t channels : {1, 3, 12, 24})
     for (const int64_t more : {0, 8}) {
       run_pools<T>({2, channels, {1, 9, 8}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}, {1, 5, 4}}, more, more);

@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double shared[2][kThreads];
   const int lane = static_cast<int>(threadIdx.x) / kMerged;
   const int64_t c = int64_t{blockIdx.x} * kMerged + threadIdx.x % kMerged, channels = result.size.channels;
-  const double pivot = Result::kPivots && c < channels ? static_cast<double>(load(workspace + c)) : 0;
-  double sums[2] = {0, 0};
-  if (c < channels) {
+  double pivot = 0, sums[2] = {0, 0};
+  if (c < channels && lane < row_blocks) {
+    if constexpr (Result::kPivots) pivot = load(workspace + c);
     for (int64_t block = lane; block < row_blocks; block += kLanes)
       result.add(block, workspace + block * Result::kLines * channels + c, pivot, sums);
   }
