@@ -76,6 +76,9 @@ void with_vector(int aligned, int64_t channels, const Body& body) {
 // ---- How a matrix is cut
 
 constexpr int kThreads = 256, kWarp = 32;
+// Blocks that a multiprocessor is to hold at least: 128 registers a thread. Left to itself, the compiler
+// spills for more.
+constexpr int kResident = 2;
 // Blocks over all channels and rows, enough to fill the largest device; so many partial sums are added up.
 constexpr int64_t kBlocks = 1024;
 // A block's partial sums and vectors are to be few beside what it reads.

@@ -70,7 +70,7 @@ __device__ __forceinline__ void first_pixel(const Spot& window, const int (&kern
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     avg_pool_kernel(PoolCut cut, Windows windows, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out) {
   using A = acc_t<T>;
   __shared__ A shared[kVector][kThreads];
@@ -116,7 +116,7 @@ __host__ __device__ void all_windows(const Windows& windows, int (&size)[3]) {
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     avg_pool_backward_kernel(PoolCut cut, Windows windows, Matrix<const T> grad, Matrix<const T> x,
                              Norm<acc_t<T>> norm, Matrix<T> grad_x, acc_t<T>* workspace) {
   using A = acc_t<T>;
@@ -174,7 +174,7 @@ struct Range {
 };
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     max_pool_kernel(Cut cut, Windows windows, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
                     Matrix<uint8_t> where) {
   using A = acc_t<T>;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A pixel gathers from the windows that it is in.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     max_pool_backward_kernel(Cut cut, Windows windows, Matrix<const T> grad, Matrix<const uint8_t> where,
                              Matrix<T> grad_z) {
   using A = acc_t<T>;

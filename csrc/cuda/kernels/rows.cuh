@@ -26,12 +26,12 @@ struct Operands {
 // The rows of a thread, kBatch at a time: all loads of a batch are on their way before the first is needed.
 // An output may be an input: whoever writes an element has read it.
 template <typename T, int kVector, typename Body>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     rows_kernel(Body body, Cut cut, Size size, Operands<T, Body::kIn, Body::kOut> operands,
                 acc_t<T>* workspace) {
   using A = acc_t<T>;
   constexpr int kIn = Body::kIn, kOut = Body::kOut, kVectors = Body::kVectors;
-  constexpr int kBatch = kIn == 1 ? 4 : 2;
+  constexpr int kBatch = 4 / kIn;
   constexpr bool kPivots = Body::kReduce == Reduce::moments;
   const Place<kVector> at(cut, size.channels);
   const int64_t first = int64_t{blockIdx.x} * cut.rows_per_block;
