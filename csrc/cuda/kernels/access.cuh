@@ -48,20 +48,6 @@ __device__ __forceinline__ void store_some(T* to, const Vec<T, kVector>& all, in
   }
 }
 
-// A vector's elements for the thread's channels; its alignment is whatever the caller's slice has.
-template <int kVector, typename A>
-__device__ __forceinline__ void load_channels(const A* from, int count, A (&to)[kVector]) {
-  constexpr int kPiece = kVector * sizeof(A) < 16 ? kVector : 16 / sizeof(A);
-  if (reinterpret_cast<uintptr_t>(from) % (kPiece * sizeof(A)) == 0) {
-    for (int j = 0; j < kVector; j += kPiece) {
-      const Vec<A, kPiece> piece = load_some<kPiece>(from + j, count - j);
-      for (int i = 0; i < kPiece; ++i) to[j + i] = piece[i];
-    }
-  } else {
-    for (int j = 0; j < kVector; ++j) to[j] = j < count ? load(from + j) : A(0);
-  }
-}
-
 // The most elements, a power of two up to 16 bytes, at which every row of the matrix is aligned.
 template <typename T>
 int aligned_elements(Matrix<T> matrix) {
@@ -90,12 +76,15 @@ void with_vector(int aligned, int64_t channels, const Body& body) {
 // ---- How a matrix is cut
 
 constexpr int kThreads = 256, kWarp = 32;
+// Blocks that a multiprocessor is to hold at least: 128 registers a thread. Left to itself, the compiler
+// spills for more.
+constexpr int kResident = 2;
 // Blocks over all channels and rows, enough to fill the largest device; so many partial sums are added up.
 constexpr int64_t kBlocks = 1024;
 // A block's partial sums and vectors are to be few beside what it reads.
-constexpr int64_t kLeastRows = 64;
+constexpr int64_t kLeastRows = 128;
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A block is `width` threads along the channels by `height`; the grid row blocks by tiles of channels.
 // No thread is idle but in the last tile.
@@ -133,6 +122,35 @@ struct Place {
     count = static_cast<int>(min(channels - channel, int64_t{kVector}));
   }
 };
+
+// A vector's elements for the thread's channels; its alignment is whatever the caller's slice has.
+template <int kVector, typename A>
+__device__ __forceinline__ void load_channels(const A* from, int count, A (&to)[kVector]) {
+  constexpr int kPiece = kVector * sizeof(A) < 16 ? kVector : 16 / sizeof(A);
+  if (reinterpret_cast<uintptr_t>(from) % (kPiece * sizeof(A)) == 0) {
+    for (int j = 0; j < kVector; j += kPiece) {
+      const Vec<A, kPiece> piece = load_some<kPiece>(from + j, count - j);
+      for (int i = 0; i < kPiece; ++i) to[j + i] = piece[i];
+    }
+  } else {
+    for (int j = 0; j < kVector; ++j) to[j] = j < count ? load(from + j) : A(0);
+  }
+}
+
+// The same of several vectors, once a block: its first line of threads fetches them for all. A barrier.
+template <int kVectors, int kVector, typename A>
+__device__ __forceinline__ void share_channels(const A* const (&vectors)[kVectors], const Place<kVector>& at,
+                                               A (&to)[kVectors][kVector]) {
+  __shared__ A shared[kVectors][kVector][kWarp];
+  for (int v = 0; v < kVectors; ++v) {
+    if (at.y > 0) break;
+    load_channels<kVector>(vectors[v] + at.channel, at.count, to[v]);
+    for (int j = 0; j < kVector; ++j) shared[v][j][at.x] = to[v][j];
+  }
+  __syncthreads();
+  for (int v = 0; v < kVectors; ++v)
+    for (int j = 0; j < kVector; ++j) to[v][j] = shared[v][j][at.x];
+}
 
 // ---- The formulas that forward and backward must agree upon to the bit
 

@@ -61,8 +61,8 @@ void take_gradient(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc
 
 // ---- batch_norm.cu. A is float or double.
 
-// rstd = 1 / sqrt(var + eps), scale = weight * rstd, shift = bias - mean * scale; weight and bias may be null:
-// 1 and 0.
+// rstd = 1 / sqrt(var + eps), scale = weight * rstd, shift = bias - mean * scale; weight and bias may be
+// null: 1 and 0.
 template <typename A>
 void fold(int64_t channels, const A* mean, const A* var, const A* weight, const A* bias, A eps, A* rstd,
           A* scale, A* shift, Stream stream);
@@ -76,7 +76,8 @@ void defer(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, con
 template <typename T>
 void bn_relu(Size size, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out, Stream stream);
 
-// grad, the gradient of relu(bn(x)), becomes that of x; with d = grad masked by relu: sum d, sum d (x - mean).
+// grad, the gradient of relu(bn(x)), becomes that of x; with d = grad masked by relu: sum d, sum d (x -
+// mean).
 template <typename T>
 void bn_relu_backward(Size size, Matrix<T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
                       bool batch_statistics, acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace,
@@ -90,10 +91,11 @@ void bn_relu_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm
 
 // ---- pool.cu
 
-// Windows over images of up to three dimensions, the missing ones in front: 1 pixel, windows of 1.
+// Windows over images of up to three dimensions, the missing ones in front: 1 pixel, windows of 1. An image
+// has fewer than 2^31 pixels, padding included.
 struct Windows {
   int64_t images, channels;
-  int64_t in[3], kernel[3], stride[3], padding[3], out[3];
+  int in[3], kernel[3], stride[3], padding[3], out[3];
 };
 
 // The average of relu(scale * x + shift) over windows side by side (stride = kernel, no padding).
