@@ -21,7 +21,8 @@ KERNELS = sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cu"))
 # -fno-strict-aliasing: kernels look at memory in pieces of 16 bytes, as nvcc lets them.
 # -Wa,--no-warn: the assembler would have .noinit, where __shared__ arrays go, take no space in the file.
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra"]
-FLAGS += ["-Wno-psabi", "-Wa,--no-warn"]
+# -Wno-unknown-pragmas: unroll is nvcc's.
+FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wa,--no-warn"]
 
 
 @functools.cache
