@@ -6,18 +6,23 @@ The harness needs GCC's attributes noinit, naked and noipa: g++ 12 or later, no 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDES = [ROOT / "csrc" / "cuda", ROOT / "tests"]
+KERNELS = sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cu"))
 # -fno-strict-aliasing: kernels look at memory in pieces of 16 bytes, as nvcc lets them.
 # -Wa,--no-warn: the assembler would have .noinit, where __shared__ arrays go, take no space in the file.
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra"]
-FLAGS += ["-Wno-psabi", "-Wa,--no-warn"]
+# -Wno-unknown-pragmas: unroll is nvcc's.
+FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wa,--no-warn"]
 
 
 @functools.cache
@@ -44,6 +49,26 @@ def compile_for_cpu(sources: Sequence[Path], output: Path, *flags: str) -> Path:
     return output
 
 
+def compile_operators() -> Path:
+    """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    flags = ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
+    flags += [f"-isystem{path}" for path in include_paths()]
+    bindings = _object(ROOT / "tests" / "simt" / "operators.cpp", *flags, f"-D_TORCH={torch.__version__}")
+    libraries = Path(torch.__file__).parent / "lib"
+    link = ["-shared", f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    return _linked("operators.so", [bindings, *map(_object, KERNELS)], *link)
+
+
+def compile_launchers(sanitizer: str) -> Path:
+    """The executable that calls every launcher of the kernels, with "address" or "thread" sanitizer."""
+    flags = ["-O1", "-g1", f"-fsanitize={sanitizer}"]
+    sources = [ROOT / "tests" / "simt" / "launchers.cpp", *KERNELS]
+    return _linked(f"launchers-{sanitizer}", [_object(source, *flags) for source in sources], flags[-1])
+
+
 def compile_for_gpu(source: Path, output: Path, architecture: str) -> Path:
     """An object file."""
     _run(
@@ -58,6 +83,42 @@ def compile_for_gpu(source: Path, output: Path, architecture: str) -> Path:
             output,
         ]
     )
+    return output
+
+
+def _compiler() -> list[str]:
+    return os.environ.get("CXX", "g++").split()
+
+
+# What was compiled is kept between runs, under names that tell what it was made of.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effdense-simt"
+
+
+def _object(source: Path, *flags: str) -> Path:
+    """Compiled again when any header has changed, or a .cpp file of csrc/cuda, which operators.cpp includes."""
+    folders = ROOT / "csrc", ROOT / "tests" / "simt"
+    headers = [path for folder in folders for path in folder.rglob("*.*h")]
+    included = (ROOT / "csrc" / "cuda").glob("*.cpp") if source.suffix == ".cpp" else ()
+    made_of = [source, *sorted(headers), *sorted(included)]
+    return _once(f"{source.stem}.o", made_of, flags, lambda to: compile_for_cpu([source], to, *flags, "-c"))
+
+
+def _linked(name: str, objects: Sequence[Path], *flags: str) -> Path:
+    return _once(name, objects, flags, lambda to: _run(["g++", *objects, *flags, "-o", to]))
+
+
+def _once(name: str, made_of: Sequence[Path], flags: Sequence[str], make: Callable[[Path], object]) -> Path:
+    digest = hashlib.sha256("\0".join([*FLAGS, *flags]).encode())
+    for file in made_of:
+        digest.update(file.read_bytes())
+    output = CACHE / digest.hexdigest()[:16] / name
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside and moved: whoever tests at the same time sees all of it or nothing.
+        with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+            made = Path(folder) / name
+            make(made)
+            made.replace(output)
     return output
 
 

@@ -128,7 +128,6 @@ inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_byt
   const Order order;
   last = {grid, block, dynamic_shared_bytes, {}};
   for (Watched& array : watched) {
-    array.counters = {};
     array.loaded_by.assign(array.bytes, Watched::kNobody);
     array.stored_by.assign(array.bytes, Watched::kNobody);
   }
@@ -184,7 +183,7 @@ inline const Counters& counters() { return totals; }
 inline void reset_counters() { totals = {}; }
 
 // From now on, counts what a launch moves from and to an array, and holds it for an error if one block
-// touches what another one stores. watched_counters() tells what the last launch did.
+// touches what another one stores. watched_counters() tells what launches did since.
 inline void watch(const std::string& name, const void* begin, int64_t bytes) {
   watched.push_back({name, static_cast<const char*>(begin), bytes, {}, {}, {}});
 }

@@ -96,9 +96,9 @@ __device__ __forceinline__ T load(const T* address) {
 template <typename T>
 __device__ __forceinline__ void store(T* address, const std::type_identity_t<T>& value) {
   static_assert(sizeof(T) == alignof(T));
-  typename Words<sizeof(T)>::Type words;
-  memcpy(&words, &value, sizeof(T));
-  *reinterpret_cast<typename Words<sizeof(T)>::Type*>(address) = words;
+  // Not by memcpy as above: in a large kernel the compiler then stores 4 bytes at a time.
+  using Type = typename Words<sizeof(T)>::Type;
+  *reinterpret_cast<Type*>(address) = *reinterpret_cast<const Type*>(&value);
 }
 
 // Asynchronous copy of kBytes (4, 8 or 16, both sides aligned to that) to shared memory, of which the first

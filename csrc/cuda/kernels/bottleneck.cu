@@ -1,0 +1,78 @@
+// Launches of the bottleneck's forward: which tile, and in which arithmetic.
+#include "kernels/bottleneck.cuh"
+#include "kernels/bottleneck_launchers.h"
+
+namespace effdense::kernels {
+namespace {
+
+constexpr int64_t kPixelsPerBlock = 128;
+
+template <typename Math, int kOut, typename Arguments>
+void launch_bottleneck(const Arguments& arguments, Stream stream) {
+  using Tile = BottleneckTile<Math, kOut>;
+  static_assert(Tile::kPixels == kPixelsPerBlock);
+  const dim3 grid(static_cast<unsigned>(divide_up(arguments.y.rows, Tile::kPixels)),
+                  static_cast<unsigned>(divide_up(arguments.y.columns, kOut)));
+  launch(bottleneck_kernel<Math, kOut>, grid, dim3(Tile::kThreads), Tile::kBytes, stream, arguments);
+}
+
+// As few tiles of out channels as there must be, and those as narrow as can be. double has tiles of 64 only:
+// its accumulators take the registers.
+template <typename Math, typename Arguments>
+void choose_tile(const Arguments& arguments, Stream stream) {
+  const int64_t out = arguments.y.columns, width = divide_up(out, divide_up(out, 192));
+  if constexpr (sizeof(typename Math::Sum) == 4) {
+    if (width > 128) return launch_bottleneck<Math, 192>(arguments, stream);
+    if (width > 64) return launch_bottleneck<Math, 128>(arguments, stream);
+  }
+  launch_bottleneck<Math, 64>(arguments, stream);
+}
+
+}  // namespace
+
+template <typename T>
+int64_t bottleneck_workspace_size(Size size, int64_t out_channels) {
+  return 3 * divide_up(size.rows, kPixelsPerBlock) * out_channels;
+}
+
+template <typename T>
+void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm, const T* weight,
+                Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean, acc_t<T>* var,
+                acc_t<T>* workspace, Stream stream) {
+  if (size.rows == 0 || out_channels == 0) return;
+  const int64_t blocks = divide_up(size.rows, kPixelsPerBlock);
+  const BottleneckArguments<T, acc_t<T>> arguments{
+      operand(x, size.rows, size.channels),
+      operand(Matrix<const T>{weight, size.channels}, out_channels, size.channels),
+      norm.scale,
+      norm.shift,
+      epilogue.bias,
+      epilogue.scale,
+      epilogue.shift,
+      operand(y, size.rows, out_channels),
+      mean != nullptr ? workspace : nullptr};
+  if constexpr (sizeof(T) == 2) {
+    choose_tile<TensorCore<T>>(arguments, stream);
+  } else if constexpr (std::is_same_v<T, float>) {
+    tf32 ? choose_tile<Tf32>(arguments, stream) : choose_tile<Plain<float>>(arguments, stream);
+  } else {
+    choose_tile<Plain<T>>(arguments, stream);
+  }
+  if (mean == nullptr) return;
+  launch(merge_statistics_kernel<acc_t<T>>,
+         dim3(static_cast<unsigned>(divide_up(out_channels, kMergeColumns))), dim3(kMergeThreads), 0, stream,
+         workspace, blocks, static_cast<int>(kPixelsPerBlock), size.rows, static_cast<int>(out_channels),
+         mean, var);
+}
+
+#define INSTANTIATE(T)                                                                                      \
+  template int64_t bottleneck_workspace_size<T>(Size, int64_t);                                             \
+  template void bottleneck<T>(Size, int64_t, Matrix<const T>, Norm<acc_t<T>>, const T*, Epilogue<acc_t<T>>, \
+                              bool, Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
+INSTANTIATE(float);
+INSTANTIATE(double);
+INSTANTIATE(__half);
+INSTANTIATE(__nv_bfloat16);
+#undef INSTANTIATE
+
+}  // namespace effdense::kernels

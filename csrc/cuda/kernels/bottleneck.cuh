@@ -1,0 +1,257 @@
+// y = W relu(scale * x + shift) as a GEMM of [pixels, channels] by [channels, out channels].
+//
+// A block makes 128 pixels by kOut out channels, a warp 32 by 64 of them. x and W travel through shared
+// memory in tiles of 64 bytes of depth, by cp.async in a ring of three stages, with the two vectors of the
+// prologue, which is applied to the fragments: x as it was and z never exist but in registers. kOut is 64,
+// 128 or 192, so that up to 192 out channels x is read once. The statistics of y are taken from the
+// accumulators.
+#pragma once
+
+#include "kernels/gemm_multiply.cuh"
+
+namespace effdense::kernels {
+
+template <typename Math, int kOut>
+struct BottleneckTile {
+  using E = typename Math::Element;
+  using Sum = typename Math::Sum;
+  static constexpr int kColumns = kOut, kPixels = 128, kDepth = 64 / sizeof(E), kStages = 3;
+  static constexpr int kWarpRows = 32, kWarpColumns = 64, kRowWarps = kPixels / kWarpRows;
+  static constexpr int kWarps = kRowWarps * kOut / kWarpColumns, kThreads = 32 * kWarps;
+  // On a multiprocessor: what shared memory has room for on most architectures.
+  static constexpr int kBlocks = sizeof(Sum) == 8                                     ? 2
+                                 : kOut == 64                                         ? 3
+                                 : kOut == 128 && !std::is_same_v<Math, Plain<float>> ? 2
+                                                                                      : 1;
+  static constexpr int kStep = kTileStep<E, kDepth>, kOutStep = kTileStep<E, kWarpColumns>;
+
+  struct alignas(16) Stage {
+    E x[kPixels * kStep], weight[kOut * kStep];
+    Sum scale[kDepth], shift[kDepth];
+  };
+  struct alignas(16) Out {  // takes the stages' place
+    E y[kWarps][16 * kOutStep];
+    Sum pivot[kOut], mean[kRowWarps][kOut], m2[kRowWarps][kOut];
+  };
+  static constexpr int kBytes = kStages * sizeof(Stage) > sizeof(Out) ? kStages * sizeof(Stage) : sizeof(Out);
+};
+
+template <typename E, typename Sum>
+struct BottleneckArguments {
+  Operand<const E> x, weight;
+  const Sum *scale, *shift, *bias, *out_scale, *out_shift;
+  Operand<E> y;
+  Sum* statistics;  // block_statistics, or null
+};
+
+// The epilogue's arithmetic, on a lane's results; they become what is stored.
+template <typename Math, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void finish_y(
+    typename Math::Sum (&y)[kRowTiles][kColumnTiles][4],
+    const BottleneckArguments<typename Math::Element, typename Math::Sum>& arguments, int first_column) {
+  using Sum = typename Math::Sum;
+#pragma unroll
+  for (int j = 0; j < 2 * kColumnTiles; ++j) {
+    const int column = first_column + j / 2 * 8 + lane_id() % 4 * 2 + j % 2;
+    const bool inside = column < arguments.y.columns;
+    const Sum bias = inside && arguments.bias != nullptr ? load(arguments.bias + column) : Sum(0);
+    const bool norm = inside && arguments.out_scale != nullptr;
+    const Sum scale = norm ? load(arguments.out_scale + column) : Sum(0);
+    const Sum shift = norm ? load(arguments.out_shift + column) : Sum(0);
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      Sum& value = y[i / 2][j / 2][i % 2 * 2 + j % 2];
+      value += bias;
+      if (norm) value = bn_relu_value(value, scale, shift);
+      value = static_cast<Sum>(static_cast<typename Math::Element>(value));
+    }
+  }
+}
+
+// With u = y - pivot: mean of u, and sum of squares about that mean, of every column's first `rows` of the
+// warp's 32 rows.
+template <typename Sum, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void warp_statistics(const Sum (&y)[kRowTiles][kColumnTiles][4], int rows,
+                                                const Sum* pivots, Sum* means, Sum* m2s) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const Sum share = rows > 0 ? Sum(1) / static_cast<Sum>(rows) : Sum(0);
+#pragma unroll
+  for (int j = 0; j < 2 * kColumnTiles; ++j) {
+    const int column = j / 2 * 8 + 2 * t + j % 2;
+    const Sum pivot = pivots[column];
+    Sum sum = 0, m2 = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      if (g + 8 * i < rows) sum += y[i / 2][j / 2][i % 2 * 2 + j % 2] - pivot;
+    }
+    const Sum mean = sum_over_rows(sum) * share;
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const Sum deviation = y[i / 2][j / 2][i % 2 * 2 + j % 2] - pivot - mean;
+      if (g + 8 * i < rows) m2 += deviation * deviation;
+    }
+    m2 = sum_over_rows(m2);
+    if (g == 0) {
+      means[column] = mean;
+      m2s[column] = m2;
+    }
+  }
+}
+
+// The block's statistics, into [block][3][out channels]: pivot, mean of u, M2. With n = sum n_w over the
+// warps, mean = sum n_w mean_w / n and M2 = sum M2_w + n_w (mean_w - mean)^2 (Chan, Golub and LeVeque). The
+// pivot, the block's first row, is what keeps a mean far larger than the deviation from costing digits.
+template <typename Tile, typename Sum, typename Out>
+__device__ __forceinline__ void block_statistics(
+    const Sum (&y)[Tile::kWarpRows / 16][Tile::kWarpColumns / 8][4], Out& out, int row_warp, int column,
+    int rows, int first_out, int columns, Sum* statistics) {
+  const int lane = lane_id(), mine = static_cast<int>(threadIdx.x);
+  if (row_warp == 0 && lane < 4) {
+#pragma unroll
+    for (int j = 0; j < Tile::kWarpColumns / 4; ++j)
+      out.pivot[column + j / 2 * 8 + 2 * lane + j % 2] = y[0][j / 2][j % 2];
+  }
+  __syncthreads();
+  const auto count = [&](int warp) { return min(max(rows - Tile::kWarpRows * warp, 0), Tile::kWarpRows); };
+  warp_statistics(y, count(row_warp), out.pivot + column, out.mean[row_warp] + column,
+                  out.m2[row_warp] + column);
+  __syncthreads();
+  if (mine >= Tile::kColumns || first_out + mine >= columns) return;
+  Sum mean = 0, m2 = 0;
+  for (int w = 0; w < Tile::kRowWarps; ++w) mean += static_cast<Sum>(count(w)) * out.mean[w][mine];
+  mean /= static_cast<Sum>(rows);
+  for (int w = 0; w < Tile::kRowWarps; ++w) {
+    const Sum deviation = out.mean[w][mine] - mean;
+    if (count(w) > 0) m2 += out.m2[w][mine] + static_cast<Sum>(count(w)) * deviation * deviation;
+  }
+  Sum* const to = statistics + int64_t{blockIdx.x} * 3 * columns + first_out + mine;
+  store(to, out.pivot[mine]);
+  store(to + columns, mean);
+  store(to + 2 * columns, m2);
+}
+
+template <typename Math, int kOut>
+__global__ void __launch_bounds__(BottleneckTile<Math, kOut>::kThreads, BottleneckTile<Math, kOut>::kBlocks)
+    bottleneck_kernel(const BottleneckArguments<typename Math::Element, typename Math::Sum> arguments) {
+  using Tile = BottleneckTile<Math, kOut>;
+  using Sum = typename Math::Sum;
+  using Stage = typename Tile::Stage;
+  constexpr int kDepth = Tile::kDepth, kRowTiles = Tile::kWarpRows / 16,
+                kColumnTiles = Tile::kWarpColumns / 8;
+  DYN_SHARED(Stage, stages);
+  const int64_t first_pixel = int64_t{blockIdx.x} * Tile::kPixels;
+  const int first_out = static_cast<int>(blockIdx.y) * kOut, channels = arguments.x.columns;
+  const int tiles = (channels + kDepth - 1) / kDepth;
+  const auto copy = [&](int tile) {
+    if (tile < tiles) {
+      Stage& stage = stages[tile % Tile::kStages];
+      const int first = tile * kDepth;
+      copy_tile<Tile::kPixels, kDepth, Tile::kThreads>(stage.x, arguments.x, first_pixel, first);
+      copy_tile<kOut, kDepth, Tile::kThreads>(stage.weight, arguments.weight, first_out, first);
+      if (const int k = static_cast<int>(threadIdx.x); k < kDepth) {
+        const int valid = first + k < channels ? static_cast<int>(sizeof(Sum)) : 0;
+        const int from = valid > 0 ? first + k : 0;
+        cp_async<sizeof(Sum)>(stage.scale + k, arguments.scale + from, valid);
+        cp_async<sizeof(Sum)>(stage.shift + k, arguments.shift + from, valid);
+      }
+    }
+    cp_async_commit();  // empty behind the end, so that the count of groups stays right
+  };
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int row = warp % Tile::kRowWarps * Tile::kWarpRows,
+            column = warp / Tile::kRowWarps * Tile::kWarpColumns;
+  Sum y[kRowTiles][kColumnTiles][4] = {};
+#pragma unroll 1
+  for (int tile = 1 - Tile::kStages; tile < tiles; ++tile) {  // the first rounds only start copies
+    if (tile >= 0) {
+      cp_async_wait<Tile::kStages - 2>();
+      __syncthreads();  // the tile is here, and nobody reads the one before
+    }
+    copy(tile + Tile::kStages - 1);
+    if (tile < 0) continue;
+    const Stage& stage = stages[tile % Tile::kStages];
+    multiply<Math, Along::depth, Along::depth>(y, stage.x, Tile::kStep, row, stage.weight, Tile::kStep,
+                                               column, kDepth, BnRelu<Sum>{stage.scale, stage.shift});
+  }
+
+  finish_y<Math>(y, arguments, first_out + column);
+  __syncthreads();  // nobody reads the stages
+  auto& out = *reinterpret_cast<typename Tile::Out*>(stages);
+  if (arguments.statistics != nullptr) {
+    const int rows = static_cast<int>(min(arguments.y.rows - first_pixel, int64_t{Tile::kPixels}));
+    block_statistics<Tile>(y, out, warp % Tile::kRowWarps, column, rows, first_out, arguments.y.columns,
+                           arguments.statistics);
+  }
+  // 16 rows of the warp at a time, so that they leave in whole pieces.
+  using Pair = Vec<typename Math::Element, 2>;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  auto& part = out.y[warp];
+  static_assert(kRowTiles == 2);
+#pragma unroll 1
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2 * kColumnTiles; ++j) {
+      const int e = j % 2 * 2;
+      const auto low = static_cast<typename Math::Element>(i == 0 ? y[0][j / 2][e] : y[1][j / 2][e]);
+      const auto high = static_cast<typename Math::Element>(i == 0 ? y[0][j / 2][e + 1] : y[1][j / 2][e + 1]);
+      *reinterpret_cast<Pair*>(part + (g + j % 2 * 8) * Tile::kOutStep + j / 2 * 8 + 2 * t) =
+          Pair{{low, high}};
+    }
+    __syncwarp();
+    store_tile<16, Tile::kWarpColumns, 32>(part, arguments.y, first_pixel + row + 16 * i, first_out + column,
+                                           lane_id());
+    __syncwarp();
+  }
+}
+
+// The second stage of the statistics: the blocks' as one, by the same formula in double. 8 columns a block,
+// 64 lanes each, which take every 64th block of pixels and are added up by halves.
+constexpr int kMergeColumns = 8, kMergeLanes = 64, kMergeThreads = kMergeColumns * kMergeLanes;
+
+template <typename Sum>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_statistics_kernel(const Sum* statistics, int64_t blocks, int pixels_per_block, int64_t pixels,
+                            int columns, Sum* mean, Sum* var) {
+  __shared__ double shared[kMergeLanes][kMergeColumns];
+  const int lane = static_cast<int>(threadIdx.x) / kMergeColumns,
+            side = static_cast<int>(threadIdx.x) % kMergeColumns;
+  const int column = static_cast<int>(blockIdx.x) * kMergeColumns + side;
+  const bool inside = column < columns;
+  const auto total = [&](double value) {
+    shared[lane][side] = value;
+    for (int half = kMergeLanes / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (lane < half) shared[lane][side] += shared[lane + half][side];
+    }
+    __syncthreads();
+    const double result = shared[0][side];
+    __syncthreads();
+    return result;
+  };
+  const auto count = [&](int64_t block) {
+    return static_cast<double>(min(int64_t{pixels_per_block}, pixels - block * pixels_per_block));
+  };
+  const auto deviation = [&](int64_t block, double from) {  // of the block's mean
+    const Sum* const part = statistics + block * 3 * columns + column;
+    return static_cast<double>(load(part)) - from + static_cast<double>(load(part + columns));
+  };
+  const int64_t last = inside ? blocks : 0;
+  const double pivot = inside ? static_cast<double>(load(statistics + column)) : 0.0;
+  double moved = 0, m2 = 0;
+#pragma unroll 4
+  for (int64_t block = lane; block < last; block += kMergeLanes)
+    moved += count(block) * deviation(block, pivot);
+  const double center = pivot + total(moved) / static_cast<double>(pixels);
+#pragma unroll 4
+  for (int64_t block = lane; block < last; block += kMergeLanes) {
+    const double from_center = deviation(block, center);
+    m2 += static_cast<double>(load(statistics + (block * 3 + 2) * columns + column)) +
+          count(block) * from_center * from_center;
+  }
+  m2 = total(m2);
+  if (lane > 0 || !inside) return;
+  store(mean + column, static_cast<Sum>(center));
+  store(var + column, static_cast<Sum>(m2 / static_cast<double>(pixels)));
+}
+
+}  // namespace effdense::kernels

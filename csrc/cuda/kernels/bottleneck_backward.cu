@@ -1,0 +1,141 @@
+// Launches of the bottleneck's backward: which tile, how the pixels are cut, and the sum of the parts. A file
+// of its own, so that it is compiled beside the forward's.
+#include "kernels/bottleneck_backward.cuh"
+#include "kernels/bottleneck_launchers.h"
+
+namespace effdense::kernels {
+namespace {
+
+// The most out channels of one launch: what registers and 99 KB of shared memory have room for.
+template <typename T>
+constexpr int64_t kMostOut = sizeof(T) == 2   ? 192
+                             : sizeof(T) == 4 ? 128
+                                              : 64;
+
+// How a call is cut, from its sizes alone, so that the result depends on nothing else.
+template <typename T>
+struct BackwardCut {
+  static constexpr int kPixels = sizeof(T) == 8 ? 16 : 32, kColumns = sizeof(T) == 2 ? 64 : 32;
+  // Enough blocks to fill a large device twice, but each with enough pixels that its part of grad_weight,
+  // which it writes and which is read again, is little beside what it reads.
+  static constexpr int64_t kBlocks = 512, kLeastPixels = 512;
+  int64_t width, tiles_per_block, blocks;  // blocks: along the pixels
+  int64_t launches, out_per_launch;
+
+  BackwardCut(Size size, int64_t out_channels) {
+    const int64_t columns = divide_up(size.channels, kColumns), tiles = divide_up(size.rows, kPixels);
+    width = columns * kColumns;
+    tiles_per_block = std::max(kLeastPixels / kPixels, divide_up(tiles * columns, kBlocks));
+    blocks = divide_up(tiles, tiles_per_block);
+    launches = divide_up(out_channels, kMostOut<T>);
+    out_per_launch = divide_up(divide_up(out_channels, launches), 16) * 16;  // keeps pieces of 16 bytes whole
+  }
+  int64_t weight_parts(int64_t out_channels) const { return blocks * out_channels * width; }
+  int64_t sum_parts() const { return launches * blocks * 2 * width; }
+};
+
+template <typename Math, int kOut, typename Arguments>
+void launch_backward(const Arguments& arguments, dim3 grid, Stream stream) {
+  using Tile = BackwardTile<Math, kOut>;
+  using Cut = BackwardCut<typename Tile::E>;
+  static_assert(Tile::kPixels == Cut::kPixels && Tile::kColumns == Cut::kColumns);
+  const size_t bytes =
+      sizeof(typename Tile::Shared) - (arguments.y.data == nullptr ? sizeof(Tile::Shared::y) : 0);
+  launch(bottleneck_backward_kernel<Math, kOut>, grid, dim3(Tile::kThreads), bytes, stream, arguments);
+}
+
+template <typename Math, typename Arguments>
+void choose_tile(const Arguments& arguments, dim3 grid, Stream stream) {
+  constexpr int64_t kMost = kMostOut<typename Math::Element>;
+  if constexpr (kMost >= 192) {
+    if (arguments.grad_y.columns > 128) return launch_backward<Math, 192>(arguments, grid, stream);
+  }
+  if constexpr (kMost >= 128) {
+    if (arguments.grad_y.columns > 64) return launch_backward<Math, 128>(arguments, grid, stream);
+  }
+  launch_backward<Math, 64>(arguments, grid, stream);
+}
+
+template <typename T>
+Matrix<T> columns_from(Matrix<T> matrix, int64_t first) {
+  return {matrix.data == nullptr ? nullptr : matrix.data + first, matrix.step};
+}
+
+}  // namespace
+
+template <typename T>
+int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels) {
+  const BackwardCut<T> cut(size, out_channels);
+  return cut.weight_parts(out_channels) + cut.sum_parts();
+}
+
+template <typename T>
+void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
+                         Deferred<T> deferred, Norm<acc_t<T>> norm, const T* weight, bool tf32,
+                         Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, acc_t<T>* sum_d,
+                         acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream) {
+  using A = acc_t<T>;
+  if (size.rows == 0 || size.channels == 0 || out_channels == 0) return;
+  if (grad_weight == nullptr && sum_d == nullptr) return;
+  const BackwardCut<T> cut(size, out_channels);
+  A* const sum_parts = workspace;
+  A* const weight_parts = workspace + cut.sum_parts();
+  const dim3 grid(static_cast<unsigned>(cut.width / cut.kColumns), static_cast<unsigned>(cut.blocks));
+  for (int64_t i = 0, first = 0; first < out_channels; ++i, first += cut.out_per_launch) {
+    const int64_t out = std::min(cut.out_per_launch, out_channels - first);
+    const auto of_out = [&](const A* vector) { return vector == nullptr ? nullptr : vector + first; };
+    BackwardArguments<T, A> arguments{
+        operand(x, size.rows, size.channels),
+        operand(columns_from(grad_y, first), size.rows, out),
+        operand(columns_from(deferred.y, first), size.rows, out),
+        operand(Matrix<const T>{weight + first * size.channels, size.channels}, out, size.channels),
+        norm.scale,
+        norm.shift,
+        norm.mean,
+        of_out(deferred.mean),
+        of_out(deferred.a),
+        of_out(deferred.b),
+        operand(grad_x, size.rows, size.channels),
+        grad_x.data != nullptr && (accumulate || i > 0),
+        cut.tiles_per_block,
+        grad_weight == nullptr ? nullptr : weight_parts + cut.blocks * first * cut.width,
+        sum_d == nullptr ? nullptr : sum_parts + i * cut.blocks * 2 * cut.width,
+        cut.width};
+    if (deferred.y.data != nullptr)  // who copies a piece of one has that of the other
+      arguments.y.piece = arguments.grad_y.piece = std::min(arguments.y.piece, arguments.grad_y.piece);
+    if constexpr (sizeof(T) == 2) {
+      choose_tile<TensorCore<T>>(arguments, grid, stream);
+    } else if constexpr (std::is_same_v<T, float>) {
+      tf32 ? choose_tile<Tf32>(arguments, grid, stream) : choose_tile<Plain<float>>(arguments, grid, stream);
+    } else {
+      choose_tile<Plain<T>>(arguments, grid, stream);
+    }
+  }
+  const int64_t lines = grad_weight == nullptr ? 0 : out_channels;
+  const AddPartsArguments<A> parts{weight_parts,
+                                   sum_parts,
+                                   lines,
+                                   cut.width,
+                                   size.channels,
+                                   static_cast<int>(cut.blocks),
+                                   static_cast<int>(cut.launches * cut.blocks),
+                                   grad_weight,
+                                   sum_d,
+                                   sum_dx};
+  const dim3 add_grid(static_cast<unsigned>(divide_up(size.channels, kPartColumns)),
+                      static_cast<unsigned>(lines + (sum_d == nullptr ? 0 : 2)));
+  launch(add_parts_kernel<A>, add_grid, dim3(kPartThreads), 0, stream, parts);
+}
+
+#define INSTANTIATE(T)                                                                               \
+  template int64_t bottleneck_backward_workspace_size<T>(Size, int64_t);                             \
+  template void bottleneck_backward<T>(Size, int64_t, Matrix<const T>, Matrix<const T>, Deferred<T>, \
+                                       Norm<acc_t<T>>, const T*, bool, Matrix<T>, bool, acc_t<T>*,   \
+                                       acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
+INSTANTIATE(float);
+INSTANTIATE(double);
+INSTANTIATE(__half);
+INSTANTIATE(__nv_bfloat16);
+#undef INSTANTIATE
+
+}  // namespace effdense::kernels

@@ -1,0 +1,273 @@
+// The bottleneck's backward in one kernel: d = W^T grad_y where relu lets it pass, grad_x, its sums, and
+// grad_weight = grad_y^T z with z = relu(scale * x + shift).
+//
+// A block owns some channels (64 of 16 bits, else 32) and walks over a stretch of pixels, 32 at a time: the
+// channels' part of W stays in shared memory, the block's part of grad_weight in registers, and tiles of
+// grad_y, x and grad_x arrive by cp.async in two stages. So x and grad_x move once for both products, where
+// two kernels would read x twice, and neither z nor d exists outside of the tile; grad_y is read once for
+// every tile of channels, by blocks that run side by side. Per tile of pixels:
+//   1. grad_y gets its correction, where there is one, by the thread that copied the piece: no barrier needed
+//   2. dz = grad_y W, [pixels, channels]; masked and summed in the accumulators; z takes the place of x, the
+//      finished gradient that of grad_x
+//   3. grad_weight += grad_y^T z, and the tile of grad_x is stored
+// More out channels than fit the tile are walked by several launches, each of which adds its share: what
+// follows the mask is linear in grad_y.
+#pragma once
+
+#include "kernels/gemm_multiply.cuh"
+
+namespace effdense::kernels {
+
+// kOut: at most so many out channels.
+template <typename Math, int kOut>
+struct BackwardTile {
+  using E = typename Math::Element;
+  using Sum = typename Math::Sum;
+  static constexpr int kPixels = sizeof(E) == 8 ? 16 : 32, kColumns = sizeof(E) == 2 ? 64 : 32;
+  static constexpr int kWarps = sizeof(E) == 8 ? 4 : 8, kThreads = 32 * kWarps;
+  static constexpr int kOutStep = kTileStep<E, kOut>, kStep = kTileStep<E, kColumns>;
+  // dz: the warps along the pixels, 16 of them each, then along the channels.
+  static constexpr int kPixelWarps = kPixels / 16;
+  static constexpr int kDzColumns = kColumns * kPixelWarps / kWarps;
+  // grad_weight: four warps along the out channels, the others along the channels.
+  static constexpr int kOutRows = kOut / 4, kWeightColumns = kColumns * 4 / kWarps;
+
+  struct alignas(16) Stage {
+    E grad_y[kPixels * kOutStep], x[kPixels * kStep], grad_x[kPixels * kStep];
+  };
+  struct alignas(16) Shared {
+    Stage stages[2];
+    E weight[kOut * kStep];
+    Sum scale[kColumns], shift[kColumns], mean[kColumns];
+    Sum y_mean[kOut], a[kOut], b[kOut];
+    Sum sums[2][kPixelWarps][kColumns];
+    E y[kPixels * kOutStep];  // only with a correction
+  };
+};
+
+template <typename E, typename Sum>
+struct BackwardArguments {
+  Operand<const E> x, grad_y, y, weight;  // y.data null: no correction
+  const Sum *scale, *shift, *mean, *y_mean, *a, *b;
+  Operand<E> grad_x;  // data null: not wanted
+  bool accumulate;
+  int64_t tiles_per_block;  // of pixels
+  // Partial results of a block: [blocks along the pixels][out channels][width] and [...][2][width]; null: not
+  // wanted. `width` is the channels' number in whole tiles.
+  Sum *grad_weight, *sums;
+  int64_t width;
+};
+
+// grad_y - a - b * (y - mean) in place, of the calling thread's own pieces of tile.
+template <int kPixels, int kOut, int kThreads, typename E, typename Shared>
+__device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, int piece_size, int64_t rows,
+                                             int columns) {
+  with_piece<E>(piece_size, [&](auto piece) {
+    constexpr int kPiece = decltype(piece)::value;
+    for_pieces<kPixels, kOut, kThreads, kPiece, 1>(
+        static_cast<int>(threadIdx.x), rows, columns, [&](int row, int column, int valid) {
+          if (valid == 0) return;
+          const int at = row * kTileStep<E, kOut> + column;
+          auto& grad = *reinterpret_cast<Vec<E, kPiece>*>(grad_y + at);
+          const auto y = *reinterpret_cast<const Vec<E, kPiece>*>(shared.y + at);
+          using Sum = acc_t<E>;
+#pragma unroll
+          for (int e = 0; e < kPiece; ++e) {
+            const int c = column + e;
+            grad[e] = static_cast<E>(static_cast<Sum>(grad[e]) - correction(shared.a[c], shared.b[c],
+                                                                            static_cast<Sum>(y[e]),
+                                                                            shared.y_mean[c]));
+          }
+        });
+  });
+}
+
+// What a lane does with its results of dz, [16 pixels, 8 kTiles channels]. row, column: where they begin in
+// the tile, of which `pixels` rows exist.
+template <typename Tile, int kTiles, typename Shared, typename Stage>
+__device__ __forceinline__ void finish_dz(const typename Tile::Sum (&dz)[1][kTiles][4], const Shared& shared,
+                                          Stage& stage, int row, int column, int pixels, bool accumulate,
+                                          typename Tile::Sum (&sums)[2][2 * kTiles]) {
+  using E = typename Tile::E;
+  using Sum = typename Tile::Sum;
+  using Pair = Vec<E, 2>;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int c = column + 8 * j + 2 * t, at = (row + g + 8 * r) * Tile::kStep + c;
+      const bool inside = row + g + 8 * r < pixels;
+      Pair& x = *reinterpret_cast<Pair*>(stage.x + at);
+      Pair& grad_x = *reinterpret_cast<Pair*>(stage.grad_x + at);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const Sum value = static_cast<Sum>(x[h]);
+        const Sum z = multiply_add(shared.scale[c + h], value, shared.shift[c + h]);
+        const Sum d = inside ? masked(z, dz[0][j][2 * r + h]) : Sum(0);
+        sums[0][2 * j + h] += d;
+        sums[1][2 * j + h] = multiply_add(d, value - shared.mean[c + h], sums[1][2 * j + h]);
+        const Sum before = accumulate ? static_cast<Sum>(grad_x[h]) : Sum(0);
+        grad_x[h] = static_cast<E>(multiply_add(shared.scale[c + h], d, before));
+        x[h] = static_cast<E>(inside ? relu(z) : Sum(0));
+      }
+    }
+  }
+}
+
+template <typename Math, int kOut>
+__global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottleneck_backward_kernel(
+    const BackwardArguments<typename Math::Element, typename Math::Sum> arguments) {
+  using Tile = BackwardTile<Math, kOut>;
+  using Sum = typename Math::Sum;
+  using Shared = typename Tile::Shared;
+  constexpr int kPixels = Tile::kPixels, kColumns = Tile::kColumns, kThreads = Tile::kThreads;
+  constexpr int kDzTiles = Tile::kDzColumns / 8, kOutTiles = Tile::kOutRows / 16,
+                kWeightTiles = Tile::kWeightColumns / 8;
+  DYN_SHARED(Shared, memory);
+  Shared& shared = *memory;
+  const int first_column = static_cast<int>(blockIdx.x) * kColumns, out = arguments.grad_y.columns;
+  const int64_t pixels = arguments.x.rows, first_tile = int64_t{blockIdx.y} * arguments.tiles_per_block;
+  const int tiles =
+      static_cast<int>(min(arguments.tiles_per_block, (pixels + kPixels - 1) / kPixels - first_tile));
+  const bool corrected = arguments.y.data != nullptr, accumulate = arguments.accumulate;
+  const bool need_sums = arguments.sums != nullptr, need_weight = arguments.grad_weight != nullptr;
+
+  const auto copy = [&](int tile) {
+    if (tile < tiles) {
+      auto& stage = shared.stages[tile % 2];
+      const int64_t first = (first_tile + tile) * kPixels;
+      copy_tile<kPixels, kOut, kThreads>(stage.grad_y, arguments.grad_y, first, 0);
+      copy_tile<kPixels, kColumns, kThreads>(stage.x, arguments.x, first, first_column);
+      if (accumulate)
+        copy_tile<kPixels, kColumns, kThreads>(stage.grad_x, read_only(arguments.grad_x), first,
+                                               first_column);
+      // One buffer is enough: the pieces of the tile before have been used up, by this very thread.
+      if (corrected) copy_tile<kPixels, kOut, kThreads>(shared.y, arguments.y, first, 0);
+    }
+    cp_async_commit();
+  };
+  copy_tile<kOut, kColumns, kThreads>(shared.weight, arguments.weight, 0, first_column);
+  read_vector<kColumns, kThreads>(shared.scale, arguments.scale, first_column, arguments.x.columns);
+  read_vector<kColumns, kThreads>(shared.shift, arguments.shift, first_column, arguments.x.columns);
+  if (need_sums)
+    read_vector<kColumns, kThreads>(shared.mean, arguments.mean, first_column, arguments.x.columns);
+  if (corrected) {
+    read_vector<kOut, kThreads>(shared.y_mean, arguments.y_mean, 0, out);
+    read_vector<kOut, kThreads>(shared.a, arguments.a, 0, out);
+    read_vector<kOut, kThreads>(shared.b, arguments.b, 0, out);
+  }
+
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int dz_row = warp % Tile::kPixelWarps * 16, dz_column = warp / Tile::kPixelWarps * Tile::kDzColumns;
+  const int out_row = warp % 4 * Tile::kOutRows, column = warp / 4 * Tile::kWeightColumns;
+  const int depth = (out + Math::kDepth - 1) / Math::kDepth * Math::kDepth;  // W is zero behind out
+  Sum sums[2][2 * kDzTiles] = {}, grad_weight[kOutTiles][kWeightTiles][4] = {};
+#pragma unroll 1
+  for (int tile = -1; tile < tiles; ++tile) {  // the first round only starts the first copy
+    auto& stage = shared.stages[tile & 1];
+    const int64_t first = (first_tile + tile) * kPixels, rows = pixels - first;
+    if (tile >= 0) {
+      cp_async_wait<0>();
+      if (corrected)
+        correct_tile<kPixels, kOut, kThreads>(stage.grad_y, shared, arguments.grad_y.piece, rows, out);
+    }
+    __syncthreads();  // the tile is here, and nobody reads the one before
+    copy(tile + 1);
+    if (tile < 0) continue;
+    Sum dz[1][kDzTiles][4] = {};
+    if (need_sums) {
+      multiply<Math, Along::depth, Along::side>(dz, stage.grad_y, Tile::kOutStep, dz_row, shared.weight,
+                                                Tile::kStep, dz_column, depth, AsIs{});
+    }
+    finish_dz<Tile>(dz, shared, stage, dz_row, dz_column, static_cast<int>(min(rows, int64_t{kPixels})),
+                    accumulate, sums);
+    __syncthreads();
+    if (need_weight && out_row < out) {
+      multiply<Math, Along::side, Along::side>(grad_weight, stage.grad_y, Tile::kOutStep, out_row, stage.x,
+                                               Tile::kStep, column, kPixels, AsIs{});
+    }
+    if (arguments.grad_x.data != nullptr) {
+      store_tile<kPixels, kColumns, kThreads>(stage.grad_x, arguments.grad_x, first, first_column,
+                                              static_cast<int>(threadIdx.x));
+    }
+  }
+
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  if (need_weight) {
+    using Pair = Vec<Sum, 2>;
+    Sum* const to = arguments.grad_weight + int64_t{blockIdx.y} * out * arguments.width + first_column;
+#pragma unroll
+    for (int i = 0; i < 2 * kOutTiles; ++i) {
+      const int row = out_row + g + 8 * i;
+#pragma unroll
+      for (int j = 0; j < kWeightTiles; ++j) {
+        const Sum(&from)[4] = grad_weight[i / 2][j];
+        if (row < out)
+          store(reinterpret_cast<Pair*>(to + row * arguments.width + column + 8 * j + 2 * t),
+                Pair{{from[i % 2 * 2], from[i % 2 * 2 + 1]}});
+      }
+    }
+  }
+  if (!need_sums) return;
+#pragma unroll
+  for (int i = 0; i < 4 * kDzTiles; ++i) {
+    const int which = i / (2 * kDzTiles), j = i % (2 * kDzTiles);
+    const Sum sum = sum_over_rows(sums[which][j]);
+    if (g == 0) shared.sums[which][dz_row / 16][dz_column + j / 2 * 8 + 2 * t + j % 2] = sum;
+  }
+  __syncthreads();
+  if (const int i = static_cast<int>(threadIdx.x); i < 2 * kColumns) {
+    const int which = i / kColumns, c = i % kColumns;
+    Sum sum = shared.sums[which][0][c];
+    for (int w = 1; w < Tile::kPixelWarps; ++w) sum += shared.sums[which][w][c];
+    store(arguments.sums + (int64_t{blockIdx.y} * 2 + which) * arguments.width + first_column + c, sum);
+  }
+}
+
+// The blocks' partial results, added up in a fixed order: line by line of grad_weight, then sum_d and sum_dx.
+// 32 columns a block of the grid's x, 8 lanes each, of which every one adds its own parts four at a time.
+template <typename Sum>
+struct AddPartsArguments {
+  const Sum *weight_parts, *sum_parts;
+  int64_t lines, width, channels;  // lines: of grad_weight, 0 if it is not wanted
+  int weight_count, sum_count;     // of parts
+  Sum *grad_weight, *sum_d, *sum_dx;
+};
+
+constexpr int kPartLanes = 8, kPartColumns = 32, kPartThreads = kPartLanes * kPartColumns;
+
+template <typename Sum>
+__global__ void __launch_bounds__(kPartThreads) add_parts_kernel(const AddPartsArguments<Sum> arguments) {
+  __shared__ Sum shared[kPartLanes][kPartColumns];
+  const int lane = static_cast<int>(threadIdx.x) / kPartColumns,
+            side = static_cast<int>(threadIdx.x) % kPartColumns;
+  const int64_t column = int64_t{blockIdx.x} * kPartColumns + side, line = blockIdx.y;
+  const bool of_weight = line < arguments.lines;
+  const int64_t lines = of_weight ? arguments.lines : 2, at = of_weight ? line : line - arguments.lines;
+  const int count = of_weight ? arguments.weight_count : arguments.sum_count;
+  const Sum* const from =
+      (of_weight ? arguments.weight_parts : arguments.sum_parts) + at * arguments.width + column;
+  Sum sums[4] = {};
+  if (column < arguments.channels) {
+    for (int part = lane; part < count; part += 4 * kPartLanes) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (const int mine = part + i * kPartLanes; mine < count)
+          sums[i] += load(from + mine * lines * arguments.width);
+      }
+    }
+  }
+  shared[lane][side] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int half = kPartLanes / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (lane < half) shared[lane][side] += shared[lane + half][side];
+  }
+  if (lane > 0 || column >= arguments.channels) return;
+  Sum* const to = of_weight ? arguments.grad_weight + line * arguments.channels
+                  : at == 0 ? arguments.sum_d
+                            : arguments.sum_dx;
+  store(to + column, shared[0][side]);
+}
+
+}  // namespace effdense::kernels

@@ -1,0 +1,51 @@
+// The bottleneck's two GEMM kernels over raw pointers and sizes, for whoever binds them. Conventions as in
+// launchers.h. Size: the pixels and channels of x; weight is [out_channels, channels], contiguous. `tf32`
+// permits rounding float operands to TF32, and means nothing to other types.
+#pragma once
+
+#include "kernels/launchers.h"
+
+namespace effdense::kernels {
+
+// What may follow y = weight relu(...): + bias, then relu(scale * y + shift). Null: not wanted.
+template <typename A>
+struct Epilogue {
+  const A *bias = nullptr, *scale = nullptr, *shift = nullptr;
+};
+
+// grad - a - b * (y - mean) is what stands for the gradient of y; with y.data null, grad itself.
+template <typename T>
+struct Deferred {
+  Matrix<const T> y{nullptr, 0};
+  const acc_t<T>*mean = nullptr, *a = nullptr, *b = nullptr;
+};
+
+// ---- bottleneck.cu
+
+// Elements of acc_t<T> that `workspace` must have; needed only with statistics.
+template <typename T>
+int64_t bottleneck_workspace_size(Size size, int64_t out_channels);
+
+// y = weight relu(scale * x + shift), and what follows. With mean and var not null: y's, as it was stored,
+// and the biased variance.
+template <typename T>
+void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm, const T* weight,
+                Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean, acc_t<T>* var,
+                acc_t<T>* workspace, Stream stream);
+
+// ---- bottleneck_backward.cu
+
+template <typename T>
+int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels);
+
+// With d = weight^T grad_y where relu(scale * x + shift) lets it pass:
+//   grad_x = scale * d, or += with accumulate; unless grad_x.data is null
+//   sum_d, sum d; sum_dx, sum d (x - mean); unless they are null, and then grad_x.data is too
+//   grad_weight [out_channels, channels] = grad_y^T relu(scale * x + shift); unless it is null
+template <typename T>
+void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
+                         Deferred<T> deferred, Norm<acc_t<T>> norm, const T* weight, bool tf32,
+                         Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, acc_t<T>* sum_d,
+                         acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream);
+
+}  // namespace effdense::kernels
