@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace effdense {
@@ -156,6 +157,65 @@ inline void check_pooled(const char* op, const char* name, const Tensor& tensor,
   expected.insert(expected.end(), spatial.begin(), spatial.end());
   TORCH_CHECK_VALUE(tensor.sizes() == at::IntArrayRef(expected), op, ": ", name,
                     " must have the pooled shape ", at::IntArrayRef(expected), ", got ", tensor.sizes());
+}
+
+// ---- What one operator takes, and its gradient where that takes the same
+
+// A map and the batch norm over it; mean where it is asked for.
+inline void check_norm(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                       const Tensor* mean = nullptr) {
+  check_map(op, "x", x);
+  check_per_channel(op, "scale", scale, x, x.size(1));
+  check_per_channel(op, "shift", shift, x, x.size(1));
+  if (mean != nullptr) check_per_channel(op, "mean", *mean, x, x.size(1));
+}
+
+inline void check_append_features(const char* op, const Tensor& new_features, const Tensor& out) {
+  check_map(op, "new_features", new_features);
+  check_same_shape(op, "out", out, new_features);
+}
+
+inline void check_take_gradient(const char* op, const Tensor& x, const Tensor& mean, const Tensor& a,
+                                const Tensor& b, const Tensor& grad, const Tensor& out) {
+  check_map(op, "x", x);
+  check_per_channel(op, "mean", mean, x, x.size(1));
+  check_per_channel(op, "a", a, x, x.size(1));
+  check_per_channel(op, "b", b, x, x.size(1));
+  check_same_shape(op, "grad", grad, x);
+  check_same_shape(op, "out", out, x);
+}
+
+// A norm's weight or bias in the accumulation type, undefined for None.
+inline Tensor norm_parameter(const char* op, const char* name, const std::optional<Tensor>& vector,
+                             const Tensor& like) {
+  if (!vector) return Tensor();
+  const Tensor wide = vector->to(like.scalar_type()).contiguous();
+  check_per_channel(op, name, wide, like, like.numel());
+  return wide;
+}
+
+inline void check_defer(const char* op, const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd,
+                        const Tensor& scale, const Tensor& a, const Tensor& b) {
+  const int64_t channels = sum_d.numel();
+  check_per_channel(op, "sum_d", sum_d, sum_d, channels);
+  check_per_channel(op, "sum_dx", sum_dx, sum_d, channels);
+  check_per_channel(op, "rstd", rstd, sum_d, channels);
+  check_per_channel(op, "scale", scale, sum_d, channels);
+  TORCH_CHECK_VALUE(a.is_contiguous() && b.is_contiguous() && a.numel() >= channels && b.numel() == a.numel(),
+                    op, ": a and b must be contiguous vectors of at least ", channels,
+                    " elements, got shapes ", a.sizes(), " and ", b.sizes());
+  for (const auto& [name, tensor] : {std::pair("a", a), std::pair("b", b)}) {
+    check_device(op, name, tensor, sum_d.device());
+    check_type(op, name, tensor, sum_d.scalar_type(), "the type that sums are kept in");
+  }
+}
+
+// Which tap of its window the maximum was.
+inline void check_where(const char* op, const Tensor& where, const Tensor& grad) {
+  check_device(op, "where", where, grad.device());
+  check_type(op, "where", where, at::kByte, "taps");
+  TORCH_CHECK_VALUE(where.sizes() == grad.sizes(), op, ": where must have grad's shape ", grad.sizes(),
+                    ", got ", where.sizes());
 }
 
 }  // namespace effdense

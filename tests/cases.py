@@ -12,7 +12,8 @@ from torch import Tensor
 from effdense import reference
 
 # The operators' implementations that stand beside the twin. All must be there: a run without would prove nothing.
-BACKENDS = {"cpu": torch.ops.effdense}
+# simt: the CUDA kernels, run on the CPU. A test file whose operators not all of them have says so in its own BACKENDS.
+BACKENDS = {"cpu": torch.ops.effdense, "simt": torch.ops.effdense_simt}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 EPS = 0.1  # of batch norms: keeps a channel of one pixel, which has no variance, well conditioned
 
@@ -225,9 +226,11 @@ def mistakes(
     return found
 
 
-def assert_refused(op: str, arguments: dict[str, Any], mistake: Mistake) -> None:
-    """The compiled operator, called with one wrong argument, says so."""
+def assert_refused(
+    op: str, arguments: dict[str, Any], mistake: Mistake, ops: Any = torch.ops.effdense
+) -> None:
+    """The operator, called with one wrong argument, says so."""
     name, change, error, message = mistake
     wrong = {**arguments, name: change(arguments[name])}
     with pytest.raises(error, match=rf"^{op}: {name}( |(?=\[)){message}"):
-        getattr(torch.ops.effdense, op)(**wrong)
+        getattr(ops, op)(**wrong)

@@ -11,6 +11,7 @@ import torch
 import effdense
 from effdense import reference
 from tests.cases import BACKENDS
+from tests.simt.compiler import compile_operators, cuda_include
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,15 +19,33 @@ def _compiled() -> None:
     assert effdense.build_info()["compiled"], effdense.build_info()["reason"]
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    backends = getattr(metafunc.module, "BACKENDS", BACKENDS)
+    for name, every in (("ops", backends), ("any_ops", [*backends, "reference"])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, every, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def simt() -> Any:
+    """The CUDA operators on the CPU, compiled by the first test that wants them."""
+    if cuda_include() is None:
+        pytest.skip("needs the CUDA toolkit's headers")
+    torch.ops.load_library(str(compile_operators()))
+    return torch.ops.effdense_simt
+
+
+@pytest.fixture
 def ops(request: pytest.FixtureRequest) -> Any:
     """Every backend, to be compared with the twin."""
-    return BACKENDS[request.param]
+    return request.getfixturevalue("simt") if request.param == "simt" else BACKENDS[request.param]
 
 
-@pytest.fixture(params=[*BACKENDS, "reference"])
+@pytest.fixture
 def any_ops(request: pytest.FixtureRequest) -> Any:
     """Every backend and the twin itself, to be compared with something else."""
+    if request.param == "simt":
+        return request.getfixturevalue("simt")
     return BACKENDS.get(request.param, reference)
 
 

@@ -302,20 +302,20 @@ def arguments() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mistake", [*mistakes(["scale", "shift"], [], ["out"]), NOT_A_MAP])
-def test_wrong_arguments_of_bn_relu(mistake: Mistake) -> None:
-    assert_refused("bn_relu", {k: arguments()[k] for k in ("x", "scale", "shift", "out")}, mistake)
+def test_wrong_arguments_of_bn_relu(ops: Any, mistake: Mistake) -> None:
+    assert_refused("bn_relu", {k: arguments()[k] for k in ("x", "scale", "shift", "out")}, mistake, ops)
 
 
 @pytest.mark.parametrize("mistake", [*mistakes(VECTORS, [], ["grad"]), NOT_A_MAP])
-def test_wrong_arguments_of_bn_relu_backward(mistake: Mistake) -> None:
+def test_wrong_arguments_of_bn_relu_backward(ops: Any, mistake: Mistake) -> None:
     right = {k: arguments()[k] for k in ("grad", "x", *VECTORS)} | {"batch_statistics": True}
-    assert_refused("bn_relu_backward", right, mistake)
+    assert_refused("bn_relu_backward", right, mistake, ops)
 
 
 @pytest.mark.parametrize("mistake", [*mistakes(VECTORS[:3], ["grad"], ["grad_x"]), NOT_A_MAP])
-def test_wrong_arguments_of_bn_relu_accumulate(mistake: Mistake) -> None:
+def test_wrong_arguments_of_bn_relu_accumulate(ops: Any, mistake: Mistake) -> None:
     right = {k: arguments()[k] for k in ("grad", "x", *VECTORS[:3], "grad_x")}
-    assert_refused("bn_relu_accumulate", right, mistake)
+    assert_refused("bn_relu_accumulate", right, mistake, ops)
 
 
 SHORT = ValueError, r"must be a contiguous vector of 10 elements .*, got shape \[9\]"
@@ -335,9 +335,9 @@ SHORT = ValueError, r"must be a contiguous vector of 10 elements .*, got shape \
         ("bias", lambda v: v[1:], *SHORT),
     ],
 )
-def test_wrong_arguments_of_fold(mistake: Mistake) -> None:
+def test_wrong_arguments_of_fold(ops: Any, mistake: Mistake) -> None:
     vectors = dict(zip(("mean", "var", "weight", "bias"), torch.rand(4, 10).double(), strict=True))
-    assert_refused("fold", {**vectors, "eps": 1e-5}, mistake)
+    assert_refused("fold", {**vectors, "eps": 1e-5}, mistake, ops)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_wrong_arguments_of_fold(mistake: Mistake) -> None:
         ("b", Tensor.float, TypeError, r"must be Double \(.*sums.*\), got Float"),
     ],
 )
-def test_wrong_arguments_of_defer(mistake: Mistake) -> None:
+def test_wrong_arguments_of_defer(ops: Any, mistake: Mistake) -> None:
     names = "sum_d", "sum_dx", "rstd", "scale", "a", "b"
     vectors = dict(zip(names, torch.rand(6, 10).double(), strict=True))
-    assert_refused("defer", {**vectors, "count": 3}, mistake)
+    assert_refused("defer", {**vectors, "count": 3}, mistake, ops)

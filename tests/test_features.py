@@ -216,9 +216,9 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
         ),
     ],
 )
-def test_wrong_features(change: Any, error: type[Exception], message: str) -> None:
+def test_wrong_features(ops: Any, change: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=rf"^channel_statistics: {message}"):
-        torch.ops.effdense.channel_statistics(change(make_features(*SHAPES[0][:3])))
+        ops.channel_statistics(change(make_features(*SHAPES[0][:3])))
 
 
 NOT_A_MAP = ValueError, r"must be \[N, C, \*spatial\].*got shape \[3\]"
@@ -227,9 +227,9 @@ NOT_A_MAP = ValueError, r"must be \[N, C, \*spatial\].*got shape \[3\]"
 @pytest.mark.parametrize(
     "mistake", [*mistakes(written=["out"]), ("new_features", lambda x: torch.ones(3), *NOT_A_MAP)]
 )
-def test_wrong_arguments_of_append_features(mistake: Mistake) -> None:
+def test_wrong_arguments_of_append_features(ops: Any, mistake: Mistake) -> None:
     x = make_map(SHAPES[0])
-    assert_refused("append_features", {"new_features": x, "out": channels_last(x)}, mistake)
+    assert_refused("append_features", {"new_features": x, "out": channels_last(x)}, mistake, ops)
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,10 @@ def test_wrong_arguments_of_append_features(mistake: Mistake) -> None:
         ("x", lambda x: torch.ones(3), *NOT_A_MAP),
     ],
 )
-def test_wrong_arguments_of_take_gradient(mistake: Mistake) -> None:
+def test_wrong_arguments_of_take_gradient(ops: Any, mistake: Mistake) -> None:
     x = make_map(SHAPES[0])
     vectors = dict(zip(("mean", "a", "b"), torch.randn(3, x.shape[1]).double(), strict=True))
-    assert_refused("take_gradient", {"x": x, **vectors, "grad": x, "out": channels_last(x)}, mistake)
+    assert_refused("take_gradient", {"x": x, **vectors, "grad": x, "out": channels_last(x)}, mistake, ops)
 
 
 def test_a_dtype_without_a_kernel() -> None:

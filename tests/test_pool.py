@@ -259,22 +259,22 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("kernel_size", [(5, 1), (1, 6), (5, 6)])
-def test_a_window_larger_than_the_image(kernel_size: Sizes) -> None:
+def test_a_window_larger_than_the_image(ops: Any, kernel_size: Sizes) -> None:
     x, vector = torch.randn(2, 3, 4, 5), torch.ones(3)
     with pytest.raises(ValueError, match=r"^bn_relu_avg_pool: kernel_size must .*, got \[\d, \d\]"):
-        torch.ops.effdense.bn_relu_avg_pool(x, vector, vector, kernel_size)
+        ops.bn_relu_avg_pool(x, vector, vector, kernel_size)
     with pytest.raises(ValueError, match=r"^bn_relu_max_pool: kernel_size must .*, got \[\d, \d\]"):
-        torch.ops.effdense.bn_relu_max_pool(x, vector, vector, kernel_size, [1, 1], [0, 0])
+        ops.bn_relu_max_pool(x, vector, vector, kernel_size, [1, 1], [0, 0])
 
 
-def test_an_image_without_pixels() -> None:
+def test_an_image_without_pixels(ops: Any) -> None:
     """Refused, as in torch: it has no window."""
     x, vector = torch.randn(2, 3, 0, 5), torch.ones(3)
     for kernel_size, padding in product(([1, 1], [2, 2]), ([0, 0], [1, 1])):
         with pytest.raises(ValueError, match=r"^bn_relu_max_pool: kernel_size must"):
-            torch.ops.effdense.bn_relu_max_pool(x, vector, vector, kernel_size, [1, 1], padding)
+            ops.bn_relu_max_pool(x, vector, vector, kernel_size, [1, 1], padding)
     with pytest.raises(ValueError, match=r"^bn_relu_avg_pool: kernel_size must"):
-        torch.ops.effdense.bn_relu_avg_pool(x, vector, vector, [1, 1])
+        ops.bn_relu_avg_pool(x, vector, vector, [1, 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -371,13 +371,13 @@ MISTAKES: dict[str, list[Mistake]] = {
 
 
 @pytest.mark.parametrize("op, mistake", [(op, mistake) for op in MISTAKES for mistake in MISTAKES[op]])
-def test_wrong_arguments(op: str, mistake: Mistake) -> None:
-    assert_refused(op, arguments()[op], mistake)
+def test_wrong_arguments(ops: Any, op: str, mistake: Mistake) -> None:
+    assert_refused(op, arguments()[op], mistake, ops)
 
 
-def test_windows_that_cannot_be() -> None:
+def test_windows_that_cannot_be(ops: Any) -> None:
     x, vector = torch.randn(1, 3, 20, 20), torch.ones(3)
-    max_pool = torch.ops.effdense.bn_relu_max_pool
+    max_pool = ops.bn_relu_max_pool
     with pytest.raises(
         ValueError, match=r"kernel_size must be at least twice the padding .* \[3, 3\] with padding \[1, 2\]"
     ):
@@ -389,8 +389,8 @@ def test_windows_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize("op", ["bn_relu_avg_pool", "bn_relu_max_pool"])
-def test_more_than_three_spatial_dimensions(op: str) -> None:
+def test_more_than_three_spatial_dimensions(ops: Any, op: str) -> None:
     x, vector = torch.ones(1, 3, 2, 2, 2, 2), torch.ones(3)
     rest = [[1] * 4, [0] * 4] if op == "bn_relu_max_pool" else []
     with pytest.raises(ValueError, match=rf"^{op}: x must .*, got shape \[1, 3, 2, 2, 2, 2\]"):
-        getattr(torch.ops.effdense, op)(x, vector, vector, [2] * 4, *rest)
+        getattr(ops, op)(x, vector, vector, [2] * 4, *rest)

@@ -11,9 +11,7 @@ namespace {
 
 void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& out) {
   constexpr const char* op = "bn_relu";
-  check_map(op, "x", x);
-  check_per_channel(op, "scale", scale, x, x.size(1));
-  check_per_channel(op, "shift", shift, x, x.size(1));
+  check_norm(op, x, scale, shift);
   check_same_shape(op, "out", out, x);
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
@@ -33,11 +31,8 @@ std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const
                                             const Tensor& shift, const Tensor& mean, const Tensor& rstd,
                                             bool batch_statistics) {
   constexpr const char* op = "bn_relu_backward";
-  check_map(op, "x", x);
+  check_norm(op, x, scale, shift, &mean);
   const int64_t channels = x.size(1), count = x.size(0) * count_pixels(x);
-  check_per_channel(op, "scale", scale, x, channels);
-  check_per_channel(op, "shift", shift, x, channels);
-  check_per_channel(op, "mean", mean, x, channels);
   check_per_channel(op, "rstd", rstd, x, channels);
   check_same_shape(op, "grad", grad, x);
   Tensor sum_d = at::empty({channels}, scale.options()), sum_dx = at::empty({channels}, scale.options());
@@ -72,11 +67,8 @@ std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const
 std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                               const Tensor& shift, const Tensor& mean, Tensor& grad_x) {
   constexpr const char* op = "bn_relu_accumulate";
-  check_map(op, "x", x);
+  check_norm(op, x, scale, shift, &mean);
   const int64_t channels = x.size(1);
-  check_per_channel(op, "scale", scale, x, channels);
-  check_per_channel(op, "shift", shift, x, channels);
-  check_per_channel(op, "mean", mean, x, channels);
   check_same_shape(op, "grad", grad, x);
   check_same_shape(op, "grad_x", grad_x, x);
   Tensor sum_d = at::empty({channels}, scale.options()), sum_dx = at::empty({channels}, scale.options());

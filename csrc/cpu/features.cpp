@@ -33,8 +33,7 @@ std::tuple<Tensor, Tensor> channel_statistics(TensorList features) {
 
 std::tuple<Tensor, Tensor> append_features(const Tensor& new_features, Tensor& out) {
   constexpr const char* op = "append_features";
-  check_map(op, "new_features", new_features);
-  check_same_shape(op, "out", out, new_features);
+  check_append_features(op, new_features, out);
   const auto options = out.options().dtype(accumulate_type(out.scalar_type()));
   const int64_t channels = out.size(1);
   Tensor mean = at::empty({channels}, options), var = at::empty({channels}, options);
@@ -56,13 +55,8 @@ std::tuple<Tensor, Tensor> append_features(const Tensor& new_features, Tensor& o
 void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b, const Tensor& grad,
                    Tensor& out) {
   constexpr const char* op = "take_gradient";
-  check_map(op, "x", x);
+  check_take_gradient(op, x, mean, a, b, grad, out);
   const int64_t channels = x.size(1);
-  check_per_channel(op, "mean", mean, x, channels);
-  check_per_channel(op, "a", a, x, channels);
-  check_per_channel(op, "b", b, x, channels);
-  check_same_shape(op, "grad", grad, x);
-  check_same_shape(op, "out", out, x);
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Readable<T> from(x), g(grad);

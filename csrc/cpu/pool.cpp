@@ -3,57 +3,28 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <array>
 #include <tuple>
 
 #include "cpu/tiles.h"
+#include "windows.h"
 
 namespace effdense {
 namespace {
 
-using Size3 = std::array<int64_t, 3>;
-
-// One to three spatial sizes as three, the missing ones in front.
-Size3 three(at::IntArrayRef sizes, int64_t missing) {
-  Size3 all{missing, missing, missing};
-  std::copy(sizes.begin(), sizes.end(), all.end() - static_cast<int64_t>(sizes.size()));
-  return all;
-}
-
-Size3 spatial(const Tensor& x) { return three(x.sizes().slice(2), 1); }
-
-Tensor channels_last_empty(const Tensor& like, const Size3& size, at::ScalarType type) {
-  std::vector<int64_t> sizes{like.size(0)};
-  sizes.insert(sizes.end(), size.end() - (like.dim() - 2), size.end());
-  sizes.push_back(like.size(1));
-  return at::empty(sizes, like.options().dtype(type)).movedim(-1, 1);
-}
-
-// The sizes that an average pool leaves.
-Size3 averaged(const char* op, const Tensor& x, at::IntArrayRef kernel_size) {
-  check_kernel(op, "kernel_size", kernel_size, x, 1);
-  const Size3 in = spatial(x), k = three(kernel_size, 1);
-  for (int i = 0; i < 3; ++i)
-    TORCH_CHECK_VALUE(k[i] <= in[i], op, ": kernel_size must fit into the image of shape ", x.sizes(),
-                      ", got ", kernel_size);
-  return {in[0] / k[0], in[1] / k[1], in[2] / k[2]};
-}
-
 Tensor bn_relu_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift,
                         at::IntArrayRef kernel_size) {
   constexpr const char* op = "bn_relu_avg_pool";
-  check_map(op, "x", x);
+  check_norm(op, x, scale, shift);
   const int64_t channels = x.size(1);
-  check_per_channel(op, "scale", scale, x, channels);
-  check_per_channel(op, "shift", shift, x, channels);
-  const Size3 size = averaged(op, x, kernel_size), in = spatial(x), k = three(kernel_size, 1);
+  const Windows windows = average_windows(op, x, kernel_size);
+  const Size3 &size = windows.out, &in = windows.in, &k = windows.kernel;
   Tensor out = channels_last_empty(x, size, x.scalar_type());
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Readable<T> from(x);
     const Block<T> to = writable<T>(op, "out", out);
     const A *scale_data = scale.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>();
-    const A share = A(1) / static_cast<A>(k[0] * k[1] * k[2]);
+    const A share = A(1) / static_cast<A>(product(k));
     at::parallel_for(0, x.size(0) * size[0] * size[1] * size[2], 1, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(channels);
       for (int64_t o = begin; o < end; ++o) {
@@ -77,12 +48,10 @@ std::tuple<Tensor, Tensor> bn_relu_avg_pool_backward(const Tensor& grad, const T
                                                      const Tensor& shift, const Tensor& mean,
                                                      at::IntArrayRef kernel_size, Tensor& grad_x) {
   constexpr const char* op = "bn_relu_avg_pool_backward";
-  check_map(op, "x", x);
+  check_norm(op, x, scale, shift, &mean);
   const int64_t channels = x.size(1);
-  check_per_channel(op, "scale", scale, x, channels);
-  check_per_channel(op, "shift", shift, x, channels);
-  check_per_channel(op, "mean", mean, x, channels);
-  const Size3 size = averaged(op, x, kernel_size), in = spatial(x), k = three(kernel_size, 1);
+  const Windows windows = average_windows(op, x, kernel_size);
+  const Size3 &size = windows.out, &in = windows.in, &k = windows.kernel;
   check_same_shape(op, "grad_x", grad_x, x);
   check_pooled(op, "grad", grad, x, at::IntArrayRef(size).slice(5 - x.dim()));
   Tensor sum_d = at::empty({channels}, scale.options()), sum_dx = at::empty({channels}, scale.options());
@@ -92,7 +61,7 @@ std::tuple<Tensor, Tensor> bn_relu_avg_pool_backward(const Tensor& grad, const T
     const Block<T> to = writable<T>(op, "grad_x", grad_x);
     const A *scale_data = scale.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>(),
             *mean_data = mean.const_data_ptr<A>();
-    const A share = A(1) / static_cast<A>(k[0] * k[1] * k[2]);
+    const A share = A(1) / static_cast<A>(product(k));
     // One line of pixels after another; what no window covers gets zeros.
     const Tiling lines(x.size(0) * in[0] * in[1], 8);
     Sums sums(lines.slots(), channels);
@@ -100,13 +69,13 @@ std::tuple<Tensor, Tensor> bn_relu_avg_pool_backward(const Tensor& grad, const T
       for (int64_t line = tile.first; line < tile.last; ++line) {
         const int64_t y = line % in[1] / k[1], z = line / in[1] % in[0] / k[0];
         const int64_t image = line / (in[1] * in[0]);
-        const int64_t windows = y < size[1] && z < size[0] ? size[2] : 0;
-        if (windows > 0)
+        const int64_t count = y < size[1] && z < size[0] ? size[2] : 0;
+        if (count > 0)
           loops.bn_relu_avg_pool_backward(
-              windows * k[2], channels, from_row(from.block, line * in[2]), scale_data, shift_data, mean_data,
+              count * k[2], channels, from_row(from.block, line * in[2]), scale_data, shift_data, mean_data,
               from_row(g.block, ((image * size[0] + z) * size[1] + y) * size[2]), k[2], share,
               from_row(to, line * in[2]), sums.d(slot), sums.dx(slot));
-        for (int64_t w = windows * k[2]; w < in[2]; ++w) std::fill_n(to.row(line * in[2] + w), channels, T{});
+        for (int64_t w = count * k[2]; w < in[2]; ++w) std::fill_n(to.row(line * in[2] + w), channels, T{});
       }
     });
     sums.template write<A>(sum_d, sum_dx);
@@ -114,73 +83,44 @@ std::tuple<Tensor, Tensor> bn_relu_avg_pool_backward(const Tensor& grad, const T
   return {sum_d, sum_dx};
 }
 
-// A max pool's windows, as in torch.nn.MaxPool without dilation and ceil_mode.
-struct Windows {
-  Size3 in, kernel, stride, padding, out;
-
-  // Calls body(tap, input row) for every pixel of the window of output (d, h, w); rows are within the image.
-  template <typename Body>
-  void taps(int64_t d, int64_t h, int64_t w, const Body& body) const {
-    for (int64_t i = 0; i < kernel[0]; ++i)
-      for (int64_t j = 0; j < kernel[1]; ++j)
-        for (int64_t k = 0; k < kernel[2]; ++k) {
-          const int64_t z = d * stride[0] - padding[0] + i, y = h * stride[1] - padding[1] + j,
-                        x = w * stride[2] - padding[2] + k;
-          if (z >= 0 && z < in[0] && y >= 0 && y < in[1] && x >= 0 && x < in[2])
-            body(static_cast<uint8_t>((i * kernel[1] + j) * kernel[2] + k), (z * in[1] + y) * in[2] + x);
-        }
-  }
-
-  // Calls body(tap, output row) for every window that the input pixel (z, y, x) is in.
-  template <typename Body>
-  void windows(int64_t z, int64_t y, int64_t x, const Body& body) const {
-    const auto position = [&](int axis, int64_t i, int64_t tap) -> int64_t {
-      const int64_t from = i + padding[axis] - tap;
-      return from >= 0 && from % stride[axis] == 0 && from / stride[axis] < out[axis] ? from / stride[axis]
-                                                                                      : -1;
-    };
-    for (int64_t i = 0; i < kernel[0]; ++i)
-      for (int64_t j = 0; j < kernel[1]; ++j)
-        for (int64_t k = 0; k < kernel[2]; ++k) {
-          const int64_t d = position(0, z, i), h = position(1, y, j), w = position(2, x, k);
-          if (d >= 0 && h >= 0 && w >= 0)
-            body(static_cast<uint8_t>((i * kernel[1] + j) * kernel[2] + k), (d * out[1] + h) * out[2] + w);
-        }
-  }
-};
-
-Windows make_windows(const char* op, const Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                     at::IntArrayRef padding) {
-  check_kernel(op, "kernel_size", kernel_size, x, 1);
-  check_kernel(op, "stride", stride, x, 1);
-  check_kernel(op, "padding", padding, x, 0);
-  Windows windows{spatial(x), three(kernel_size, 1), three(stride, 1), three(padding, 0), {}};
-  int64_t taps = 1;
-  for (int i = 0; i < 3; ++i) {
-    const int64_t size = windows.in[i] + 2 * windows.padding[i];
-    TORCH_CHECK_VALUE(
-        windows.in[i] > 0 && 2 * windows.padding[i] <= windows.kernel[i] && windows.kernel[i] <= size, op,
-        ": kernel_size must be at least twice the padding and fit into the padded image, got ", kernel_size,
-        " with padding ", padding, " for shape ", x.sizes());
-    windows.out[i] = (size - windows.kernel[i]) / windows.stride[i] + 1;
-    taps *= windows.kernel[i];
-  }
-  TORCH_CHECK_VALUE(taps <= 256, op,
-                    ": kernel_size must have at most 256 taps (they are kept in a byte), got ", kernel_size);
-  return windows;
+// Calls body(tap, input row) for every pixel of the window of output (d, h, w); rows are within the image.
+template <typename Body>
+void for_taps(const Windows& windows, int64_t d, int64_t h, int64_t w, const Body& body) {
+  const auto& [in, kernel, stride, padding, out] = windows;
+  for (int64_t i = 0; i < kernel[0]; ++i)
+    for (int64_t j = 0; j < kernel[1]; ++j)
+      for (int64_t k = 0; k < kernel[2]; ++k) {
+        const int64_t z = d * stride[0] - padding[0] + i, y = h * stride[1] - padding[1] + j,
+                      x = w * stride[2] - padding[2] + k;
+        if (z >= 0 && z < in[0] && y >= 0 && y < in[1] && x >= 0 && x < in[2])
+          body(static_cast<uint8_t>((i * kernel[1] + j) * kernel[2] + k), (z * in[1] + y) * in[2] + x);
+      }
 }
 
-int64_t product(const Size3& size) { return size[0] * size[1] * size[2]; }
+// Calls body(tap, output row) for every window that the input pixel (z, y, x) is in.
+template <typename Body>
+void for_windows(const Windows& windows, int64_t z, int64_t y, int64_t x, const Body& body) {
+  const Size3 &kernel = windows.kernel, &out = windows.out;
+  const auto position = [&](int axis, int64_t i, int64_t tap) -> int64_t {
+    const int64_t from = i + windows.padding[axis] - tap, stride = windows.stride[axis];
+    return from >= 0 && from % stride == 0 && from / stride < out[axis] ? from / stride : -1;
+  };
+  for (int64_t i = 0; i < kernel[0]; ++i)
+    for (int64_t j = 0; j < kernel[1]; ++j)
+      for (int64_t k = 0; k < kernel[2]; ++k) {
+        const int64_t d = position(0, z, i), h = position(1, y, j), w = position(2, x, k);
+        if (d >= 0 && h >= 0 && w >= 0)
+          body(static_cast<uint8_t>((i * kernel[1] + j) * kernel[2] + k), (d * out[1] + h) * out[2] + w);
+      }
+}
 
 std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                             at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                             at::IntArrayRef padding) {
   constexpr const char* op = "bn_relu_max_pool";
-  check_map(op, "x", x);
+  check_norm(op, x, scale, shift);
   const int64_t channels = x.size(1);
-  check_per_channel(op, "scale", scale, x, channels);
-  check_per_channel(op, "shift", shift, x, channels);
-  const Windows windows = make_windows(op, x, kernel_size, stride, padding);
+  const Windows windows = maximum_windows(op, x, kernel_size, stride, padding);
   Tensor out = channels_last_empty(x, windows.out, x.scalar_type());
   Tensor where = channels_last_empty(x, windows.out, at::kByte);
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
@@ -195,13 +135,12 @@ std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale
       for (int64_t o = begin; o < end; ++o) {
         const int64_t image = o / product(size);
         bool first = true;
-        windows.taps(o / (size[2] * size[1]) % size[0], o / size[2] % size[1], o % size[2],
-                     [&](uint8_t tap, int64_t row) {
-                       loops.bn_relu_max(channels, from.block.row(image * product(windows.in) + row),
-                                         scale_data, shift_data, first, tap, best.data(),
-                                         where_data + o * channels);
-                       first = false;
-                     });
+        for_taps(windows, o / (size[2] * size[1]) % size[0], o / size[2] % size[1], o % size[2],
+                 [&](uint8_t tap, int64_t row) {
+                   loops.bn_relu_max(channels, from.block.row(image * product(windows.in) + row), scale_data,
+                                     shift_data, first, tap, best.data(), where_data + o * channels);
+                   first = false;
+                 });
         loops.store(1, channels, {best.data(), channels}, from_row(to, o));
       }
     });
@@ -213,12 +152,10 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
                        at::IntArrayRef stride, at::IntArrayRef padding, Tensor& grad_z) {
   constexpr const char* op = "max_pool_backward";
   check_map(op, "grad_z", grad_z);
-  const Windows windows = make_windows(op, grad_z, kernel_size, stride, padding);
+  const Windows windows = maximum_windows(op, grad_z, kernel_size, stride, padding);
   const int64_t channels = grad_z.size(1);
   check_pooled(op, "grad", grad, grad_z, at::IntArrayRef(windows.out).slice(5 - grad_z.dim()));
-  check_type(op, "where", where, at::kByte, "taps");
-  TORCH_CHECK_VALUE(where.sizes() == grad.sizes(), op, ": where must have grad's shape ", grad.sizes(),
-                    ", got ", where.sizes());
+  check_where(op, where, grad);
   EFFDENSE_DISPATCH(grad_z.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Readable<T> g(grad);
@@ -230,11 +167,11 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / product(in);
         std::fill(d.begin(), d.end(), A(0));
-        windows.windows(i / (in[2] * in[1]) % in[0], i / in[2] % in[1], i % in[2],
-                        [&](uint8_t tap, int64_t row) {
-                          const int64_t o = image * product(windows.out) + row;
-                          loops.max_pool_gather(channels, g.block.row(o), taps.block.row(o), tap, d.data());
-                        });
+        for_windows(windows, i / (in[2] * in[1]) % in[0], i / in[2] % in[1], i % in[2],
+                    [&](uint8_t tap, int64_t row) {
+                      const int64_t o = image * product(windows.out) + row;
+                      loops.max_pool_gather(channels, g.block.row(o), taps.block.row(o), tap, d.data());
+                    });
         loops.store(1, channels, {d.data(), channels}, from_row(to, i));
       }
     });

@@ -1,9 +1,6 @@
-// What the CPU operators share: feature maps as matrices of pixels by channels, and tiles of pixels small
-// enough to stay in cache.
-//
-// Channels-last is the layout of everything effdense makes itself: a map [N, C, *spatial] is then a matrix
-// [N * pixels, C] with some step from pixel to pixel, and the prefix of a block's feature buffer is such a
-// matrix too. Features that a user passes may also lie channel by channel; they are transposed tile by tile.
+// What the CPU operators share: feature maps that are read where they lie, and tiles of pixels small enough
+// to stay in cache. Features that a user passes may also lie channel by channel; they are transposed tile by
+// tile.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -16,41 +13,9 @@
 
 #include "checks.h"
 #include "cpu/rows.h"
+#include "maps.h"
 
 namespace effdense {
-
-inline int64_t count_pixels(const Tensor& x) {
-  int64_t pixels = 1;
-  for (int64_t i = 2; i < x.dim(); ++i) pixels *= x.size(i);
-  return pixels;
-}
-
-// The step from pixel to pixel, where all pixels of an image are equally far apart (1 where there is only
-// one).
-inline std::optional<int64_t> pixel_step(const Tensor& x) {
-  std::optional<int64_t> step;
-  int64_t pixels = 1;
-  for (int64_t i = x.dim() - 1; i >= 2; --i) {
-    if (x.size(i) == 1) continue;
-    if (!step) step = x.stride(i) / pixels;
-    if (x.stride(i) != *step * pixels) return std::nullopt;
-    pixels *= x.size(i);
-  }
-  return step.value_or(1);
-}
-
-// The step from row to row of x as a matrix [N * pixels, C], channels side by side; nothing where it is none.
-inline std::optional<int64_t> matrix_step(const Tensor& x) {
-  if (x.numel() == 0) return x.size(1);
-  const std::optional<int64_t> step = pixel_step(x);
-  const int64_t pixels = count_pixels(x);
-  if (!step || (x.size(1) != 1 && x.stride(1) != 1)) return std::nullopt;
-  if (pixels == 1) return x.size(0) == 1 ? x.size(1) : x.stride(0);
-  if (x.size(0) != 1 && x.stride(0) != *step * pixels) return std::nullopt;
-  return step;
-}
-
-inline Tensor channels_last_copy(const Tensor& x) { return x.movedim(1, -1).contiguous().movedim(-1, 1); }
 
 template <typename scalar_t>
 using storage_t = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, bfloat16, scalar_t>;
@@ -76,13 +41,8 @@ struct Readable {
 // A map that is written in place as a matrix: no copy can stand in for it.
 template <typename T>
 Block<T> writable(const char* op, const char* name, const Tensor& x) {
-  const std::optional<int64_t> step = matrix_step(x);
-  TORCH_CHECK_VALUE(step.has_value(), op, ": ", name, " must be channels-last (written in place), got shape ",
-                    x.sizes(), " with strides ", x.strides());
-  TORCH_CHECK_VALUE(*step >= x.size(1) || x.size(0) * count_pixels(x) <= 1, op, ": ", name,
-                    " must not overlap itself (written in place), got shape ", x.sizes(), " with strides ",
-                    x.strides());
-  return {static_cast<T*>(x.mutable_data_ptr()), *step};
+  const int64_t step = writable_step(op, name, x);
+  return {static_cast<T*>(x.mutable_data_ptr()), step};
 }
 
 template <typename T>

@@ -11,21 +11,13 @@
 namespace effdense {
 namespace {
 
-// A norm's weight or bias in the accumulation type.
-Tensor parameter(const char* op, const char* name, const std::optional<Tensor>& vector, const Tensor& like) {
-  if (!vector) return Tensor();
-  const Tensor wide = vector->to(like.scalar_type()).contiguous();
-  check_per_channel(op, name, wide, like, like.numel());
-  return wide;
-}
-
 std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
                                         const std::optional<Tensor>& weight,
                                         const std::optional<Tensor>& bias, double eps) {
   constexpr const char* op = "fold";
   check_per_channel(op, "mean", mean, mean, mean.numel());
   check_per_channel(op, "var", var, mean, mean.numel());
-  const Tensor w = parameter(op, "weight", weight, mean), b = parameter(op, "bias", bias, mean);
+  const Tensor w = norm_parameter(op, "weight", weight, mean), b = norm_parameter(op, "bias", bias, mean);
   Tensor rstd = at::empty_like(mean), scale = at::empty_like(mean), shift = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), op, [&] {
     const scalar_t *mean_data = mean.const_data_ptr<scalar_t>(), *var_data = var.const_data_ptr<scalar_t>();
@@ -46,15 +38,7 @@ void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const 
            Tensor& a, Tensor& b) {
   constexpr const char* op = "defer";
   const int64_t channels = sum_d.numel();
-  check_per_channel(op, "sum_d", sum_d, sum_d, channels);
-  check_per_channel(op, "sum_dx", sum_dx, sum_d, channels);
-  check_per_channel(op, "rstd", rstd, sum_d, channels);
-  check_per_channel(op, "scale", scale, sum_d, channels);
-  TORCH_CHECK_VALUE(a.is_contiguous() && b.is_contiguous() && a.numel() >= channels && b.numel() == a.numel(),
-                    op, ": a and b must be contiguous vectors of at least ", channels,
-                    " elements, got shapes ", a.sizes(), " and ", b.sizes());
-  check_type(op, "a", a, sum_d.scalar_type(), "the type that sums are kept in");
-  check_type(op, "b", b, sum_d.scalar_type(), "the type that sums are kept in");
+  check_defer(op, sum_d, sum_dx, rstd, scale, a, b);
   AT_DISPATCH_FLOATING_TYPES(sum_d.scalar_type(), op, [&] {
     const scalar_t *d = sum_d.const_data_ptr<scalar_t>(), *dx = sum_dx.const_data_ptr<scalar_t>();
     const scalar_t *r = rstd.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();

@@ -1,0 +1,125 @@
+// What the CUDA kernels can do, over raw pointers and sizes, for whoever binds them. No ATen here, no CUDA
+// header either. T is float, double, __half or __nv_bfloat16. Nothing to do launches nothing; a launch that
+// fails throws.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+struct __half;
+struct __nv_bfloat16;
+struct CUstream_st;
+
+namespace effdense::kernels {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+// The type in which T is computed and accumulated, that of all vectors.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A map as a matrix of pixels by channels, channels side by side: `step` elements from row to row, more than
+// channels where it is a slice of a wider buffer.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t step;
+};
+
+// Of all matrices of a call.
+struct Size {
+  int64_t rows, channels;
+};
+
+// Batch normalisation folded into relu(scale * x + shift); mean and rstd where the backward needs them.
+template <typename A>
+struct Norm {
+  const A *scale, *shift, *mean = nullptr, *rstd = nullptr;
+};
+
+// Elements of acc_t<T> that a launcher's `workspace` must have. It holds partial sums of blocks, and nothing
+// between calls.
+template <typename T>
+int64_t workspace_size(Size size);
+
+// ---- features.cu
+
+// mean and biased variance of every channel.
+template <typename T>
+void channel_statistics(Size size, Matrix<const T> x, acc_t<T>* mean, acc_t<T>* var, acc_t<T>* workspace,
+                        Stream stream);
+
+// out = x, with its statistics.
+template <typename T>
+void append_features(Size size, Matrix<const T> x, Matrix<T> out, acc_t<T>* mean, acc_t<T>* var,
+                     acc_t<T>* workspace, Stream stream);
+
+// out = grad - a - b * (x - mean)
+template <typename T>
+void take_gradient(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc_t<T>* a, const acc_t<T>* b,
+                   Matrix<const T> grad, Matrix<T> out, Stream stream);
+
+// ---- batch_norm.cu. A is float or double.
+
+// rstd = 1 / sqrt(var + eps), scale = weight * rstd, shift = bias - mean * scale; weight and bias may be
+// null: 1 and 0.
+template <typename A>
+void fold(int64_t channels, const A* mean, const A* var, const A* weight, const A* bias, A eps, A* rstd,
+          A* scale, A* shift, Stream stream);
+
+// a += scale * sum_d / count, b += scale * rstd^2 * sum_dx / count
+template <typename A>
+void defer(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, const A* scale, int64_t count,
+           A* a, A* b, Stream stream);
+
+// out = relu(scale * x + shift)
+template <typename T>
+void bn_relu(Size size, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out, Stream stream);
+
+// grad, the gradient of relu(bn(x)), becomes that of x; with d = grad masked by relu: sum d, sum d (x -
+// mean).
+template <typename T>
+void bn_relu_backward(Size size, Matrix<T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
+                      bool batch_statistics, acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace,
+                      Stream stream);
+
+// grad_x += scale * d, with the same sums
+template <typename T>
+void bn_relu_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
+                        Matrix<T> grad_x, acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace,
+                        Stream stream);
+
+// ---- pool.cu
+
+// Windows over images of up to three dimensions, the missing ones in front: 1 pixel, windows of 1. An image
+// has fewer than 2^31 pixels, padding included.
+struct Windows {
+  int64_t images, channels;
+  int in[3], kernel[3], stride[3], padding[3], out[3];
+};
+
+// The average of relu(scale * x + shift) over windows side by side (stride = kernel, no padding).
+template <typename T>
+void bn_relu_avg_pool(const Windows& windows, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
+                      Stream stream);
+
+template <typename T>
+int64_t avg_pool_workspace_size(const Windows& windows);
+
+// grad_x = scale * d, 0 where no window reaches, with sum d and sum d (x - mean).
+template <typename T>
+void bn_relu_avg_pool_backward(const Windows& windows, Matrix<const T> grad, Matrix<const T> x,
+                               Norm<acc_t<T>> norm, Matrix<T> grad_x, acc_t<T>* sum_d, acc_t<T>* sum_dx,
+                               acc_t<T>* workspace, Stream stream);
+
+// The maximum of relu(scale * x + shift), and which tap of the window it was.
+template <typename T>
+void bn_relu_max_pool(const Windows& windows, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
+                      Matrix<uint8_t> where, Stream stream);
+
+// grad_z: the gradient of what the maximum was taken of.
+template <typename T>
+void max_pool_backward(const Windows& windows, Matrix<const T> grad, Matrix<const uint8_t> where,
+                       Matrix<T> grad_z, Stream stream);
+
+}  // namespace effdense::kernels

@@ -1,0 +1,200 @@
+// launch(): runs a kernel over its grid, block by block, in the order that the environment variable
+// SIMT_ORDER names: fwd, rev, or a seed. Whatever the kernel did wrong comes out of it as simt::Error.
+#pragma once
+
+#include <numeric>
+#include <tuple>
+#include <utility>
+
+#include "warp.h"
+
+namespace simt {
+
+// Whether threads may return before a barrier that others still reach.
+enum class Exit { together, early };
+
+// ---- Order
+
+// The orders of the blocks in the grid and of the threads in a block.
+class Order {
+ public:
+  Order() {
+    const char* name = getenv("SIMT_ORDER");
+    if (name == nullptr || strcmp(name, "fwd") == 0) return;
+    if (strcmp(name, "rev") == 0) {
+      reversed_ = true;
+      return;
+    }
+    char* end = nullptr;
+    seed_ = strtoull(name, &end, 10);
+    if (end == name || *end != 0)
+      throw Error(std::string("simt: SIMT_ORDER must be fwd, rev or a seed, got ") + name);
+    shuffled_ = true;
+  }
+
+  // A permutation of [0, count): for a seed, the walk in steps of a number that has no divisor in common with
+  // count.
+  int64_t block(int64_t i, int64_t count) const {
+    if (reversed_) return count - 1 - i;
+    if (!shuffled_) return i;
+    auto step = static_cast<int64_t>(mix(seed_) % count);
+    while (std::gcd(step, count) != 1) ++step;
+    return static_cast<int64_t>((static_cast<unsigned __int128>(i) * step + mix(seed_ + 1)) % count);
+  }
+
+  void threads(int64_t block, std::vector<int>& order) const {
+    std::iota(order.begin(), order.end(), 0);
+    if (reversed_) std::reverse(order.begin(), order.end());
+    if (!shuffled_) return;
+    uint64_t state = mix(seed_ + static_cast<uint64_t>(block));
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[(state = mix(state)) % i]);
+  }
+
+ private:
+  static uint64_t mix(uint64_t x) {
+    x = (x ^ x >> 31) * 0x9E3779B97F4A7C15u + 0x632BE59BD9B4E019u;
+    x = (x ^ x >> 29) * 0xBF58476D1CE4E5B9u;
+    return x ^ x >> 32;
+  }
+
+  bool reversed_ = false, shuffled_ = false;
+  uint64_t seed_ = 0;
+};
+
+// ---- Launching
+
+inline std::string to_string(dim3 size) {
+  return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
+}
+
+// The limits of compute capability 8.0 to 12.0; 227 KB is the most that any of them has.
+inline void check_configuration(dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (grid.x == 0 || grid.x > 0x7FFFFFFF || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535)
+    throw Error("simt: invalid configuration: grid " + to_string(grid));
+  if (threads == 0 || threads > 1024 || block.z > 64)
+    throw Error("simt: invalid configuration: block " + to_string(block));
+  if (dynamic_shared_bytes > 227 * 1024)
+    throw Error("simt: invalid configuration: " + std::to_string(dynamic_shared_bytes) +
+                " bytes of dynamic shared memory");
+}
+
+// Makes every thread of the block ready to start, its warps empty.
+inline void set_up_threads(const std::vector<int>& order) {
+  const int count = static_cast<int>(order.size()), warps = (count + 31) / 32;
+  static std::vector<Thread*> pointers;
+  pointers.resize(count);
+  machine.warps.resize(std::max<size_t>(machine.warps.size(), warps));
+  for (int w = 0; w < warps; ++w) {
+    Warp& warp = machine.warps[w];
+    const int lanes = std::min(32, count - 32 * w);
+    warp.size = warp.open = 0;
+    warp.absent = lanes == 32 ? 0 : kFullWarp << lanes;
+  }
+  machine.head = machine.tail = 0;
+  for (int i = 0; i < count; ++i) {
+    Thread& thread = *machine.threads[order[i]];
+    const unsigned id = order[i];
+    thread.index = {id % blockDim.x, id / blockDim.x % blockDim.y, id / blockDim.x / blockDim.y};
+    thread.lane = id % 32;
+    thread.warp = &machine.warps[id / 32];
+    thread.waits_at = nullptr;
+    thread.at_barrier = thread.exited = false;
+    thread.warp->threads[thread.lane] = &thread;
+    thread.warp->order[thread.warp->size++] = thread.lane;
+    pointers[i] = &thread;
+    ready_last(&thread);
+  }
+  machine.order = pointers.data();
+  machine.live = count;
+  machine.exited = machine.waiting = 0;
+}
+
+inline void run_block(const std::vector<int>& order) {
+  set_up_threads(order);
+  for (const Range& range : static_shared) fill_with_nan(range.begin, range.end);
+  if (machine.dynamic_shared) fill_with_nan(machine.dynamic_shared, machine.dynamic_shared_end);
+  order_before(&machine.block_begin);
+  resume(machine.host, *machine.ready[machine.head++ % 2048]);
+  order_after(&machine.block_end);
+  if (!machine.failed) return;
+  machine.threads.clear();  // their stacks were left in the middle of something
+  throw Error(std::string("simt: ") + machine.message);
+}
+
+inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
+  check_configuration(grid, block, dynamic_shared_bytes);
+  const std::lock_guard lock(machine.busy);
+  const Order order;
+  last = {grid, block, dynamic_shared_bytes, {}};
+  for (Watched& array : watched) {
+    array.loaded_by.assign(array.bytes, Watched::kNobody);
+    array.stored_by.assign(array.bytes, Watched::kNobody);
+  }
+  [[maybe_unused]] static const bool once = (static_shared = find_static_shared(), true);
+  machine.job = job;
+  machine.failed = false;
+  machine.host.adopt();
+  gridDim = grid;
+  blockDim = block;
+  std::vector<int> threads(block.x * block.y * block.z);
+  while (machine.threads.size() < threads.size())
+    machine.threads.push_back(std::make_unique<Thread>(machine.threads.size()));
+  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t id = order.block(i, blocks);
+    blockIdx = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
+                static_cast<unsigned>(id / grid.x / grid.y)};
+    order.threads(id, threads);
+    machine.block = static_cast<int>(id);
+    // Exactly as large as asked for, and fresh: AddressSanitizer sees the byte behind it, and a pointer kept
+    // too long.
+    void* shared = nullptr;
+    if (dynamic_shared_bytes > 0 && posix_memalign(&shared, 128, dynamic_shared_bytes) != 0)
+      throw std::bad_alloc();
+    const std::unique_ptr<void, decltype(&free)> owner(shared, free);
+    machine.dynamic_shared = static_cast<char*>(shared);
+    machine.dynamic_shared_end = machine.dynamic_shared + dynamic_shared_bytes;
+    run_block(threads);
+  }
+  totals.loads += last.counters.loads;
+  totals.load_bytes += last.counters.load_bytes;
+  totals.stores += last.counters.stores;
+  totals.store_bytes += last.counters.store_bytes;
+}
+
+template <Exit kExit = Exit::together, typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+            cudaStream_t /*stream*/, Arguments&&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> parameters;
+  } call{kernel, {std::forward<Arguments>(arguments)...}};
+  const auto body = [](void* data) {
+    const Call& call = *static_cast<const Call*>(data);
+    std::apply(call.kernel, call.parameters);
+  };
+  run({body, &call, kExit == Exit::early}, grid, block, dynamic_shared_bytes);
+}
+
+// What the last launch did, and the sum over all that succeeded since the last reset.
+inline const Launch& last_launch() { return last; }
+inline const Counters& counters() { return totals; }
+inline void reset_counters() { totals = {}; }
+
+// From now on, counts what a launch moves from and to an array, and holds it for an error if one block
+// touches what another one stores. watched_counters() tells what launches did since.
+inline void watch(const std::string& name, const void* begin, int64_t bytes) {
+  watched.push_back({name, static_cast<const char*>(begin), bytes, {}, {}, {}});
+}
+inline void unwatch_all() { watched.clear(); }
+inline const Counters& watched_counters(const std::string& name) {
+  for (const Watched& array : watched) {
+    if (array.name == name) return array.counters;
+  }
+  throw Error("simt: nothing called " + name + " is watched");
+}
+
+}  // namespace simt
+
+#define DYN_SHARED(T, name) T* const name = ::simt::dynamic_shared<T>()

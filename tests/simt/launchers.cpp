@@ -1,0 +1,125 @@
+// Every launcher on memory that ends where its matrices end, for the sanitizers: an executable, since in a
+// torch extension the uninstrumented libraries drown them. Results are compared elsewhere.
+#include "kernels/launchers.h"
+
+#include <cstdio>
+#include <vector>
+
+#include "kernels/compat.cuh"
+
+namespace effdense::kernels {
+namespace {
+
+// A matrix in a heap block of its own, from `first` elements behind its beginning to its last row's last
+// channel.
+template <typename T>
+struct Owner {
+  std::vector<T> memory;
+  Matrix<T> matrix;
+
+  Owner(Size size, int64_t step, int64_t first)
+      : memory(size.rows == 0 ? 0 : first + (size.rows - 1) * step + size.channels),
+        matrix{memory.data() + first, step} {
+    for (size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<T>(static_cast<float>(i * 37 % 101));
+  }
+  Matrix<const T> read() const { return {matrix.data, matrix.step}; }
+};
+
+template <typename A>
+struct Vectors {
+  std::vector<A> scale, shift, mean, rstd, a, b;
+  explicit Vectors(int64_t channels)
+      : scale(channels, A(0.5)),
+        shift(channels, A(1)),
+        mean(channels, A(0.1)),
+        rstd(channels, A(2)),
+        a(channels, A(3)),
+        b(channels, A(0.25)) {}
+  Norm<A> norm() const { return {scale.data(), shift.data(), mean.data(), rstd.data()}; }
+};
+
+template <typename T>
+void run_maps(Size size, int64_t step, int64_t first) {
+  using A = acc_t<T>;
+  Owner<T> x(size, step, first), grad(size, step, first), out(size, step, first);
+  Vectors<A> v(size.channels);
+  std::vector<A> workspace(workspace_size<T>(size)), one(size.channels), two(size.channels);
+  channel_statistics(size, x.read(), one.data(), two.data(), workspace.data(), nullptr);
+  append_features(size, x.read(), out.matrix, one.data(), two.data(), workspace.data(), nullptr);
+  take_gradient(size, x.read(), v.mean.data(), v.a.data(), v.b.data(), grad.read(), out.matrix, nullptr);
+  bn_relu(size, x.read(), v.norm(), out.matrix, nullptr);
+  for (const bool batch_statistics : {false, true})
+    bn_relu_backward(size, grad.matrix, x.read(), v.norm(), batch_statistics, one.data(), two.data(),
+                     workspace.data(), nullptr);
+  bn_relu_accumulate(size, grad.read(), x.read(), v.norm(), out.matrix, one.data(), two.data(),
+                     workspace.data(), nullptr);
+}
+
+template <typename T>
+void run_pools(Windows windows, int64_t more, int64_t first) {
+  using A = acc_t<T>;
+  const auto pixels = [](const int (&size)[3]) { return int64_t{1} * size[0] * size[1] * size[2]; };
+  const Size in{windows.images * pixels(windows.in), windows.channels};
+  const Size out{windows.images * pixels(windows.out), windows.channels};
+  const int64_t step = windows.channels + more;
+  Owner<T> x(in, step, first), grad_x(in, step, first), y(out, step, first);
+  Owner<uint8_t> where(out, windows.channels, 0);
+  Vectors<A> v(windows.channels);
+  bn_relu_max_pool(windows, x.read(), v.norm(), y.matrix, where.matrix, nullptr);
+  max_pool_backward(windows, y.read(), where.read(), grad_x.matrix, nullptr);
+  for (int axis = 0; axis < 3; ++axis) {
+    windows.stride[axis] = windows.kernel[axis];
+    windows.padding[axis] = 0;
+    windows.out[axis] = windows.in[axis] / windows.kernel[axis];
+  }
+  const Size averaged{windows.images * pixels(windows.out), windows.channels};
+  Owner<T> pooled(averaged, step, first);
+  std::vector<A> workspace(avg_pool_workspace_size<T>(windows)), one(windows.channels), two(windows.channels);
+  bn_relu_avg_pool(windows, x.read(), v.norm(), pooled.matrix, nullptr);
+  bn_relu_avg_pool_backward(windows, pooled.read(), x.read(), v.norm(), grad_x.matrix, one.data(), two.data(),
+                            workspace.data(), nullptr);
+}
+
+template <typename T>
+void run_all() {
+  for (const Size size : {Size{1, 1}, {9, 3}, {70, 12}, {49, 13}, {300, 24}, {33, 40}, {20, 300}})
+    for (const int64_t first : {0, 1, 4, 8})
+      for (const int64_t more : {0, 3, 8}) run_maps<T>(size, size.channels + more, first);
+  for (const int64_t channels : {1, 3, 12, 24})
+    for (const int64_t more : {0, 8}) {
+      run_pools<T>({2, channels, {1, 9, 8}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}, {1, 5, 4}}, more, more);
+      run_pools<T>({3, channels, {1, 7, 7}, {1, 7, 7}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}}, more, more);
+      run_pools<T>({2, channels, {4, 3, 5}, {2, 1, 4}, {1, 2, 3}, {1, 0, 2}, {5, 2, 2}}, more, more);
+    }
+}
+
+template <typename A>
+void run_vectors(int64_t channels) {
+  Vectors<A> v(channels);
+  std::vector<A> rstd(channels), scale(channels), shift(channels);
+  fold(channels, v.mean.data(), v.rstd.data(), v.scale.data(), v.shift.data(), A(0.1), rstd.data(),
+       scale.data(), shift.data(), nullptr);
+  defer(channels, v.mean.data(), v.shift.data(), v.rstd.data(), v.scale.data(), 7, v.a.data(), v.b.data(),
+        nullptr);
+}
+
+}  // namespace
+}  // namespace effdense::kernels
+
+int main() {
+  using namespace effdense::kernels;
+  try {
+    run_all<float>();
+    run_all<double>();
+    run_all<__half>();
+    run_all<__nv_bfloat16>();
+    for (const int channels : {0, 1, 13, 300}) {
+      run_vectors<float>(channels);
+      run_vectors<double>(channels);
+    }
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
+  return 0;
+}
