@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -16,6 +18,34 @@ from effdense_build import TORCH, find_compiler
 
 # These say what a wheel needs or what is in it; every other command does without torch.
 WHEEL_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
+
+
+# What the kernels need is there from 8.0 on. PTX: for cards that come later.
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def cuda_toolkit(version: str | None) -> str | None:
+    """The folder of the CUDA toolkit to compile with, or None: torch is without CUDA, or there is no nvcc for it."""
+    if version is None or os.environ.get("FORCE_CUDA") == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes) or None)
+    wanted, reason = os.environ.get("FORCE_CUDA", "0") != "0", "nvcc was not found"
+    if nvcc:
+        # What is on the PATH may be a script outside of the toolkit: nvcc itself knows where it is.
+        told = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+        found = re.search(r"^#\$ TOP=(.+)$", told, re.M)
+        release = re.search(
+            r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        )
+        if found and release and release[1] == version.split(".")[0]:
+            return os.path.realpath(found[1].strip())
+        reason = f"{nvcc} is of CUDA {release[1] if release else 'of unknown version'}"
+    message = f"effdense: torch is built for CUDA {version}, but {reason}"
+    if wanted:
+        sys.exit(f"{message}; FORCE_CUDA is set, so nothing was built")
+    print(f"{message}: CUDA kernels are left out, on a GPU plain PyTorch will run.", file=sys.stderr)
+    return None
 
 
 def compiled() -> dict[str, Any]:
@@ -34,18 +64,29 @@ def compiled() -> dict[str, Any]:
         )
     # The ninja of an environment that is not activated is not on the PATH.
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
     # Python's own flags are before these and often ask for debug information.
     flags = ["-O0", "-g"] if os.environ.get("DEBUG", "0") != "0" else ["-O3", "-g0"]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    extension = CppExtension(
-        "_effdense",
-        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        include_dirs=[os.path.abspath("csrc")],
-        extra_compile_args=[*flags, *openmp, "-Wall", "-Wextra", "-Wno-unused-parameter"],
-        extra_link_args=openmp,
-    )
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    options: dict[str, Any] = {
+        "include_dirs": [os.path.abspath("csrc")],
+        "extra_compile_args": {"cxx": [*flags, *openmp, "-Wall", "-Wextra", "-Wno-unused-parameter"]},
+        "extra_link_args": openmp,
+    }
+    toolkit = cuda_toolkit(torch.version.cuda)
+    if toolkit:
+        # torch looks for both when it is imported, and takes the folder above nvcc's, which may be a script's.
+        os.environ["CUDA_HOME"] = toolkit
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        sources += sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/kernels/*.cu"))
+        options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20"]
+        options["define_macros"] = [
+            ("EFFDENSE_CUDA", f'"{torch.version.cuda}"'),
+            ("EFFDENSE_CUDA_ARCHITECTURES", f'"{architectures}"'),
+        ]
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    extension = (CUDAExtension if toolkit else CppExtension)("_effdense", sources, **options)
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExtension},

@@ -12,7 +12,10 @@
 #include <sys/mman.h>
 #endif
 
-TORCH_LIBRARY(effdense, m) { effdense::define_operators(m); }
+TORCH_LIBRARY(effdense, m) {
+  effdense::define_operators(m);
+  effdense::define_cpu_operators(m);
+}
 
 namespace {
 
@@ -30,8 +33,13 @@ pybind11::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+#ifdef EFFDENSE_CUDA_ARCHITECTURES  // as TORCH_CUDA_ARCH_LIST has them
+  info["cuda"] = EFFDENSE_CUDA;
+  info["arch_list"] = EFFDENSE_CUDA_ARCHITECTURES;
+#else
   info["cuda"] = pybind11::none();
-  info["arch_list"] = pybind11::list();
+  info["arch_list"] = "";
+#endif
   return info;
 }
 

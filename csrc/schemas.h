@@ -38,18 +38,6 @@ inline void define_operators(torch::Library& m) {
       " Tensor weight, Tensor(a!)[] grad_features, bool accumulate, bool need_features, bool need_weight,"
       " Tensor[] deferred)"
       " -> (Tensor grad_weight, Tensor sum_d, Tensor sum_dx)");
-  // out = weight * relu(scale * x + shift) + bias, a 3x3 convolution with padding 1 -> out's mean and
-  // variance
-  m.def(
-      "bn_relu_conv3x3(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, Tensor(a!) out)"
-      " -> (Tensor mean, Tensor var)");
-  // d = (gradient of relu(...)) masked by relu -> grad_weight [O, C, 3, 3] (in the accumulation type), sum d,
-  // sum d (x - mean); grad_x becomes scale * d, or with `accumulate` grows by it
-  m.def(
-      "bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor "
-      "weight,"
-      " Tensor(a!) grad_x, bool accumulate, bool need_x, bool need_weight)"
-      " -> (Tensor grad_weight, Tensor sum_d, Tensor sum_dx)");
   // out = grad - a - b * (x - mean): finishes batch normalisation's backward; out may be grad
   m.def("take_gradient(Tensor x, Tensor mean, Tensor a, Tensor b, Tensor grad, Tensor(a!) out) -> ()");
   // out = relu(scale * x + shift)
@@ -76,6 +64,21 @@ inline void define_operators(torch::Library& m) {
   m.def(
       "max_pool_backward(Tensor grad, Tensor where, int[] kernel_size, int[] stride, int[] padding,"
       " Tensor(a!) grad_z) -> ()");
+}
+
+// Elsewhere cuDNN's convolutions are hard to beat, and the engine takes bn_relu and those.
+inline void define_cpu_operators(torch::Library& m) {
+  // out = weight * relu(scale * x + shift) + bias, a 3x3 convolution with padding 1 -> out's mean and
+  // variance
+  m.def(
+      "bn_relu_conv3x3(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, Tensor(a!) out)"
+      " -> (Tensor mean, Tensor var)");
+  // d = (gradient of relu(...)) masked by relu -> grad_weight [O, C, 3, 3] (in the accumulation type), sum d,
+  // sum d (x - mean); grad_x becomes scale * d, or with `accumulate` grows by it
+  m.def(
+      "bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean,"
+      " Tensor weight, Tensor(a!) grad_x, bool accumulate, bool need_x, bool need_weight)"
+      " -> (Tensor grad_weight, Tensor sum_d, Tensor sum_dx)");
 }
 
 }  // namespace effdense

@@ -88,6 +88,6 @@ def build_info() -> dict[str, Any]:
         "compiler": built_with.get("compiler"),
         "openmp": built_with.get("openmp", False),
         "cuda": built_with.get("cuda"),
-        "arch_list": built_with.get("arch_list", []),
+        "arch_list": re.findall(r"[\w.+]+", built_with.get("arch_list", "")),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
