@@ -185,6 +185,39 @@ inline void check_take_gradient(const char* op, const Tensor& x, const Tensor& m
   check_same_shape(op, "out", out, x);
 }
 
+inline void check_bottleneck(const char* op, TensorList features, const Tensor& scale, const Tensor& shift,
+                             const Tensor& weight, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_shift,
+                             const Tensor& y) {
+  check_features(op, features);
+  const Tensor& first = features[0];
+  const int64_t channels = count_channels(features);
+  check_per_channel(op, "scale", scale, first, channels);
+  check_per_channel(op, "shift", shift, first, channels);
+  check_weight(op, weight, first, channels);
+  const int64_t out_channels = weight.size(0);
+  if (bias) check_per_channel(op, "bias", *bias, first, out_channels);
+  check_epilogue(op, out_scale, out_shift, first, out_channels);
+  check_same_images(op, "y", y, first);
+  check_channels(op, "y", y, out_channels, "the weight's rows");
+}
+
+inline void check_bottleneck_backward(const char* op, TensorList features, const Tensor& grad_y,
+                                      const Tensor& scale, const Tensor& shift, const Tensor& mean,
+                                      const Tensor& weight, TensorList grad_features, TensorList deferred) {
+  check_features(op, features);
+  const Tensor& first = features[0];
+  const int64_t channels = count_channels(features);
+  check_per_channel(op, "scale", scale, first, channels);
+  check_per_channel(op, "shift", shift, first, channels);
+  check_per_channel(op, "mean", mean, first, channels);
+  check_weight(op, weight, first, channels);
+  check_same_images(op, "grad_y", grad_y, first);
+  check_channels(op, "grad_y", grad_y, weight.size(0), "the weight's rows");
+  check_deferred(op, deferred, grad_y);
+  check_grad_features(op, grad_features, features);
+}
+
 // A norm's weight or bias in the accumulation type, undefined for None.
 inline Tensor norm_parameter(const char* op, const char* name, const std::optional<Tensor>& vector,
                              const Tensor& like) {

@@ -35,7 +35,6 @@ from tests.cases import (
     to_dtype,
 )
 
-BACKENDS = ["cpu"]  # the CUDA kernels of these operators are still to come
 Case = dict[str, Any]
 Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean")

@@ -45,17 +45,9 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
                                       const std::optional<Tensor>& out_scale,
                                       const std::optional<Tensor>& out_shift, bool statistics, Tensor& y) {
   constexpr const char* op = "bottleneck";
-  check_features(op, features);
+  check_bottleneck(op, features, scale, shift, weight, bias, out_scale, out_shift, y);
   const Tensor& first = features[0];
-  const int64_t channels = count_channels(features);
-  check_per_channel(op, "scale", scale, first, channels);
-  check_per_channel(op, "shift", shift, first, channels);
-  check_weight(op, weight, first, channels);
-  const int64_t out_channels = weight.size(0);
-  if (bias) check_per_channel(op, "bias", *bias, first, out_channels);
-  check_epilogue(op, out_scale, out_shift, first, out_channels);
-  check_same_images(op, "y", y, first);
-  check_channels(op, "y", y, out_channels, "the weight's rows");
+  const int64_t channels = scale.numel(), out_channels = weight.size(0);
   Tensor mean = at::zeros({statistics ? out_channels : 0}, scale.options());
   Tensor var = at::ones({statistics ? out_channels : 0}, scale.options());
   if (y.numel() == 0) return {mean, var};
@@ -100,18 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
                                                        bool need_features, bool need_weight,
                                                        TensorList deferred) {
   constexpr const char* op = "bottleneck_backward";
-  check_features(op, features);
+  check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, deferred);
   const Tensor& first = features[0];
-  const int64_t channels = count_channels(features);
-  check_per_channel(op, "scale", scale, first, channels);
-  check_per_channel(op, "shift", shift, first, channels);
-  check_per_channel(op, "mean", mean, first, channels);
-  check_weight(op, weight, first, channels);
-  const int64_t out_channels = weight.size(0);
-  check_same_images(op, "grad_y", grad_y, first);
-  check_channels(op, "grad_y", grad_y, out_channels, "the weight's rows");
-  check_deferred(op, deferred, grad_y);
-  check_grad_features(op, grad_features, features);
+  const int64_t channels = scale.numel(), out_channels = weight.size(0);
 
   Tensor grad_weight = at::zeros({need_weight ? out_channels : 0, channels}, scale.options());
   Tensor sum_d = at::zeros({channels}, scale.options()), sum_dx = at::zeros({channels}, scale.options());

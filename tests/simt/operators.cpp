@@ -4,6 +4,7 @@
 
 // One translation unit: torch's headers cost more time than all else.
 #include "cuda/batch_norm.cpp"
+#include "cuda/bottleneck.cpp"
 #include "cuda/features.cpp"
 #include "cuda/pool.cpp"
 #include "simt/launch.h"

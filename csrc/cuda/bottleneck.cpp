@@ -1,0 +1,163 @@
+// bottleneck and its backward, on CUDA.
+#include <ATen/Context.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+
+#include <tuple>
+
+#include "cuda/bindings.h"
+#include "cuda/kernels/bottleneck_launchers.h"
+
+namespace effdense {
+namespace {
+
+// What PyTorch asks before it runs a float32 convolution in TF32; this is one.
+bool tf32_permitted() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
+
+template <typename A>
+const A* data_or_null(const std::optional<Tensor>& vector) {
+  return vector ? vector->const_data_ptr<A>() : nullptr;
+}
+
+// Maps that lie in one buffer as its channels, side by side, as one map; undefined for any others.
+Tensor as_one_map(TensorList maps) {
+  const Tensor& first = maps[0];
+  if (maps.size() == 1) return first;
+  const std::optional<int64_t> step = matrix_step(first);
+  int64_t channels = 0;
+  for (const Tensor& map : maps) {
+    const bool adjacent = step && map.is_alias_of(first) && map.strides() == first.strides() &&
+                          map.storage_offset() == first.storage_offset() + channels;
+    if (!adjacent) return {};
+    channels += map.size(1);
+  }
+  // One pixel of each is no proof that the next one does not lie where a wider map would have its channels.
+  if (channels > *step) return {};
+  std::vector<int64_t> sizes = first.sizes().vec(), strides = first.strides().vec();
+  sizes[1] = channels;
+  strides[1] = 1;
+  return first.as_strided(sizes, strides);
+}
+
+// An uninitialised channels-last map with the sizes of `like`, in rows of whole 16 bytes.
+Tensor empty_map(const Tensor& like, int64_t channels) {
+  const int64_t unit = 16 / like.itemsize();
+  std::vector<int64_t> sizes = like.sizes().vec();
+  sizes.erase(sizes.begin() + 1);
+  sizes.push_back((channels + unit - 1) / unit * unit);
+  return at::empty(sizes, like.options()).movedim(-1, 1).narrow(1, 0, channels);
+}
+
+// The features side by side: as they are, or gathered.
+Tensor joined(TensorList features) {
+  if (const Tensor map = as_one_map(features); map.defined()) return map;
+  const Tensor map = empty_map(features[0], count_channels(features));
+  int64_t first = 0;
+  for (const Tensor& feature : features) {
+    map.narrow(1, first, feature.size(1)).copy_(feature);
+    first += feature.size(1);
+  }
+  return map;
+}
+
+std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, const Tensor& shift,
+                                      const Tensor& weight, const std::optional<Tensor>& bias,
+                                      const std::optional<Tensor>& out_scale,
+                                      const std::optional<Tensor>& out_shift, bool statistics, Tensor& y) {
+  constexpr const char* op = "bottleneck";
+  check_bottleneck(op, features, scale, shift, weight, bias, out_scale, out_shift, y);
+  const OnDevice device(y);
+  const int64_t out_channels = statistics ? weight.size(0) : 0;
+  if (y.numel() == 0)
+    return {at::zeros({out_channels}, scale.options()), at::ones({out_channels}, scale.options())};
+  Tensor mean = at::empty({out_channels}, scale.options()), var = at::empty_like(mean);
+  EFFDENSE_CUDA_DISPATCH(y.scalar_type(), op, [&] {
+    const kernels::Matrix<T> out = writable_matrix<T>(op, "y", y);
+    const ReadableMatrix<T> x(joined(features));
+    const kernels::Size size = size_of(x.dense);
+    const Tensor workspace = at::empty(
+        {statistics ? kernels::bottleneck_workspace_size<T>(size, out_channels) : 0}, scale.options());
+    const kernels::Epilogue<A> epilogue{data_or_null<A>(bias), data_or_null<A>(out_scale),
+                                        data_or_null<A>(out_shift)};
+    kernels::bottleneck(size, weight.size(0), x.matrix, norm_of<A>(scale, shift),
+                        static_cast<const T*>(weight.const_data_ptr()), epilogue, tf32_permitted(), out,
+                        statistics ? mean.mutable_data_ptr<A>() : nullptr,
+                        statistics ? var.mutable_data_ptr<A>() : nullptr, workspace.mutable_data_ptr<A>(),
+                        device.stream);
+  });
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, const Tensor& grad_y,
+                                                       const Tensor& scale, const Tensor& shift,
+                                                       const Tensor& mean, const Tensor& weight,
+                                                       TensorList grad_features, bool accumulate,
+                                                       bool need_features, bool need_weight,
+                                                       TensorList deferred) {
+  constexpr const char* op = "bottleneck_backward";
+  check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, deferred);
+  const OnDevice device(grad_y);
+  const int64_t out_channels = weight.size(0), channels = scale.numel();
+  const bool nothing = grad_y.numel() == 0;
+  const auto result = [&](at::IntArrayRef sizes, bool wanted) {
+    return wanted && !nothing ? at::empty(sizes, scale.options()) : at::zeros(sizes, scale.options());
+  };
+  const Tensor grad_weight = result({need_weight ? out_channels : 0, channels}, true);
+  const Tensor sum_d = result({channels}, need_features), sum_dx = result({channels}, need_features);
+  if (nothing) return {grad_weight, sum_d, sum_dx};
+
+  EFFDENSE_CUDA_DISPATCH(grad_y.scalar_type(), op, [&] {
+    bool wanted = false, whole = true;  // any of the gradients, all of them
+    for (size_t i = 0; i < grad_features.size(); ++i) {
+      const bool mine = need_features && grad_features[i].numel() > 0;
+      if (mine) writable_step(op, ("grad_features[" + std::to_string(i) + "]").c_str(), grad_features[i]);
+      wanted = wanted || mine;
+      whole = whole && mine;
+    }
+    const ReadableMatrix<T> x(joined(features)), dy(grad_y);
+    // Where the gradients are no one map, they are made as one and handed out.
+    const Tensor together = whole ? as_one_map(grad_features) : Tensor();
+    const Tensor grad_x = !wanted ? Tensor() : together.defined() ? together : empty_map(grad_y, channels);
+    kernels::Deferred<T> correction;
+    std::optional<ReadableMatrix<T>> y;
+    if (!deferred.empty()) {
+      y.emplace(deferred[0]);
+      correction = {y->matrix, deferred[1].const_data_ptr<A>(), deferred[2].const_data_ptr<A>(),
+                    deferred[3].const_data_ptr<A>()};
+    }
+    const kernels::Size size = size_of(x.dense);
+    const Tensor workspace =
+        at::empty({kernels::bottleneck_backward_workspace_size<T>(size, out_channels)}, scale.options());
+    kernels::bottleneck_backward(
+        size, out_channels, x.matrix, dy.matrix, correction, norm_of<A>(scale, shift, &mean),
+        static_cast<const T*>(weight.const_data_ptr()), tf32_permitted(),
+        wanted ? writable_matrix<T>(op, "grad_features", grad_x) : kernels::Matrix<T>{nullptr, 0},
+        accumulate && together.defined(), need_weight ? grad_weight.mutable_data_ptr<A>() : nullptr,
+        need_features ? sum_d.mutable_data_ptr<A>() : nullptr,
+        need_features ? sum_dx.mutable_data_ptr<A>() : nullptr, workspace.mutable_data_ptr<A>(),
+        device.stream);
+    if (!wanted || together.defined()) return;
+    int64_t first = 0;
+    for (size_t i = 0; i < grad_features.size(); ++i) {
+      const Tensor part = grad_x.narrow(1, first, features[i].size(1));
+      first += features[i].size(1);
+      if (grad_features[i].numel() == 0) continue;
+      if (accumulate)
+        grad_features[i].add_(part);
+      else
+        grad_features[i].copy_(part);
+    }
+  });
+  return {grad_weight, sum_d, sum_dx};
+}
+
+}  // namespace
+
+EFFDENSE_CUDA_LIBRARY(m) {
+  m.impl("bottleneck", bottleneck);
+  m.impl("bottleneck_backward", bottleneck_backward);
+}
+
+}  // namespace effdense
