@@ -6,52 +6,70 @@ nobody has tried yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effdense import reference
-from effdense.operators import operators
+from effdense.operators import ON_CPU_ALONE
 from effdense.reference import channels_last
 
+
+class Number(NamedTuple):
+    """A dtype, and how operands of products are rounded."""
+
+    dtype: torch.dtype
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+
+_EVERYWHERE = [Number(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+NUMBERS = {
+    "cpu": _EVERYWHERE,
+    "cuda": [*_EVERYWHERE, Number(torch.float32, tf32=True), Number(torch.float16)],
+}
+TF32_ROUNDING = 2.0**-10
+
+Shape = tuple[int, tuple[int, ...], tuple[int, ...], int]
 # images, spatial sizes, channels of each feature, output channels
-SHAPES = [
+SHAPES: list[Shape] = [
     (2, (5, 7), (3, 5, 2), 6),
     (3, (1, 1), (4, 3), 5),
     (2, (33,), (13,), 3),
     (8, (16, 17), (24, 12, 12), 48),
 ]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 class Result(NamedTuple):
-    """One operator in one dtype."""
+    """One operator in one kind of numbers."""
 
     operator: str
-    dtype: torch.dtype
+    number: Number
     error: float  # the largest, relative to the result's root mean square, over all shapes
     allowed: float
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within what the dtype allows; NaN is not."""
+        """Whether the error is within what the numbers allow; NaN is not."""
         return self.error <= self.allowed
 
 
 class _Case:
     """Random arguments of one shape, the same numbers in every dtype (multiples of 1/16)."""
 
-    def __init__(
-        self, shape: tuple[int, tuple[int, ...], tuple[int, ...], int], dtype: torch.dtype, device: Any
-    ):
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: Any):
         images, spatial, channels, out = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         wide = reference.accumulate_dtype(dtype)
 
         def random(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return (torch.randn(size, generator=generator) * 16).round().div(16).to(device, dtype)
+            numbers = torch.randn(size, generator=generator, device="cpu") * 16
+            return numbers.round().div(16).to(device, dtype)
 
         maps = [random(images, c, *spatial) for c in channels]
         self.features = [channels_last(x) if i % 2 else x for i, x in enumerate(maps)]
@@ -183,23 +201,45 @@ OPERATORS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
 }
 
 
-def check(device: str = "cpu") -> list[Result]:
-    """Runs every operator on `device` in every dtype and compares it with the float64 twin on the CPU.
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 convolutions, and with them these operators, may round to TF32 on CUDA."""
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
-    A result may differ by 16 roundings of its own dtype and 1000 of the dtype that sums are kept in, relative to its root
+
+def check(
+    device: str,
+    ops: Any,
+    numbers: Sequence[Number] | None = None,
+    shapes: Sequence[Shape] = SHAPES,
+) -> list[Result]:
+    """Runs every operator of `ops` on `device` in every kind of numbers and compares it with the float64 twin on the CPU.
+
+    A result may differ by 16 roundings of its own numbers and 1000 of the dtype that sums are kept in, relative to its root
     mean square: far more than correct code needs and far less than a wrong index gives.
     """
+    kind = torch.device(device).type
+    names = [name for name in OPERATORS if kind == "cpu" or name not in ON_CPU_ALONE]
     results = []
-    for name, call in OPERATORS.items():
-        for dtype in DTYPES:
-            worst = 0.0
+    for name in names:
+        for number in NUMBERS.get(kind, _EVERYWHERE) if numbers is None else numbers:
+            if number.tf32 and not name.startswith("bottleneck"):
+                continue  # has no products
+            worst, dtype = 0.0, number.dtype
             wide = torch.finfo(reference.accumulate_dtype(dtype)).eps
-            for shape in SHAPES:
+            for shape in shapes:
                 case = _Case(shape, dtype, device)
-                got = call(operators(case.features[0]), case)
-                exact = call(reference, _Case(shape, torch.float64, "cpu"))
+                with _tf32(number.tf32):
+                    got = OPERATORS[name](ops, case)
+                exact = OPERATORS[name](reference, _Case(shape, torch.float64, "cpu"))
                 for a, b in zip(got, exact, strict=True):
                     error = (a.double().cpu() - b).abs().max() / b.double().square().mean().sqrt()
                     worst = max(worst, error.item()) if error == error else float("nan")
-            results.append(Result(name, dtype, worst, 16 * torch.finfo(dtype).eps + 1e3 * wide))
+            rounding = TF32_ROUNDING if number.tf32 else torch.finfo(dtype).eps
+            results.append(Result(name, number, worst, 16 * rounding + 1e3 * wide))
     return results

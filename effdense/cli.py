@@ -9,28 +9,45 @@ from collections.abc import Sequence
 
 import torch
 
+from effdense import cuda, reference
 from effdense._extension import build_info
 from effdense.check import check
 from effdense.memory import CATEGORIES, MEMORY, build, largest_batch, plan
 from effdense.operators import operators
 
 
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"{device}: {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}, CUDA {torch.version.cuda}, "
+        f"cuDNN {torch.backends.cudnn.version()}"
+    )
+
+
 def _check(arguments: argparse.Namespace) -> int:
     try:
-        where = operators(torch.empty(0, device=arguments.device))
+        x = torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         print(f"effdense check: device {arguments.device!r} cannot be used here: {error}", file=sys.stderr)
         return 2
     for key, value in build_info().items():
         print(f"{key}: {value}")
-    kind = "compiled operators" if where is torch.ops.effdense else "plain PyTorch (no compiled operators)"
-    print(f"\n{kind} on {arguments.device} against the float64 twin:")
-    results = check(arguments.device)
+    if x.device.type != "cuda":
+        ops = operators(x)
+    elif reason := cuda.why_unsupported(x.device.index):
+        print(f"\nno kernels for this card, because {reason}")
+        ops = reference
+    else:  # without asking whether they are right, which is to be seen
+        ops = torch.ops.effdense
+    kind = "plain PyTorch (no compiled operators)" if ops is reference else "compiled operators"
+    print(f"\n{kind} on {_describe(x.device)} against the float64 twin:")
+    results = check(str(x.device), ops)
     for result in results:
-        name = str(result.dtype).removeprefix("torch.")
         verdict = "passed" if result.passed else "FAILED"
         print(
-            f"  {result.operator:<25} {name:<9} error {result.error:.1e} of {result.allowed:.1e}  {verdict}"
+            f"  {result.operator:<25} {result.number!s:<9} error {result.error:.1e} of {result.allowed:.1e}  {verdict}"
         )
     failed = sum(not result.passed for result in results)
     print(f"{len(results) - failed} passed, {failed} failed")

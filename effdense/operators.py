@@ -1,6 +1,6 @@
 """Chooses the implementation of the operators for a tensor: compiled, or plain PyTorch.
 
-Both have the same functions (csrc/ops.cpp holds the schemas), so that everything above takes the namespace as a
+Both have the same functions (csrc/schemas.h holds them), so that everything above takes the namespace as a
 value and does not care.
 """
 
@@ -12,17 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdense import reference
+from effdense import cuda, reference
 from effdense._extension import extension
 
-_COMPILED_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
+# The operators that only the CPU has: elsewhere cuDNN's convolutions are hard to beat.
+ON_CPU_ALONE = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")
+
+# device -> the compiled operators, and the dtypes of maps that they take
+_COMPILED: dict[str, tuple[Any, tuple[torch.dtype, ...]]] = {}
+if extension is not None:
+    _everywhere = (torch.float32, torch.float64, torch.bfloat16)
+    _COMPILED["cpu"] = torch.ops.effdense, _everywhere
+    _COMPILED["cuda"] = torch.ops.effdense, (*_everywhere, torch.float16)
 
 
 def operators(x: Tensor) -> Any:
     """The namespace whose operators take tensors like `x` (a map; the vectors that go with it have the device alone)."""
-    if extension is not None and x.dtype in _COMPILED_DTYPES.get(x.device.type, ()):
-        return torch.ops.effdense
-    return reference
+    compiled, dtypes = _COMPILED.get(x.device.type, (reference, ()))
+    if x.dtype not in dtypes or (x.device.type == "cuda" and not cuda.usable(x.device.index)):
+        return reference
+    return compiled
 
 
 def _vector(x: Tensor, size: int) -> Tensor:

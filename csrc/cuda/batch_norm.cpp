@@ -42,7 +42,7 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
   check_norm(op, x, scale, shift);
   check_same_shape(op, "out", out, x);
   const OnDevice device(x);
-  EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x);
     kernels::bn_relu(size_of(x), from.matrix, norm_of<A>(scale, shift), writable_matrix<T>(op, "out", out),
                      device.stream);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const
   check_same_shape(op, "grad", grad, x);
   const OnDevice device(x);
   const Sums sums(x, scale);
-  EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x);
     const Tensor workspace = at::empty({kernels::workspace_size<T>(size_of(x))}, scale.options());
     kernels::bn_relu_backward(size_of(x), writable_matrix<T>(op, "grad", grad), from.matrix,
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& 
   check_same_shape(op, "grad_x", grad_x, x);
   const OnDevice device(x);
   const Sums sums(x, scale);
-  EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), dz(grad);
     const Tensor workspace = at::empty({kernels::workspace_size<T>(size_of(x))}, scale.options());
     kernels::bn_relu_accumulate(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),

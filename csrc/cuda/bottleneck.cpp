@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
   if (y.numel() == 0)
     return {at::zeros({out_channels}, scale.options()), at::ones({out_channels}, scale.options())};
   Tensor mean = at::empty({out_channels}, scale.options()), var = at::empty_like(mean);
-  EFFDENSE_CUDA_DISPATCH(y.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, y, [&] {
     const kernels::Matrix<T> out = writable_matrix<T>(op, "y", y);
     const ReadableMatrix<T> x(joined(features));
     const kernels::Size size = size_of(x.dense);
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
   const Tensor sum_d = result({channels}, need_features), sum_dx = result({channels}, need_features);
   if (nothing) return {grad_weight, sum_d, sum_dx};
 
-  EFFDENSE_CUDA_DISPATCH(grad_y.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, grad_y, [&] {
     bool wanted = false, whole = true;  // any of the gradients, all of them
     for (size_t i = 0; i < grad_features.size(); ++i) {
       const bool mine = need_features && grad_features[i].numel() > 0;

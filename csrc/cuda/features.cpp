@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> channel_statistics(TensorList features) {
   check_features(op, features);
   const OnDevice device(features[0]);
   auto [mean, var] = empty_statistics(features[0], count_channels(features));
-  EFFDENSE_CUDA_DISPATCH(features[0].scalar_type(), op, [&, &mean = mean, &var = var] {
+  EFFDENSE_CUDA_DISPATCH(op, features[0], [&, &mean = mean, &var = var] {
     A *mean_data = mean.mutable_data_ptr<A>(), *var_data = var.mutable_data_ptr<A>();
     for (const Tensor& feature : features) {
       const ReadableMatrix<T> x(feature);
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> append_features(const Tensor& new_features, Tensor& o
   check_append_features(op, new_features, out);
   const OnDevice device(out);
   auto [mean, var] = empty_statistics(out, out.size(1));
-  EFFDENSE_CUDA_DISPATCH(out.scalar_type(), op, [&, &mean = mean, &var = var] {
+  EFFDENSE_CUDA_DISPATCH(op, out, [&, &mean = mean, &var = var] {
     const ReadableMatrix<T> x(new_features);
     const kernels::Size size = size_of(out);
     const Tensor workspace = at::empty({kernels::workspace_size<T>(size)}, mean.options());
@@ -57,7 +57,7 @@ void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const T
   constexpr const char* op = "take_gradient";
   check_take_gradient(op, x, mean, a, b, grad, out);
   const OnDevice device(x);
-  EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), g(grad);
     kernels::take_gradient(size_of(x), from.matrix, mean.const_data_ptr<A>(), a.const_data_ptr<A>(),
                            b.const_data_ptr<A>(), g.matrix, writable_matrix<T>(op, "out", out),

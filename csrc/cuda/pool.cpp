@@ -33,7 +33,7 @@ Tensor bn_relu_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shif
   const Windows windows = average_windows(op, x, kernel_size);
   const OnDevice device(x);
   Tensor out = channels_last_empty(x, windows.out, x.scalar_type());
-  EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x);
     kernels::bn_relu_avg_pool(windows_of(op, x, windows), from.matrix, norm_of<A>(scale, shift),
                               writable_matrix<T>(op, "out", out), device.stream);
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> bn_relu_avg_pool_backward(const Tensor& grad, const T
   check_pooled(op, "grad", grad, x, at::IntArrayRef(windows.out).slice(5 - x.dim()));
   const OnDevice device(x);
   const Sums sums(x, scale);
-  EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), g(grad);
     const kernels::Windows all = windows_of(op, x, windows);
     const Tensor workspace = at::empty({kernels::avg_pool_workspace_size<T>(all)}, scale.options());
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale
   const OnDevice device(x);
   Tensor out = channels_last_empty(x, windows.out, x.scalar_type());
   Tensor where = channels_last_empty(x, windows.out, at::kByte);
-  EFFDENSE_CUDA_DISPATCH(x.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x);
     kernels::bn_relu_max_pool(windows_of(op, x, windows), from.matrix, norm_of<A>(scale, shift),
                               writable_matrix<T>(op, "out", out),
@@ -89,7 +89,7 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
   check_pooled(op, "grad", grad, grad_z, at::IntArrayRef(windows.out).slice(5 - grad_z.dim()));
   check_where(op, where, grad);
   const OnDevice device(grad_z);
-  EFFDENSE_CUDA_DISPATCH(grad_z.scalar_type(), op, [&] {
+  EFFDENSE_CUDA_DISPATCH(op, grad_z, [&] {
     const ReadableMatrix<T> g(grad);
     const ReadableMatrix<uint8_t> taps(where);
     kernels::max_pool_backward(windows_of(op, grad_z, windows), g.matrix, taps.matrix,

@@ -1,0 +1,96 @@
+"""Whether the CUDA kernels may run on a card: built for it, and right on it.
+
+They were written without a GPU and proved on a CPU (docs/cuda.md). So before the first use of a card, each process checks
+them there against plain PyTorch; a card that fails gets plain PyTorch, and its user a loud message.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from effdense._extension import build_info
+
+SELF_CHECK = "EFFDENSE_SELF_CHECK"  # environment variable: 0 switches the check off
+# images, spatial sizes, channels of each feature, output channels: more than one tile of everything, ragged
+_SHAPE = (2, (9, 9), (24, 12, 13), 72)
+
+_usable: dict[int, bool] = {}
+
+
+def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `architectures`, as TORCH_CUDA_ARCH_LIST names them, runs on a card.
+
+    Machine code runs on cards of the same major version and the same or a later minor one; PTX (`8.0+PTX`) on every
+    later card (CUDA C++ Programming Guide, "Application Compatibility"); that of `9.0a` on 9.0 alone.
+    """
+    for name in architectures:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        assert found, name
+        built = int(found[1]), int(found[2])
+        if found[3]:
+            if built == capability:
+                return True
+        elif built <= capability and (found[4] or built[0] == capability[0]):
+            return True
+    return False
+
+
+def why_unsupported(index: int) -> str | None:
+    """Why there are no kernels for a card, in words that follow "because"; None where there are."""
+    info = build_info()
+    if info["cuda"] is None:
+        return "effdense was built without its CUDA kernels (nvcc of torch's CUDA version is needed to build them)"
+    capability = torch.cuda.get_device_capability(index)
+    if runs_on(info["arch_list"], capability):
+        return None
+    return (
+        f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, and effdense's "
+        f"kernels, which need 8.0 at least, were built for {', '.join(info['arch_list'])} (TORCH_CUDA_ARCH_LIST says "
+        "what they are built for)"
+    )
+
+
+def _why_wrong(index: int) -> str | None:
+    """Runs every operator once, on one small shape, against plain PyTorch on the CPU."""
+    from effdense.check import check
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            results = check(f"cuda:{index}", torch.ops.effdense, shapes=[_SHAPE])
+    except RuntimeError as error:
+        return f"its kernels fail on {torch.cuda.get_device_name(index)}: {error}"
+    wrong = ", ".join(f"{r.operator} in {r.number}" for r in results if not r.passed)
+    if not wrong:
+        return None
+    return f"its kernels are wrong on {torch.cuda.get_device_name(index)}: {wrong}"
+
+
+@torch.compiler.assume_constant_result
+def usable(index: int) -> bool:
+    """Whether the kernels run on card `index`; where not, says why at the first call. Milliseconds, once."""
+    if index in _usable:
+        return _usable[index]
+    reason = why_unsupported(index)
+    if reason is None and os.environ.get(SELF_CHECK, "1") != "0":
+        if torch.cuda.is_current_stream_capturing():
+            return True  # what waits for a result must not be captured: next time
+        reason = _why_wrong(index)
+        if reason is not None:
+            reason += (
+                f". Please open an issue with what `python -m effdense check --device cuda:{index}` prints; {SELF_CHECK}=0 "
+                "switches this check off"
+            )
+    _usable[index] = reason is None
+    if reason is not None:
+        warnings.warn(
+            f"effdense runs on plain PyTorch on cuda:{index} (same results, slower, more memory), because {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return reason is None
+
