@@ -20,8 +20,27 @@ from effdense_build import TORCH, find_compiler
 WHEEL_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
 
 
-# What the kernels need is there from 8.0 on. PTX: for cards that come later.
+# What the kernels need (cp.async, mma m16n8k16) is there from 8.0 on. PTX: for cards that come later.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def architectures() -> list[str]:
+    """What TORCH_CUDA_ARCH_LIST asks for, as far as the kernels run there; else every one that there is."""
+    asked = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES)
+    for name in asked:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            sys.exit(
+                "effdense: TORCH_CUDA_ARCH_LIST must be a list of compute capabilities such as 8.0;9.0+PTX, "
+                f"got {os.environ['TORCH_CUDA_ARCH_LIST']!r}"
+            )
+    able = [name for name in asked if float(re.match(r"[\d.]+", name)[0]) >= 8]
+    if able != asked:
+        print(
+            "effdense: the CUDA kernels need compute capability 8.0: none for "
+            f"{', '.join(sorted(set(asked) - set(able)))}, where plain PyTorch will run.",
+            file=sys.stderr,
+        )
+    return able
 
 
 def cuda_toolkit(version: str | None) -> str | None:
@@ -74,19 +93,21 @@ def compiled() -> dict[str, Any]:
         "extra_link_args": openmp,
     }
     toolkit = cuda_toolkit(torch.version.cuda)
-    if toolkit:
-        # torch looks for both when it is imported, and takes the folder above nvcc's, which may be a script's.
+    built_for = ";".join(architectures()) if toolkit else ""
+    if built_for:
+        # torch looks for both when its extensions are imported; left alone, it takes the folder above nvcc's, which may
+        # be a script's.
         os.environ["CUDA_HOME"] = toolkit
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = built_for
         sources += sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/kernels/*.cu"))
         options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20"]
         options["define_macros"] = [
             ("EFFDENSE_CUDA", f'"{torch.version.cuda}"'),
-            ("EFFDENSE_CUDA_ARCHITECTURES", f'"{architectures}"'),
+            ("EFFDENSE_CUDA_ARCHITECTURES", f'"{built_for}"'),
         ]
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    extension = (CUDAExtension if toolkit else CppExtension)("_effdense", sources, **options)
+    extension = (CUDAExtension if built_for else CppExtension)("_effdense", sources, **options)
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExtension},

@@ -93,4 +93,3 @@ def usable(index: int) -> bool:
             stacklevel=3,
         )
     return reason is None
-

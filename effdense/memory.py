@@ -170,11 +170,11 @@ class _Timeline(TorchDispatchMode):
 @contextmanager
 def _compiled_on_meta() -> Iterator[None]:
     """Meta tensors take the way of the compiled operators, whose fakes know what those allocate."""
-    operators._COMPILED_DTYPES["meta"] = operators._COMPILED_DTYPES["cpu"]
+    operators._COMPILED["meta"] = operators._COMPILED["cpu"]
     try:
         yield
     finally:
-        operators._COMPILED_DTYPES.pop("meta", None)
+        operators._COMPILED.pop("meta", None)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

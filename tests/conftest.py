@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import effdense
-from effdense import reference
+from effdense import operators, reference
 from tests.cases import BACKENDS
+from tests.on_device import OnDevice
 from tests.simt.compiler import compile_operators, cuda_include
 
 
@@ -19,9 +20,25 @@ def _compiled() -> None:
     assert effdense.build_info()["compiled"], effdense.build_info()["reason"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
+    if config.option.markexpr == "gpu" and not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu: torch finds no GPU here (torch.cuda.is_available() is False)")
+
+
+def _with_gpu(backends: Iterable[str]) -> list[Any]:
+    """And the GPU, where there is one."""
+    gpu = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+    return [*backends, *gpu]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = getattr(metafunc.module, "BACKENDS", BACKENDS)
-    for name, every in (("ops", backends), ("any_ops", [*backends, "reference"])):
+    for name, every in (
+        ("ops", _with_gpu(backends)),
+        ("any_ops", [*_with_gpu(backends), "reference"]),
+        ("backend", _with_gpu(BACKENDS)),
+    ):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, every, indirect=True)
 
@@ -35,18 +52,34 @@ def simt() -> Any:
     return torch.ops.effdense_simt
 
 
+def _namespace(request: pytest.FixtureRequest) -> Any:
+    if request.param == "simt":
+        return request.getfixturevalue("simt")
+    if request.param == "cuda":
+        return OnDevice(torch.ops.effdense, "cuda")
+    return BACKENDS.get(request.param, reference)
+
+
 @pytest.fixture
 def ops(request: pytest.FixtureRequest) -> Any:
     """Every backend, to be compared with the twin."""
-    return request.getfixturevalue("simt") if request.param == "simt" else BACKENDS[request.param]
+    return _namespace(request)
 
 
 @pytest.fixture
 def any_ops(request: pytest.FixtureRequest) -> Any:
     """Every backend and the twin itself, to be compared with something else."""
+    return _namespace(request)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What effdense runs on in a test: its CPU kernels, its CUDA kernels on the CPU, or a GPU (where tensors are then made)."""
     if request.param == "simt":
-        return request.getfixturevalue("simt")
-    return BACKENDS.get(request.param, reference)
+        dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        monkeypatch.setitem(operators._COMPILED, "cpu", (request.getfixturevalue("simt"), dtypes))
+    with torch.device("cuda" if request.param == "cuda" else "cpu"):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -55,5 +88,8 @@ def _same_everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2 if {"ops", "any_ops"} & set(request.fixturenames) else 1)
     torch.manual_seed(0)
+    conv = torch.backends.cudnn.conv
+    precision, conv.fp32_precision = conv.fp32_precision, "ieee"  # which CUDA kernels heed, wherever they run
     yield
+    conv.fp32_precision = precision
     torch.set_num_threads(before)

@@ -58,11 +58,11 @@ def make_naive(plain: bool = False, tail: str = "block", **options: Any) -> nn.M
     elif tail == "head":
         model = Head(nn.Sequential(OrderedDict([("denseblock1", block), ("norm5", nn.BatchNorm2d(ALL))])))
     model = in_dimensions(model, dimensions) if dimensions != 2 else model
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cpu").manual_seed(3)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and tensor.dim() == 1:
-                tensor.uniform_(0.5, 1.5, generator=generator)
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5)
                 if name.endswith(("bias", "running_mean")):
                     tensor.sub_(1)
     return model.double()

@@ -1,4 +1,4 @@
-"""The block engine: whole stages against naive twins, what is dropped, frozen and kept, and every option of a norm."""
+"""The block engine on every backend: whole stages against naive twins, what is dropped, frozen and kept, and every option of a norm."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from benchmarks.measure import peak_bytes
 from effdense import dense_block, engine, reference
+from effdense.operators import operators
 from tests.stages import (
-    ALL,
     CHANNELS,
     GROWTH,
     LAYERS,
@@ -33,6 +32,8 @@ from tests.stages import (
     step,
     weights_of,
 )
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -102,7 +103,7 @@ def test_compiled_operators_and_the_twin_agree(
     assert masks and settings.memory == memory
     parameters, needs = detached(parameters), [True, *(p is not None for p in parameters)]
     results = []
-    for ops in (torch.ops.effdense, reference):
+    for ops in (operators(x), reference):
         out, features, saved, vectors = engine.forward(ops, settings, x, parameters, running, masks)
         y = out if settings.pool else features
         kept = (features, saved, vectors, parameters, masks)
@@ -117,7 +118,9 @@ def test_compiled_operators_and_the_twin_agree(
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("drop_rate", [0.4, 1.0])
-def test_dropout_draws_the_same_numbers(memory: str, plain: bool, drop_rate: float) -> None:
+def test_dropout_draws_the_same_numbers(memory: str, plain: bool, drop_rate: float, backend: str) -> None:
+    if backend == "cuda" and drop_rate < 1:
+        pytest.skip("on a GPU, torch's dropout draws them for four elements at a time")
     naive, ours = make_pair(memory, plain, "transition", drop_rate=drop_rate)
     assert_same((naive, ours))
     assert (block_of(copy.deepcopy(ours))(make_input())[:, CHANNELS:] == 0).any()
@@ -330,29 +333,3 @@ def test_a_frozen_stage_makes_no_graph(tail: str) -> None:
     ours = converted(make_naive(tail=tail), "balanced").requires_grad_(False)
     assert ours(make_input()).grad_fn is None
     assert step(ours, make_input())[1] is not None  # the input alone
-
-
-def kept_bytes(ours: nn.Module, x: Tensor, need: Callable[[str], bool], grad: bool = True) -> int:
-    for name, p in ours.named_parameters():
-        p.requires_grad_(need(name))
-
-    def forward() -> None:
-        with torch.set_grad_enabled(grad):
-            ours(x)
-
-    forward()  # the workspace
-    return peak_bytes(forward)
-
-
-def test_no_bottleneck_is_kept_below_what_is_trained() -> None:
-    ours, x = converted(make_naive(), "balanced").float(), make_input((32, 32), 16).float()
-    pixel = 16 * 32 * 32 * 4  # bytes of a channel
-    # The buffer, and what an operator takes in passing: per thread an image's z and nine products for each new channel.
-    features = pixel * (-(-ALL // 4) * 4) + torch.get_num_threads() * 330_000
-    everything = kept_bytes(ours, x, lambda _: True)
-    assert features < LAYERS * WIDTH * pixel < everything <= features + LAYERS * WIDTH * pixel
-    assert kept_bytes(ours, x, lambda name: "layer3" in name) <= features + WIDTH * pixel
-    assert kept_bytes(ours, x, lambda _: False) <= features
-    assert kept_bytes(ours, x, lambda _: True, grad=False) <= features
-    effdense.convert(ours, memory="minimal")
-    assert kept_bytes(ours, x, lambda _: True) <= features

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import effdense
 from benchmarks import models
 from benchmarks.measure import peak_bytes
+from tests import stages
 
 GROWTH, BATCH, SIZE = 12, 8, 32
 FLOAT = 4
@@ -72,3 +76,33 @@ def test_the_naive_model_does_not() -> None:
     peaks = [measure(depth, "naive") for depth in DEPTHS]
     assert peaks[2] > bound(100, "balanced")
     assert (peaks[2] - peaks[1]) / (100 - 64) > 1.3 * (peaks[1] - peaks[0]) / (64 - 40)
+
+
+def kept_bytes(ours: nn.Module, x: Tensor, need: Callable[[str], bool], grad: bool = True) -> int:
+    for name, p in ours.named_parameters():
+        p.requires_grad_(need(name))
+
+    def forward() -> None:
+        with torch.set_grad_enabled(grad):
+            ours(x)
+
+    forward()  # the workspace
+    return peak_bytes(forward)
+
+
+def test_no_bottleneck_is_kept_below_what_is_trained() -> None:
+    ours, x = (
+        stages.converted(stages.make_naive(), "balanced").float(),
+        stages.make_input((32, 32), 16).float(),
+    )
+    pixel = 16 * 32 * 32 * 4  # bytes of a channel
+    # The buffer, and what an operator takes in passing: per thread an image's z and nine products for each new channel.
+    features = pixel * (-(-stages.ALL // 4) * 4) + torch.get_num_threads() * 330_000
+    per_layer = stages.WIDTH * pixel
+    everything = kept_bytes(ours, x, lambda _: True)
+    assert features < stages.LAYERS * per_layer < everything <= features + stages.LAYERS * per_layer
+    assert kept_bytes(ours, x, lambda name: "layer3" in name) <= features + per_layer
+    assert kept_bytes(ours, x, lambda _: False) <= features
+    assert kept_bytes(ours, x, lambda _: True, grad=False) <= features
+    effdense.convert(ours, memory="minimal")
+    assert kept_bytes(ours, x, lambda _: True) <= features

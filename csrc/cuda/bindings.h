@@ -50,18 +50,18 @@ struct DeviceType<at::BFloat16> {
   using Type = __nv_bfloat16;
 };
 
-// Runs the body for the type of the map `like`; T is the storage type, A the one for sums. A launch that fails
-// says for which operator and shape.
-#define EFFDENSE_CUDA_DISPATCH(op, like, ...)                                              \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (like).scalar_type(), op, [&] { \
-    using T = DeviceType<scalar_t>::Type;                                                  \
-    using A [[maybe_unused]] = kernels::acc_t<T>;                                          \
-    try {                                                                                  \
-      __VA_ARGS__();                                                                       \
-    } catch (const std::runtime_error& error) {                                            \
-      TORCH_CHECK(false, op, ": failed for shape ", (like).sizes(), " of type ",           \
-                  (like).scalar_type(), ": ", error.what());                               \
-    }                                                                                      \
+// Runs the body for the type of the map `like`; T is the storage type, A the one for sums. A launch that
+// fails says for which operator and shape.
+#define EFFDENSE_CUDA_DISPATCH(op, like, ...)                                                                \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (like).scalar_type(), op, [&] {                  \
+    using T = DeviceType<scalar_t>::Type;                                                                    \
+    using A [[maybe_unused]] = kernels::acc_t<T>;                                                            \
+    try {                                                                                                    \
+      __VA_ARGS__();                                                                                         \
+    } catch (const std::runtime_error& error) {                                                              \
+      TORCH_CHECK(false, op, ": failed for shape ", (like).sizes(), " of type ", (like).scalar_type(), ": ", \
+                  error.what());                                                                             \
+    }                                                                                                        \
   })
 
 inline kernels::Size size_of(const Tensor& x) { return {x.size(0) * count_pixels(x), x.size(1)}; }
