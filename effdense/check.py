@@ -209,7 +209,7 @@ OPERATORS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def permit_tf32(allowed: bool) -> Iterator[None]:
     """Whether float32 convolutions, and with them these operators, may round to TF32 on CUDA."""
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, conv.fp32_precision = conv.fp32_precision, "tf32" if allowed else "ieee"
@@ -245,7 +245,7 @@ def check(
         exact = {name: OPERATORS[name](reference, exact_case.renewed()) for name in names}
         cases = {number: _Case(shape, number.dtype, device) for number in numbers}
         for name, number in worst:
-            with _tf32(number.tf32):
+            with permit_tf32(number.tf32):
                 got = OPERATORS[name](ops, cases[number].renewed())
             for a, b in zip(got, exact[name], strict=True):
                 error = (a.double().cpu() - b).abs().max() / b.double().square().mean().sqrt()

@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, every in (
         ("ops", _with_gpu(backends)),
         ("any_ops", [*_with_gpu(backends), "reference"]),
-        ("backend", _with_gpu(BACKENDS)),
+        ("runs_on", _with_gpu(backends)),
     ):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, every, indirect=True)
@@ -73,7 +73,7 @@ def any_ops(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def runs_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What effdense runs on in a test: its CPU kernels, its CUDA kernels on the CPU, or a GPU (where tensors are then made)."""
     if request.param == "simt":
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -88,8 +88,7 @@ def _same_everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2 if {"ops", "any_ops"} & set(request.fixturenames) else 1)
     torch.manual_seed(0)
-    conv = torch.backends.cudnn.conv
-    precision, conv.fp32_precision = conv.fp32_precision, "ieee"  # which CUDA kernels heed, wherever they run
+    torch.backends.cudnn.allow_tf32 = False  # to CUDA kernels, wherever they run
     yield
-    conv.fp32_precision = precision
+    torch.backends.cudnn.allow_tf32 = True
     torch.set_num_threads(before)

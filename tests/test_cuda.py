@@ -152,7 +152,9 @@ def test_the_whole_check_passes_on_the_cuda_kernels(simt: Any) -> None:
 
 
 def test_a_launch_that_fails_names_operator_shape_and_kernel(simt: Any) -> None:
-    x = torch.zeros(1, 4, 8 * 2**20, dtype=torch.float32)[:, :1].movedim(1, 2)  # more channels than a grid has tiles
+    x = torch.zeros(1, 4, 8 * 2**20, dtype=torch.float32)[:, :1].movedim(
+        1, 2
+    )  # more channels than a grid has tiles
     assert x.shape == (1, 8 * 2**20, 1)
     wanted = r"channel_statistics: failed for shape \[1, 8388608, 1\] of type Float: .*grid \(1,65536,1\)"
     with pytest.raises(RuntimeError, match=wanted):

@@ -33,7 +33,7 @@ from tests.stages import (
     weights_of,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = pytest.mark.usefixtures("runs_on")
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -118,8 +118,8 @@ def test_compiled_operators_and_the_twin_agree(
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("drop_rate", [0.4, 1.0])
-def test_dropout_draws_the_same_numbers(memory: str, plain: bool, drop_rate: float, backend: str) -> None:
-    if backend == "cuda" and drop_rate < 1:
+def test_dropout_draws_the_same_numbers(memory: str, plain: bool, drop_rate: float, runs_on: str) -> None:
+    if runs_on == "cuda" and drop_rate < 1:
         pytest.skip("on a GPU, torch's dropout draws them for four elements at a time")
     naive, ours = make_pair(memory, plain, "transition", drop_rate=drop_rate)
     assert_same((naive, ours))

@@ -387,12 +387,12 @@ def test_the_same_bits_on_two_threads(memory: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results(ours, x, dtype), first, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("plain", [False, True])
-def test_under_autocast(dtype: torch.dtype, tail: str, plain: bool) -> None:
+def test_under_autocast(dtype: torch.dtype, tail: str, plain: bool, runs_on: str) -> None:
     """The dtypes of the naive stage under autocast, and no larger errors."""
-    runs = []
+    runs, low = [], torch.float16 if dtype == torch.float16 else torch.bfloat16
     for _ in range(RUNS):
         naive = make_naive(plain, tail).float()
         x, run = make_input((13, 12), 8).to(dtype), []
@@ -400,9 +400,9 @@ def test_under_autocast(dtype: torch.dtype, tail: str, plain: bool) -> None:
         for model, wide in models:
             model = copy.deepcopy(model).double() if wide == torch.float64 else copy.deepcopy(model)
             inputs = x.to(wide).requires_grad_()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wide != torch.float64):
+            with torch.autocast(x.device.type, dtype=low, enabled=wide != torch.float64):
                 y = model(inputs)
             grads = torch.autograd.grad(y, [inputs, *model.parameters()], weights_of(y))
             run.append([y.detach(), *grads, *(b for b in model.buffers() if b.is_floating_point())])
         runs.append(tuple(run))
-    assert_as_exact(runs, torch.bfloat16)
+    assert_as_exact(runs, low)
