@@ -448,7 +448,7 @@ def test_differing_losses_are_noted():
         {**row, "first_loss": 2.1},
         {**row, "first_loss": float("nan")},
     ]
-    compare._note_differing_losses(rows)
+    compare._note_differing_losses(rows, 1e-3)
     assert ["note" in row for row in rows] == [False, False, True, True]
 
 
