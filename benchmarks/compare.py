@@ -3,7 +3,8 @@
     python -m benchmarks.compare --model densenet121 --impl naive,checkpoint,effdense-balanced --json out.json
 
 Each implementation runs in a process of its own; they take turns, one step each, so that drift hits all
-alike. `run` is the measurement, the rest the command line; worker.py and measure.py define the numbers.
+alike. On a GPU (`--device cuda`) they all hold memory at the same time. `run` is the measurement, the rest the command
+line; worker.py, measure.py and devices.py define the numbers.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def machine(environment: dict[str, Any]) -> str:
     gpu = ""
     if on := environment.get("gpu"):
         gpu = f"{on['name']} (compute capability {on['compute_capability']}, driver {on['driver']}, CUDA {on['cuda']}, "
-        gpu += f"cuDNN {on['cudnn']}, TF32 {'on' if on['tf32'] else 'off'}), "
+        gpu += f"cuDNN {on['cudnn']} with benchmark on, TF32 {'on' if on['tf32'] else 'off'}), "
     return (
         f"{gpu}{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads, "
         f"torch {environment['torch']}, load before {environment['load_average']:.1f}"

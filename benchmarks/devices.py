@@ -12,7 +12,7 @@ import gc
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils import collect_env
@@ -23,11 +23,12 @@ FLUSH_BYTES = 2**30  # written before a timed call on a GPU: beyond its cache, a
 
 
 class Cpu:
-    """The CPU, and what a GPU has to do as well."""
+    """The CPU. What its methods say holds for a GPU too."""
 
     name = type = "cpu"
     warm_up_steps = 2
-    loss_tolerance = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, between implementations; the dtypes there are
+    # Between implementations, relative; of every dtype that there is.
+    loss_tolerance: ClassVar = {"float32": 1e-3, "bfloat16": 5e-2}
 
     def use(self) -> None:
         """Make this the device of the process, set up the same for every implementation."""
@@ -64,7 +65,8 @@ class Cuda:
     type = "cuda"
     # cuDNN tries its algorithms, the clocks rise, and float16's scaler finds a scale without overflow.
     warm_up_steps = 10
-    loss_tolerance = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}  # TF32 has float16's mantissa
+    # TF32 has float16's mantissa.
+    loss_tolerance: ClassVar = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
 
     def __init__(self, index: int = 0) -> None:
         self.name = f"cuda:{index}"
@@ -80,7 +82,7 @@ class Cuda:
         return self._between_events(fn)
 
     def time_call(self, fn: Callable[[], Any]) -> float:
-        """Runs behind a long write, so that the kernels are launched before it ends and find their tensors in no cache."""
+        """Runs behind a long write, so that kernels are launched before it ends and find no tensor in a cache."""
         self._flushed.zero_()
         return self._between_events(fn)
 
@@ -115,7 +117,7 @@ class Cuda:
         }
 
     def environment(self) -> dict[str, Any]:
-        """Return the GPU, its software, and what `use` sets; makes no CUDA context, which would take memory there."""
+        """Return the GPU, its software, and what `use` sets in the processes that measure."""
         properties = torch.cuda.get_device_properties(self.name)
         return {
             "gpu": {
@@ -144,13 +146,17 @@ def find(name: str) -> Device:
     if name == "cpu":
         return Cpu()
     if not torch.backends.cuda.is_built():
-        raise ValueError(f"{name} needs a torch that is built with CUDA, and this is torch {torch.__version__}")
+        raise ValueError(
+            f"{name} needs a torch that is built with CUDA, and this is torch {torch.__version__}"
+        )
     if not torch.cuda.is_available():
         raise ValueError(f"{name} cannot be used: {_why_unavailable()}")
-    device, count = Cuda(int(match[1] or 0)), torch.cuda.device_count()
-    if int(match[1] or 0) >= count:
-        raise ValueError(f"{name} is not there: torch sees {count} CUDA device{'s' * (count > 1)}, from cuda:0 on")
-    return device
+    index, count = int(match[1] or 0), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(
+            f"{name} is not there: torch sees {count} CUDA device{'s' * (count > 1)}, from cuda:0 on"
+        )
+    return Cuda(index)
 
 
 def _why_unavailable() -> str:

@@ -285,7 +285,9 @@ def build(
     parsed, spec = parse_impl(impl), _spec(name)
     given = {"image_channels": image_channels, "num_classes": num_classes}
     spec = dataclasses.replace(spec, **{key: value for key, value in given.items() if value is not None})
-    compiled = parsed.base == "effdense" and _check_effdense(parsed, torch.empty(0, device=device, dtype=getattr(torch, dtype)))
+    compiled = parsed.base == "effdense" and _check_effdense(
+        parsed, torch.empty(0, device=device, dtype=getattr(torch, dtype))
+    )
     model, label = _naive(spec, memory_efficient=parsed.base == "checkpoint")
     if parsed.base == "checkpoint":
         label += ", checkpointed"

@@ -32,7 +32,17 @@ PARAMETERS = {  # of the papers and of torchvision
 }
 FLOATS = 250_000  # of the known allocations below
 FLOAT_BYTES = 4 * FLOATS
-CONTRACT = {"impl", "median_ms", "p20_ms", "p80_ms", "peak_bytes", "peak_rss_bytes", "memory", "mode"}
+CONTRACT = {
+    "impl",
+    "device",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "peak_bytes",
+    "peak_rss_bytes",
+    "memory",
+    "mode",
+}
 TINY = ("--model", "densenet_bc_22_4", "--batch", "2", "--threads", "1", "--repeats", "2")
 
 

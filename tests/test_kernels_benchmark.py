@@ -22,7 +22,18 @@ ROW = {
         "out_channels",
         "growth_rate",
     ),
-    *("pool", "dtype", "device", "bytes", "flops", "times_ms", "median_ms", "p20_ms", "p80_ms", "gflops_per_s"),
+    *(
+        "pool",
+        "dtype",
+        "device",
+        "bytes",
+        "flops",
+        "times_ms",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "gflops_per_s",
+    ),
     *("gbytes_per_s", "floor_ms", "bound", "time_to_floor"),
 }
 
