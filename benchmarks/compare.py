@@ -3,7 +3,8 @@
     python -m benchmarks.compare --model densenet121 --impl naive,checkpoint,effdense-balanced --json out.json
 
 Each implementation runs in a process of its own; they take turns, one step each, so that drift hits all
-alike. `run` is the measurement, the rest the command line; worker.py and measure.py define the numbers.
+alike. On a GPU (`--device cuda`) they all hold memory at the same time. `run` is the measurement, the rest the command
+line; worker.py, measure.py and devices.py define the numbers.
 """
 
 from __future__ import annotations
@@ -30,12 +31,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks import measure, models
+from benchmarks import devices, measure, models
 from benchmarks.worker import Settings, Worker, WorkerError
 
 DEFAULT_IMPLS = "naive,checkpoint,effdense-balanced,effdense-minimal"
-WARM_UP_STEPS = 2
-LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # between implementations' first losses, relative
 MIB = 2**20
 
 OnProgress = Callable[[str], None]
@@ -50,8 +49,9 @@ def run(
     "error" and None for the numbers. `on_progress` is called before each of the
     `(repeats + 2) * len(impls)` pieces of work.
     """
+    device = devices.find(settings.device)
     result = {
-        "environment": measure.environment(settings.threads),
+        "environment": {**measure.environment(settings.threads), **device.environment()},
         "rows": [_empty_row(settings, i) for i in impls],
     }
     with contextlib.ExitStack() as stack:
@@ -60,18 +60,18 @@ def run(
             on_progress(f"{row['impl']}: build and warm up")
             worker = Worker(row["impl"], force_reference=models.parse_impl(row["impl"]).fallback)
             stack.callback(worker.close)
-            if _try(row, worker.build, settings) and _try(row, worker.warm_up, WARM_UP_STEPS):
+            if _try(row, worker, "build", settings) and _try(row, worker, "warm_up", device.warm_up_steps):
                 pairs.append((row, worker))
         for turn in range(repeats):
             for row, worker in pairs:
                 on_progress(f"{row['impl']}: step {turn + 1} of {repeats}")
-                if "error" not in row and _try(row, worker.step):
+                if "error" not in row and _try(row, worker, "step"):
                     row["times_ms"].append(row.pop("ms"))
         for row, worker in pairs:
             on_progress(f"{row['impl']}: counted step")
-            if "error" not in row and _try(row, worker.finish):
+            if "error" not in row and _try(row, worker, "finish"):
                 row.update(measure.time_statistics(row["times_ms"]))
-    _note_differing_losses(result["rows"])
+    _note_differing_losses(result["rows"], device.loss_tolerance[settings.dtype])
     return result
 
 
@@ -89,27 +89,29 @@ def _empty_row(settings: Settings, impl: str) -> dict[str, Any]:
         "batch": settings.batch,
         "image_size": settings.image_size,
         "dtype": settings.dtype,
+        "device": settings.device,
         "data": settings.data,
         "channels_last": parsed.channels_last,
         "times_ms": [],
     }
 
 
-def _try(row: dict[str, Any], work: Callable[..., dict[str, Any]], *arguments: Any) -> bool:
+def _try(row: dict[str, Any], worker: Worker, command: str, *arguments: Any) -> bool:
     try:
-        row.update(work(*arguments))
+        row.update(getattr(worker, command)(*arguments))
     except WorkerError as error:
         row["error"] = str(error)
+        worker.close()  # the others need the memory that it still holds
     return "error" not in row
 
 
-def _note_differing_losses(rows: Sequence[dict[str, Any]]) -> None:
+def _note_differing_losses(rows: Sequence[dict[str, Any]], tolerance: float) -> None:
     """All start from the same weights and images: another first loss is another computation."""
     measured = [row for row in rows if "error" not in row]
     for row in measured[1:]:
         first = measured[0]
         expected, found = first["first_loss"], row["first_loss"]
-        if not abs(found - expected) <= LOSS_TOLERANCE[row["dtype"]] * abs(expected):
+        if not abs(found - expected) <= tolerance * abs(expected):
             row["note"] = f"its first loss is {found:.6g}, {first['impl']}'s is {expected:.6g}"
 
 
@@ -154,13 +156,22 @@ def title(settings: Settings) -> str:
     size = f"{settings.image_size}x{settings.image_size}"
     step = "training step" if settings.mode == "train" else "inference"
     data = "" if settings.data == "synthetic" else f", {settings.data}"
-    return f"{settings.model}, {step}, batch {settings.batch}, {size}, {settings.dtype}{data}"
+    return f"{settings.model}, {step}, batch {settings.batch}, {size}, {settings.dtype}{data}{elsewhere(settings)}"
+
+
+def elsewhere(settings: Settings) -> str:
+    """Return the end of a title: the device, where it is not the CPU."""
+    return "" if settings.device == "cpu" else f", {settings.device}"
 
 
 def machine(environment: dict[str, Any]) -> str:
     """Return one line on where and with what it was measured."""
+    gpu = ""
+    if on := environment.get("gpu"):
+        gpu = f"{on['name']} (compute capability {on['compute_capability']}, driver {on['driver']}, CUDA {on['cuda']}, "
+        gpu += f"cuDNN {on['cudnn']} with benchmark on, TF32 {'on' if on['tf32'] else 'off'}), "
     return (
-        f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads, "
+        f"{gpu}{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads, "
         f"torch {environment['torch']}, load before {environment['load_average']:.1f}"
     )
 
@@ -221,7 +232,13 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
         help=f"some of {', '.join(models.IMPLS)}, each also with {models.CHANNELS_LAST}",
     )
     add("--mode", choices=("train", "inference"), default="train")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
+    add("--device", type=devices.argument, default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="the others are autocast; float16, with scaled gradients, is for cuda",
+    )
     add("--data", choices=("synthetic", "fashion-mnist"), default="synthetic")
     add("--channels-last", action="store_true", help="every implementation in channels-last layout")
     add("--threads", type=positive, metavar="N", help="PyTorch's default unless given")
@@ -231,6 +248,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
     parsed = parser.parse_args(arguments)
     impls = list(dict.fromkeys(name.strip() for name in parsed.impl.split(",") if name.strip()))
     try:
+        if parsed.dtype not in parsed.device.loss_tolerance:
+            raise ValueError(f"--dtype {parsed.dtype} needs --device cuda")
         if not impls:
             raise ValueError("--impl names no implementation")
         if parsed.channels_last:
@@ -244,7 +263,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
         parser.error(str(error))
     shared = {key: getattr(parsed, key) for key in ("model", "mode", "dtype", "data", "threads")}
     sizes = {"batch": parsed.batch or batch, "image_size": parsed.image_size or image_size}
-    return parsed, Settings(**shared, **sizes), impls
+    return parsed, Settings(**shared, **sizes, device=parsed.device.name), impls
 
 
 def positive(text: str) -> int:

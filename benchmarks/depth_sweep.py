@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import compare, models
+from benchmarks import compare, devices, measure, models
 from benchmarks.compare import MIB, OnProgress
 from benchmarks.worker import Settings, Worker, WorkerError
 
@@ -89,7 +87,7 @@ def within_budget(
     `{"bytes": ..., "method": ..., "rows": [{"impl": ..., "depth": ..., "parameters": ..., "peak_bytes": ...,
     "next_depth": ..., "next_peak_bytes": ..., "stopped": ..., ...}, ...]}`; "depth" is None where none fits.
     """
-    found = []
+    found, available = [], devices.find(settings.device).available_bytes
     for impl in dict.fromkeys(row["impl"] for row in result["rows"]):
 
         def count(depth: int, impl: str = impl) -> dict[str, int]:
@@ -101,7 +99,7 @@ def within_budget(
             for row in result["rows"]
             if row["impl"] == impl and "error" not in row
         }
-        row = {"impl": impl, **largest_within(budget_bytes, points, count)}
+        row = {"impl": impl, **largest_within(budget_bytes, points, count, available)}
         row["parameters"] = parameters(model_name(row["depth"], growth_rate)) if row["depth"] else None
         row["state_bytes"] = STATE_BYTES * row["parameters"] if row["depth"] else None
         found.append(row)
@@ -123,14 +121,13 @@ def largest_within(
     budget_bytes: int,
     points: Points,
     count: Callable[[int], dict[str, int]],
-    available: Callable[[], int] | None = None,
+    available: Callable[[], int] = measure.available_bytes,
 ) -> dict[str, Any]:
     """Count depths until the largest that fits and the first that does not are next to each other.
 
     `points` is what has been counted before, `count` counts one depth more. "stopped" says why the search
-    ended before that: the next depth would need more than the machine's `available()` bytes, or failed.
+    ended before that: the next depth would need more than the device's `available()` bytes, or failed.
     """
-    available = available or available_bytes
     points, counted, stopped = dict(points), [], None
     if not points:
         stopped = "no depth was measured"
@@ -193,23 +190,6 @@ def _fit(points: Points, key: str) -> Callable[[int], float]:
         return lambda depth: values[0] * depth / depths[0]
     coefficients = np.polyfit(depths, values, min(2, len(depths) - 1))
     return lambda depth: float(np.polyval(coefficients, depth))
-
-
-def available_bytes() -> int:
-    """Return how much memory processes may still take here: the machine's, or a container's limit if lower."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except FileNotFoundError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = [1024 * int(re.search(r"^MemAvailable: +(\d+)", meminfo, re.MULTILINE)[1])]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max" is no limit
-            group = Path("/sys/fs/cgroup")
-            free.append(int((group / limit).read_text()) - int((group / used).read_text()))
-    return max(0, min(free))
 
 
 def table(result: dict[str, Any], title: str) -> Table:
@@ -302,6 +282,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=compare.DEFAULT_IMPLS,
         help=f"some of {', '.join(models.IMPLS)}, each also with {models.CHANNELS_LAST}",
     )
+    add("--device", type=devices.argument, default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--threads", type=positive, metavar="N", help="PyTorch's default unless given")
     add(
         "--repeats",
@@ -352,9 +333,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     if parsed.plot:
         from benchmarks import plots  # before the measurement: a missing matplotlib must not cost it
-    settings = Settings("", parsed.batch, parsed.image_size, threads=parsed.threads)
+    device = parsed.device.name
+    settings = Settings("", parsed.batch, parsed.image_size, threads=parsed.threads, device=device)
     title = f"DenseNet-BC, growth {parsed.growth}, training step, batch {parsed.batch}, "
-    title += f"{parsed.image_size}x{parsed.image_size}, {settings.dtype}"
+    title += f"{parsed.image_size}x{parsed.image_size}, {settings.dtype}{compare.elsewhere(settings)}"
     pieces = len(parsed.impl) * ((parsed.repeats + 2) * len(parsed.depths) + 2 * bool(parsed.budget))
     with compare.progress(pieces, compare.console(stderr=True)) as on_progress:
         result = run(settings, parsed.growth, parsed.depths, parsed.impl, parsed.repeats, on_progress)

@@ -3,7 +3,8 @@
     python -m benchmarks.kernels --shape bc --threads 2 --json out.json
 
 All run in this process and take turns, ceilings too, one call each, with PyTorch's convolutions where a layer has them.
-The floor is the larger of operations / GEMM rate and bytes / bandwidth. `least` says what is counted.
+The floor is the larger of operations / GEMM rate and bytes / bandwidth. `least` says what is counted. On a GPU
+(--device cuda) those that have a CUDA kernel run, and read from memory: caches are overwritten before each call.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import difflib
 import functools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ from rich.table import Table
 from torch import Tensor
 
 import effdense
-from benchmarks import compare, measure
+from benchmarks import compare, devices, measure
 from effdense.reference import accumulate_dtype
 from effdense.workspace import on_large_pages
 
-GEMM_SIZE = 2048  # rows and columns of the matrices
+GEMM_SIZE = {"cpu": 2048, "cuda": 4096}  # rows and columns of the matrices
 COPY_BYTES = 2**28  # of each tensor: beyond every cache
 # In the order of a step; then what takes the place of the fused convolution where there is none, and the rest.
 LAYER = ("bottleneck", "bn_relu_conv3x3")
@@ -35,7 +35,8 @@ LAYER += ("bn_relu", "conv3x3", "append_features", "conv3x3_backward", "bn_relu_
 LAYER += ("channel_statistics", "bn_relu_accumulate", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
 STEM = ("bn_relu_max_pool", "max_pool_backward")
 OPERATORS = LAYER + STEM
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+CONVOLUTIONS = ("conv3x3", "conv3x3_backward")  # PyTorch's
+DTYPES = ("float32", "bfloat16", "float64", "float16")
 CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation; the rest: a plain one
 WINDOWS = ([3, 3], [2, 2], [1, 1])  # of a stem's max pool: kernel_size, stride, padding
 
@@ -172,11 +173,11 @@ def _calls(s: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _ceilings(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    a, b, product = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(3))
+def _ceilings(dtype: torch.dtype, size: int) -> dict[str, dict[str, Any]]:
+    a, b, product = (torch.randn(size, size).to(dtype) for _ in range(3))
     x, out = (on_large_pages(torch.empty(COPY_BYTES, dtype=torch.uint8)).fill_(i) for i in range(2))
     return {
-        "gemm": _row(lambda: torch.mm(a, b, out=product), (0, 2 * GEMM_SIZE**3)),
+        "gemm": _row(lambda: torch.mm(a, b, out=product), (0, 2 * size**3)),
         "copy": _row(lambda: out.copy_(x), (2 * COPY_BYTES, 0)),
     }
 
@@ -191,27 +192,31 @@ def run(
     dtype: str = "float32",
     repeats: int = 9,
     on_progress: Callable[..., None] = lambda description: None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure and return `{"environment": {...}, "ceilings": {"gemm": {...}, "copy": {...}}, "rows": [{...}, ...]}`.
 
     One row per shape and operator that it has. In every turn each is called once, and the ceilings before each shape,
-    so that its first operator reads from memory; the others also what is still in a cache of the ones before.
+    so that its first operator reads from memory; the others (on the CPU) also what is still in a cache of the ones
+    before.
     `on_progress` is called before each of the `(repeats + 1) * len(shapes)` pieces of work.
     """
-    environment, type_ = measure.environment(), DTYPES[dtype]  # with the load before
-    ceilings, rows_of = _ceilings(type_), []
-    for shape in shapes:
-        calls, needs = _calls(shape, type_), least(shape, type_)
-        about = {"shape": str(shape), **dict(zip(Shape._fields[:-1], shape, strict=False)), "dtype": dtype}
+    on, type_ = devices.find(device), getattr(torch, dtype)
+    on.use()
+    environment = {**measure.environment(), **on.environment()}  # with the load before
+    with torch.device(on.name):
+        ceilings, rows_of = _ceilings(type_, GEMM_SIZE[on.type]), []
+        calls_of = [_calls(shape, type_) for shape in shapes]
+    for shape, calls in zip(shapes, calls_of, strict=True):
+        needs, about = least(shape, type_), {"shape": str(shape), "dtype": dtype, "device": on.name}
+        about |= zip(Shape._fields[:-1], shape, strict=False)
         names = [n for n in shape.operators if n in operators]
         rows_of.append([{"op": n, **about, **_row(calls[n], needs[n])} for n in names])
     for turn in range(repeats + 1):
         for shape, rows in zip(shapes, rows_of, strict=True):
             on_progress(description=f"{shape}: " + (f"turn {turn} of {repeats}" if turn else "warm up"))
             for row in (*ceilings.values(), *rows):
-                start = time.perf_counter_ns()
-                row["call"]()
-                row["times_ms"] += [(time.perf_counter_ns() - start) / 1e6] * (turn > 0)
+                row["times_ms"] += [on.time_call(row["call"])] * (turn > 0)
     rows = [row for rows in rows_of for row in rows]
     for row in (*ceilings.values(), *rows):
         del row["call"]
@@ -278,19 +283,41 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.allow_abbrev = False
     add, positive = parser.add_argument, compare.positive
-    add("--op", type=_operators, metavar="NAMES", default=OPERATORS, help=f"some of {', '.join(OPERATORS)}")
+    add(
+        "--op",
+        type=_operators,
+        metavar="NAMES",
+        help=f"some of {', '.join(OPERATORS)} (all that the device has)",
+    )
     add("--shape", type=_shapes, metavar="NAME", default="all", help="bc, 121, all (these) or N,H,W,C,O,K")
     add("--dtype", choices=DTYPES, default="float32")
+    add("--device", type=devices.argument, default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--threads", type=positive, metavar="N", help="PyTorch's default unless given")
     add("--repeats", type=positive, metavar="N", default=9, help="timed calls of each operator (9)")
     add("--json", type=compare.output_file, metavar="FILE", help="write everything measured here")
     parsed = parser.parse_args(arguments)
+    if not (build := effdense.build_info())["compiled"]:
+        parser.error(f"effdense's operators are not compiled, there is nothing to time: {build['reason']}")
+    kind = parsed.device.type
+    if parsed.dtype == "float16" and kind == "cpu":
+        parser.error("--dtype float16 needs --device cuda")
+    there = [name for name in OPERATORS if _has_kernel(name, kind)]
+    if set(there) == set(CONVOLUTIONS):
+        parser.error(f"effdense's operators are not compiled for {kind}: install it where nvcc is")
+    parsed.op = parsed.op or there
+    if missing := [name for name in parsed.op if name not in there]:
+        parser.error(f"no {kind} kernel for {', '.join(missing)}; there are {', '.join(there)}")
     parsed.shape = [s for s in parsed.shape if not set(s.operators).isdisjoint(parsed.op)]
     if not parsed.shape:
         parser.error(f"no shape of --shape has {', '.join(parsed.op)} (DenseNet-BC's stem has no pool)")
-    if not (build := effdense.build_info())["compiled"]:
-        parser.error(f"effdense's operators are not compiled, there is nothing to time: {build['reason']}")
     return parsed
+
+
+def _has_kernel(operator: str, kind: str) -> bool:
+    """Whether the operator runs on a device of this kind."""
+    if operator in CONVOLUTIONS:
+        return True
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"effdense::{operator}", kind.upper())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -301,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress(console=compare.console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("starting", total=(parsed.repeats + 1) * len(parsed.shape))
         on_progress = functools.partial(bar.update, task, advance=1, refresh=True)
-        result = run(parsed.shape, parsed.op, parsed.dtype, parsed.repeats, on_progress)
+        result = run(parsed.shape, parsed.op, parsed.dtype, parsed.repeats, on_progress, parsed.device.name)
     compare.console().print(table(result))
     if parsed.json:
         compare.write_json(result, parsed.json)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +67,23 @@ def peak_rss_bytes() -> int:
         pass
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
+
+
+def available_bytes() -> int:
+    """Return how much memory processes may still take here: the machine's, or a container's limit if lower."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except FileNotFoundError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = [1024 * int(re.search(r"^MemAvailable: +(\d+)", meminfo, re.MULTILINE)[1])]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max" is no limit
+            group = Path("/sys/fs/cgroup")
+            free.append(int((group / limit).read_text()) - int((group / used).read_text()))
+    return max(0, min(free))
 
 
 def time_statistics(times_ms: Sequence[float]) -> dict[str, float]:

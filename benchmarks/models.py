@@ -265,20 +265,29 @@ def default_sizes(name: str) -> tuple[int, int]:
 
 
 def build(
-    name: str, impl: str, *, image_channels: int | None = None, num_classes: int | None = None
+    name: str,
+    impl: str,
+    *,
+    image_channels: int | None = None,
+    num_classes: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
 ) -> Built:
     """Build model `name` as implementation `impl`, with weights from the global random state.
 
     `name`: densenet121, 161, 169, 201, 264; densenet_bc_<depth>_<growth>; densenet_<depth>_<growth> (plain
     layers, no compression); densenet_d2l; torchvision:NAME. Unless given, `image_channels` is 3 (1 for
     densenet_d2l) and `num_classes` 1000 (10 for the models of small images). The same random state gives
-    every `impl` the same weights. Raises ValueError for unknown names, RuntimeError where effdense would not
+    every `impl` the same weights, on every `device` (None: torch's default). `dtype` is that of the features, which
+    effdense must have operators for. Raises ValueError for unknown names, RuntimeError where effdense would not
     run as named.
     """
     parsed, spec = parse_impl(impl), _spec(name)
     given = {"image_channels": image_channels, "num_classes": num_classes}
     spec = dataclasses.replace(spec, **{key: value for key, value in given.items() if value is not None})
-    compiled = parsed.base == "effdense" and _check_effdense(parsed)
+    compiled = parsed.base == "effdense" and _check_effdense(
+        parsed, torch.empty(0, device=device, dtype=getattr(torch, dtype))
+    )
     model, label = _naive(spec, memory_efficient=parsed.base == "checkpoint")
     if parsed.base == "checkpoint":
         label += ", checkpointed"
@@ -286,6 +295,8 @@ def build(
         model, label = torch.compile(model), f"{label}, torch.compile"
     elif parsed.base == "effdense":
         model, label = _convert(model, parsed), f"{label}, converted{'' if compiled else ', fallback'}"
+    if device:
+        model = model.to(device)
     if parsed.channels_last:
         model = model.to(memory_format=torch.channels_last)
         label += ", channels-last"
@@ -369,19 +380,21 @@ def _has_torchvision() -> bool:
     return importlib.util.find_spec("torchvision") is not None
 
 
-def _check_effdense(impl: Impl) -> bool:
-    """Return whether effdense's compiled code runs; refuse what would not be what the name says."""
-    import effdense
+def _check_effdense(impl: Impl, features: Tensor) -> bool:
+    """Return whether effdense's compiled code runs on such features; refuse what would not be what the name says."""
+    from effdense.operators import operators
 
-    compiled = bool(effdense.build_info()["compiled"])
+    compiled = operators(features) is torch.ops.effdense
     if compiled and impl.fallback:
         raise RuntimeError(
             f"{impl.name} needs {FORCE_REFERENCE}=1 in the environment before effdense is imported"
         )
     if not compiled and not impl.fallback:
+        where = f"{features.device.type}, {str(features.dtype).removeprefix('torch.')}"
+        compiler = "nvcc and a C++ compiler" if features.is_cuda else "a C++ compiler"
         raise RuntimeError(
-            "effdense runs on its plain PyTorch fallback here, whose time and memory say nothing about it: "
-            "install it with a C++ compiler, or ask by name for the fallback itself, "
+            f"effdense runs on its plain PyTorch fallback here ({where}), whose time and memory say nothing "
+            f"about it: install it with {compiler}, or ask by name for the fallback itself, "
             f"effdense-{impl.memory}-fallback"
         )
     return compiled

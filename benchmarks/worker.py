@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +32,11 @@ class Settings:
     batch: int
     image_size: int
     mode: str = "train"  # or inference
-    dtype: str = "float32"  # or bfloat16: autocast, parameters stay float32
+    dtype: str = "float32"  # or bfloat16, float16: autocast, parameters stay float32
     data: str = "synthetic"  # or fashion-mnist: images of the cut, one channel, ten classes
     threads: int | None = None
     seed: int = 0
+    device: str = "cpu"  # or cuda, cuda:N
 
 
 class WorkerError(Exception):
@@ -115,17 +115,24 @@ class _Session:
     def build(self, impl: str, settings: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        from benchmarks import measure, models
+        from benchmarks import devices, measure, models
 
         wanted = Settings(**settings)
+        self._device = devices.find(wanted.device)
+        self._device.use()
         if wanted.threads:
             torch.set_num_threads(wanted.threads)
         real = wanted.data != "synthetic"
         torch.manual_seed(wanted.seed)
         built = models.build(
-            wanted.model, impl, image_channels=1 if real else None, num_classes=10 if real else None
+            wanted.model,
+            impl,
+            image_channels=1 if real else None,
+            num_classes=10 if real else None,
+            device=self._device.name,
+            dtype=wanted.dtype,
         )
-        images, labels = _batch(wanted, built.model)
+        images, labels = (tensor.to(self._device.name) for tensor in _batch(wanted, built.model))
         if models.parse_impl(impl).channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         step = _train_step if wanted.mode == "train" else _inference_step
@@ -146,9 +153,7 @@ class _Session:
 
     def step(self) -> dict[str, Any]:
         gc.collect()
-        start = time.perf_counter()
-        self._step()
-        return {"ms": 1e3 * (time.perf_counter() - start)}
+        return {"ms": self._device.time_step(self._step)}
 
     def finish(self) -> dict[str, Any]:
         """The process's peak first: it must not contain what the profiler of the counted step needs."""
@@ -157,7 +162,7 @@ class _Session:
 
         peak_rss_bytes = measure.peak_rss_bytes()
         effdense.empty_cache()  # the workspace counts
-        return {"peak_rss_bytes": peak_rss_bytes, "peak_bytes": measure.peak_bytes(self._step)}
+        return {"peak_rss_bytes": peak_rss_bytes, **self._device.count(self._step)}
 
 
 def _batch(settings: Settings, model: Any) -> tuple[Any, Any]:
@@ -184,14 +189,16 @@ def _train_step(model: Any, images: Any, labels: Any, dtype: str) -> Callable[[]
     import torch
 
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == "float16")
     model.train()
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=False)  # the gradients stay, as the optimizer's state does
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with _autocast(images, dtype):
             loss = torch.nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         return loss.item()
 
     return step
@@ -203,10 +210,17 @@ def _inference_step(model: Any, images: Any, labels: Any, dtype: str) -> Callabl
     model.eval()
 
     def step() -> float:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.inference_mode(), _autocast(images, dtype):
             return torch.nn.functional.cross_entropy(model(images), labels).item()
 
     return step
+
+
+def _autocast(images: Any, dtype: str) -> Any:
+    import torch
+
+    half = dtype != "float32"
+    return torch.autocast(images.device.type, getattr(torch, dtype) if half else None, enabled=half)
 
 
 def _message(error: BaseException) -> str:

@@ -32,7 +32,17 @@ PARAMETERS = {  # of the papers and of torchvision
 }
 FLOATS = 250_000  # of the known allocations below
 FLOAT_BYTES = 4 * FLOATS
-CONTRACT = {"impl", "median_ms", "p20_ms", "p80_ms", "peak_bytes", "peak_rss_bytes", "memory", "mode"}
+CONTRACT = {
+    "impl",
+    "device",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "peak_bytes",
+    "peak_rss_bytes",
+    "memory",
+    "mode",
+}
 TINY = ("--model", "densenet_bc_22_4", "--batch", "2", "--threads", "1", "--repeats", "2")
 
 
@@ -448,7 +458,7 @@ def test_differing_losses_are_noted():
         {**row, "first_loss": 2.1},
         {**row, "first_loss": float("nan")},
     ]
-    compare._note_differing_losses(rows)
+    compare._note_differing_losses(rows, 1e-3)
     assert ["note" in row for row in rows] == [False, False, True, True]
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import compare, depth_sweep, plots
+from benchmarks import compare, depth_sweep, measure, plots
 from benchmarks.depth_sweep import STEP, largest_within
 from benchmarks.worker import Settings, WorkerError
 from tests.test_benchmarks import CONTRACT
@@ -88,7 +88,7 @@ def test_a_failing_count_ends_the_search():
 
 
 def test_available_bytes():
-    assert 2**20 < depth_sweep.available_bytes() < 2**50
+    assert 2**20 < measure.available_bytes() < 2**50
 
 
 # --- the sweep
