@@ -14,6 +14,9 @@ from tests.cases import BACKENDS
 from tests.on_device import OnDevice
 from tests.simt.compiler import compile_operators, cuda_include
 
+# Nothing of it can run without.
+collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled() -> None:
