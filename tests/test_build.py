@@ -215,3 +215,89 @@ def test_a_build_without_a_usable_torch_is_an_error(tmp_path, torch_module, mess
     assert process.returncode != 0
     assert process.stderr.startswith("effdense: ") and message in process.stderr
     assert process.stderr.count("\n") == 1
+
+
+# ---- The CUDA kernels
+
+
+@pytest.fixture
+def cuda_build(backend):
+    """What the build decides about CUDA; `backend` has put its folder on the path."""
+    sys.modules.pop("effdense_cuda", None)
+    return importlib.import_module("effdense_cuda")
+
+
+def make_nvcc(folder, release="13.0"):
+    """A toolkit under `folder`/toolkit, and an nvcc in `folder`/bin that is a script outside of it."""
+    toolkit = folder / "toolkit"
+    script = folder / "bin" / "nvcc"
+    (toolkit / "bin").mkdir(parents=True)
+    script.parent.mkdir()
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}.48"\n'
+        f'[ "$1" = --dryrun ] && echo "#\\$ TOP={toolkit}/bin/.." >&2\nexit 0\n'
+    )
+    script.chmod(0o755)
+    return toolkit, script.parent
+
+
+def test_the_toolkit_is_found_behind_a_script(cuda_build, monkeypatch, tmp_path):
+    toolkit, path = make_nvcc(tmp_path)
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{path}:/bin")
+    assert cuda_build.cuda_toolkit("13.0") == str(toolkit)
+    assert cuda_build.cuda_toolkit(None) is None, "torch is without CUDA"
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    assert cuda_build.cuda_toolkit("13.0") is None
+    monkeypatch.delenv("FORCE_CUDA")
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setenv("CUDA_HOME", str(path.parent))
+    assert cuda_build.cuda_toolkit("13.0") == str(toolkit)
+
+
+@pytest.mark.parametrize(
+    "release, reason", [("12.8", "nvcc is of CUDA 12"), (None, "nvcc was not found")], ids=str
+)
+def test_without_a_toolkit_for_this_torch_there_are_no_kernels(
+    cuda_build, monkeypatch, tmp_path, capsys, release, reason
+):
+    path = make_nvcc(tmp_path, release)[1] if release else tmp_path
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{path}:/bin" if release else str(path))
+    assert cuda_build.cuda_toolkit("13.0") is None
+    told = capsys.readouterr().err
+    assert told.startswith("effdense: torch is built for CUDA 13.0, but ") and reason in told
+    assert "CUDA kernels are left out, on a GPU plain PyTorch will run" in told
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(SystemExit, match="FORCE_CUDA is set, so nothing was built"):
+        cuda_build.cuda_toolkit("13.0")
+
+
+@pytest.mark.parametrize(
+    "asked, built",
+    [
+        (None, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("", "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("9.0", "9.0"),
+        ("8.0 9.0a+PTX", "8.0;9.0a+PTX"),
+        ("7.5;8.6", "8.6"),
+        ("5.2", ""),
+    ],
+)
+def test_the_cards_that_are_built_for(cuda_build, monkeypatch, capsys, asked, built):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert ";".join(cuda_build.architectures()) == built
+    old = asked in ("7.5;8.6", "5.2")
+    assert ("need compute capability 8.0: none for " in capsys.readouterr().err) == old
+
+
+def test_cards_that_nobody_can_name(cuda_build, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    with pytest.raises(
+        SystemExit, match=r"a list of compute capabilities such as 8\.0;9\.0\+PTX, got '8\.0;Hopper'"
+    ):
+        cuda_build.architectures()

@@ -1,0 +1,55 @@
+"""Whether and for which cards the build compiles the CUDA kernels: finds the toolkit, reads TORCH_CUDA_ARCH_LIST."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+# What the kernels need (cp.async, mma m16n8k16) is there from 8.0 on. PTX: for cards that come later.
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def architectures() -> list[str]:
+    """What TORCH_CUDA_ARCH_LIST asks for, as far as the kernels run there; else every one that there is."""
+    asked = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES)
+    for name in asked:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            sys.exit(
+                "effdense: TORCH_CUDA_ARCH_LIST must be a list of compute capabilities such as 8.0;9.0+PTX, "
+                f"got {os.environ['TORCH_CUDA_ARCH_LIST']!r}"
+            )
+    able = [name for name in asked if float(re.match(r"[\d.]+", name)[0]) >= 8]
+    if able != asked:
+        print(
+            "effdense: the CUDA kernels need compute capability 8.0: none for "
+            f"{', '.join(sorted(set(asked) - set(able)))}, where plain PyTorch will run.",
+            file=sys.stderr,
+        )
+    return able
+
+
+def cuda_toolkit(version: str | None) -> str | None:
+    """The folder of the CUDA toolkit to compile with, or None: torch is without CUDA, or there is no nvcc for it."""
+    if version is None or os.environ.get("FORCE_CUDA") == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes) or None)
+    wanted, reason = os.environ.get("FORCE_CUDA", "0") != "0", "nvcc was not found"
+    if nvcc:
+        # What is on the PATH may be a script outside of the toolkit: nvcc itself knows where it is.
+        told = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+        found = re.search(r"^#\$ TOP=(.+)$", told, re.M)
+        release = re.search(
+            r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        )
+        if found and release and release[1] == version.split(".")[0]:
+            return os.path.realpath(found[1].strip())
+        reason = f"{nvcc} is of CUDA {release[1] if release else 'of unknown version'}"
+    message = f"effdense: torch is built for CUDA {version}, but {reason}"
+    if wanted:
+        sys.exit(f"{message}; FORCE_CUDA is set, so nothing was built")
+    print(f"{message}: CUDA kernels are left out, on a GPU plain PyTorch will run.", file=sys.stderr)
+    return None
