@@ -257,6 +257,22 @@ def test_offsets_beyond_two_to_the_31(simt: Any) -> None:
     assert torch.equal(*pooled)
 
 
+def test_offsets_beyond_two_to_the_31_in_products(simt: Any) -> None:
+    step = 2**30 + 8
+    far = torch.empty(2 * step + 8, dtype=torch.half).as_strided((3, 8, 1), (step, 1, 1))
+    near = channels_last(torch.randn(3, 8, 1).half())
+    far.copy_(near)
+    scale, shift, mean = torch.rand(3, 8)
+    weight = torch.randn(8, 8).half()
+    results = []
+    for x in (near, far):
+        y = torch.empty_like(near)
+        statistics = simt.bottleneck([x], scale, shift, weight, None, None, None, True, y)
+        gradients = simt.bottleneck_backward([x], y, scale, shift, mean, weight, [x], True, True, True, [])
+        results.append([y, *statistics, *gradients, x])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 12, 13, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nobody_touches_the_neighbours(simt: Any, channels: int, dtype: torch.dtype) -> None:
