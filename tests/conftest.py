@@ -51,9 +51,15 @@ def any_ops(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(autouse=True)
 def _same_everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A fixed seed; two threads where operators are tested, one elsewhere: whole models of small tensors only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 if {"ops", "any_ops"} & set(request.fixturenames) else 1)
+    """A fixed seed. Where operators are tested: two threads, and float32 without TF32, PyTorch's default for
+    convolutions. Elsewhere one thread: whole models of small tensors only wait."""
+    operators = bool({"ops", "any_ops", "simt"} & set(request.fixturenames))
+    convolutions = torch.backends.cudnn.conv
+    threads, precision = torch.get_num_threads(), convolutions.fp32_precision
+    torch.set_num_threads(2 if operators else 1)
+    if operators:
+        convolutions.fp32_precision = "ieee"
     torch.manual_seed(0)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    convolutions.fp32_precision = precision
