@@ -87,11 +87,11 @@ def runs_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def _same_everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A fixed seed; two threads where operators are tested, one elsewhere: whole models of small tensors only wait."""
+    """A fixed seed, no TF32; two threads where operators are tested, one elsewhere: whole models of small tensors only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(2 if {"ops", "any_ops"} & set(request.fixturenames) else 1)
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # to CUDA kernels, wherever they run
+    torch.backends.cudnn.allow_tf32 = False  # which CUDA kernels heed, wherever they run
     yield
     torch.backends.cudnn.allow_tf32 = True
     torch.set_num_threads(before)

@@ -1,119 +1,97 @@
-"""The CUDA kernels of bottleneck and bottleneck_backward, run on the CPU, against the float64 twin."""
+"""What holds of the CUDA bottleneck alone: every arithmetic and tile, any order of threads, traffic, lists of maps.
+
+test_bottleneck.py runs the same operators in float64, float32 and bfloat16, with few out channels.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import subprocess
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from effdense import reference
-from tests.simt.compiler import ROOT, compile_for_cpu, cuda_include
+from tests.cases import channels_last, rms
+from tests.test_bottleneck import VECTORS
+from tests.test_bottleneck import make_case as make_maps
+from tests.test_simt_harness import ORDERS
 
-pytestmark = pytest.mark.skipif(cuda_include() is None, reason="needs the CUDA toolkit's headers")
-
-DRIVER = ROOT / "tests" / "simt" / "samples" / "bottleneck_driver.cpp"
-ORDERS = ["fwd", "rev", "20240229"]
 F64 = torch.float64
-MAPS = ("x", "grad_y", "deferred_y", "grad_x")
 
-# arithmetic -> dtype, whether TF32 is permitted, the rounding of an operand
+
+class Arithmetic(NamedTuple):
+    dtype: torch.dtype
+    unit: float  # the rounding of an operand
+
+
 ARITHMETICS = {
-    "half": (torch.float16, 0, 2.0**-11),
-    "bfloat16": (torch.bfloat16, 0, 2.0**-8),
-    "tf32": (torch.float32, 1, 2.0**-11),
-    "float": (torch.float32, 0, 2.0**-24),
-    "double": (torch.float64, 0, 2.0**-53),
+    "half": Arithmetic(torch.float16, 2.0**-11),
+    "bfloat16": Arithmetic(torch.bfloat16, 2.0**-8),
+    "tf32": Arithmetic(torch.float32, 2.0**-11),
+    "float": Arithmetic(torch.float32, 2.0**-24),
+    "double": Arithmetic(F64, 2.0**-53),
 }
 # pixels, channels, out channels, where in wider buffers the maps lie: elements before, after
-SHAPES = [
+NARROW = [
     (1, 1, 1, 0, 0),
     (7, 3, 5, 1, 2),  # single elements
     (130, 12, 48, 4, 4),  # pieces of 8 bytes in 16 bits
     (147, 300, 48, 0, 4),  # three images of 7x7; a step padded to 16 bytes
+    (1100, 20, 12, 0, 4),  # several blocks along the pixels, backward too
+]
+WIDE = [
     (65, 24, 96, 8, 8),
     (129, 40, 160, 2, 2),  # pieces of 4 bytes in 16 bits
     (64, 72, 192, 0, 0),
     (50, 36, 200, 0, 0),  # more than one tile of out channels
-    (1100, 20, 12, 0, 4),  # several blocks along the pixels, backward too
     (40, 150, 130, 3, 0),
 ]
-NUMBERS = ["pixels", "channels", "out", "tf32", "accumulate"]
-NUMBERS += ["x_step", "y_step", "grad_y_step", "deferred_y_step", "grad_x_step"]
-POINTERS = ["x", "weight", "scale", "shift", "mean", "bias", "out_scale", "out_shift", "y", "y_mean", "y_var"]
-POINTERS += ["grad_y", "deferred_y", "deferred_mean", "a", "b", "grad_x", "grad_weight", "sum_d", "sum_dx"]
+# The narrow ones only in what test_bottleneck.py does not run.
+CASES = [(a, s) for a in ARITHMETICS for s in ([*NARROW, *WIDE] if a in ("half", "tf32") else WIDE)]
 
 
-class Case(ctypes.Structure):
-    """That of the driver."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [(name, ctypes.c_void_p) for name in POINTERS]
-
-
-class Kernels:
-    """The launchers over tensors; rows of maps may be slices of wider ones."""
-
-    def __init__(self, library: Path) -> None:
-        self.run_case = ctypes.CDLL(str(library)).run_case
-
-    def __call__(self, op: str, dtype: torch.dtype, **values: Any) -> dict[str, list[int]]:
-        """Returns bytes loaded and stored, by array."""
-        case = Case()
-        for name, value in values.items():
-            setattr(case, name, value.data_ptr() if isinstance(value, Tensor) else value)
-        text = ctypes.create_string_buffer(4096)
-        name = str(dtype).removeprefix("torch.").encode()
-        status = self.run_case(op.encode(), name, ctypes.byref(case), text, len(text))
-        assert status == 0, text.value.decode()
-        return json.loads(text.value)
+@pytest.fixture
+def arithmetic(simt: Any, request: pytest.FixtureRequest) -> Arithmetic:
+    """What `simt` computes in; the setting is taken back after every test."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if request.param == "tf32" else "ieee"
+    return ARITHMETICS[request.param]
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    library = tmp_path_factory.mktemp("simt") / "bottleneck.so"
-    return Kernels(compile_for_cpu([DRIVER], library, "-shared"))
+in_every_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS, indirect=True)
 
 
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == F64 else torch.float32
-
-
-def in_buffer(x: Tensor, before: int, after: int) -> Tensor:
-    """x as columns of a wider matrix, NaN elsewhere, whose memory ends with x."""
+def in_buffer(x: Tensor, before: int = 0, after: int = 0) -> Tensor:
+    """The map [1, channels, pixels] of a matrix x, in a buffer that is wider by NaN and ends with x."""
     rows, columns = x.shape
     step = before + columns + after
-    flat = x.new_full((rows * step - after,), float("nan"))
-    return flat.as_strided((rows, columns), (step, 1), before).copy_(x)
+    flat = x.new_full((max(0, rows * step - after),), float("nan"))
+    return flat.as_strided((1, columns, rows), (rows * step, 1, step), before).copy_(x.t()[None])
 
 
 def rest_is_untouched(x: Tensor) -> bool:
     flat = x._base
+    assert flat is not None
     return int(flat.isnan().sum()) == flat.numel() - x.numel() + int(x.isnan().sum())
 
 
-def make_case(shape: tuple, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """Numbers in float64 that `dtype` has as well; relu's argument keeps away from 0."""
+def make_case(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """Numbers in float64 that `dtype` has as well; relu's argument keeps away from 0. Maps are [pixels, channels]."""
     generator = torch.Generator().manual_seed(seed)
     pixels, channels, out = shape[:3]
+    vector = reference.accumulate_dtype(dtype)
 
     def randn(*sizes: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(*sizes, generator=generator, dtype=F64).to(of).to(F64)
 
-    vector = accumulated(dtype)
     scale = (randn(channels).abs() + 0.2).to(vector).to(F64)
     scale[channels // 2] *= -1
     shift = randn(channels, of=vector)
     x = randn(pixels, channels)
     z = x * scale + shift
-    x = torch.where(z.abs() < 0.01, ((0.1 - shift) / scale).expand_as(x), x).to(dtype).to(F64)
     return {
-        "x": x,
+        "x": torch.where(z.abs() < 0.01, ((0.1 - shift) / scale).expand_as(x), x).to(dtype).to(F64),
         "weight": (randn(out, channels) / channels**0.5).to(dtype).to(F64),
         "scale": scale,
         "shift": shift,
@@ -130,12 +108,18 @@ def make_case(shape: tuple, dtype: torch.dtype, seed: int = 0) -> dict[str, Tens
     }
 
 
-def as_map(x: Tensor) -> Tensor:
-    """[pixels, channels] as the twin has it: [1, channels, pixels]."""
-    return x.t()[None]
+MAPS = ("x", "grad_y", "y", "grad_x")
+
+
+def as_arguments(case: dict[str, Tensor], arithmetic: Arithmetic, where: Sequence[int]) -> dict[str, Tensor]:
+    """What the operators take: maps in buffers."""
+    dtype, vector = arithmetic.dtype, reference.accumulate_dtype(arithmetic.dtype)
+    c = {name: value.to(vector if value.dim() == 1 else dtype) for name, value in case.items()}
+    return c | {name: in_buffer(c[name], *where) for name in MAPS}
 
 
 def as_matrix(x: Tensor) -> Tensor:
+    """[pixels, channels] of a map [1, channels, pixels]."""
     return x[0].t()
 
 
@@ -147,147 +131,152 @@ def assert_close(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
 
 
 def forward(
-    kernels: Kernels,
+    simt: Any,
     case: dict[str, Tensor],
-    arithmetic: str,
-    where: tuple[int, int],
+    arithmetic: Arithmetic,
+    where: Sequence[int] = (0, 0),
     bias: bool = False,
     norm: bool = False,
     statistics: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, list[int]]]:
-    dtype, tf32, _ = ARITHMETICS[arithmetic]
-    vector = accumulated(dtype)
-    pixels, channels = case["x"].shape
-    out = case["weight"].shape[0]
-    x = in_buffer(case["x"].to(dtype), *where)
-    y = in_buffer(torch.zeros(pixels, out, dtype=dtype), *where)
-    weight = case["weight"].to(dtype)
-    vectors = {name: case[name].to(vector) for name in ("scale", "shift")}
-    if bias:
-        vectors["bias"] = case["bias"].to(vector)
-    if norm:
-        vectors |= {name: case[name].to(vector) for name in ("out_scale", "out_shift")}
-    mean, var = torch.full((out,), 77, dtype=vector), torch.full((out,), 77, dtype=vector)
-    if statistics:
-        vectors |= {"y_mean": mean, "y_var": var}
-    sizes = {"pixels": pixels, "channels": channels, "out": out, "tf32": tf32}
-    steps = {"x_step": x.stride(0), "y_step": y.stride(0)}
-    traffic = kernels("bottleneck", dtype, **sizes, **steps, x=x, y=y, weight=weight, **vectors)
+) -> list[Tensor]:
+    """y, its mean and variance."""
+    c = as_arguments(case, arithmetic, where)
+    y = in_buffer(torch.zeros_like(as_matrix(c["y"])), *where)
+    watch(simt, x=c["x"], y=y)
+    of_out = [
+        c["bias"] if bias else None,
+        *(c[name] if norm else None for name in ("out_scale", "out_shift")),
+    ]
+    result = simt.bottleneck([c["x"]], c["scale"], c["shift"], c["weight"], *of_out, statistics, y)
     assert rest_is_untouched(y)
-    return y, mean, var, traffic
+    return [y, *result]
+
+
+def watch(simt: Any, **maps: Tensor) -> None:
+    simt.forget()
+    for name, x in maps.items():
+        if x.numel():
+            simt.watch(name, x)
+
+
+@pytest.fixture(autouse=True)
+def _forget(simt: Any) -> Iterator[None]:
+    yield
+    simt.forget()
 
 
 def check_forward(
-    kernels: Kernels, shape: tuple, arithmetic: str, bias: bool, norm: bool, statistics: bool
+    simt: Any, shape: Sequence[int], arithmetic: Arithmetic, bias: bool, norm: bool, statistics: bool
 ) -> None:
-    dtype, _, unit = ARITHMETICS[arithmetic]
+    dtype, unit = arithmetic
     case = make_case(shape, dtype)
-    y, mean, var, _ = forward(kernels, case, arithmetic, shape[3:], bias, norm, statistics)
+    got, *of_y = forward(simt, case, arithmetic, shape[3:], bias, norm, statistics)
     expected = torch.empty(1, shape[2], shape[0], dtype=F64)
-    vectors = [case["bias"] if bias else None] + [
-        case[v] if norm else None for v in ("out_scale", "out_shift")
-    ]
-    args = [as_map(case["x"])], case["scale"], case["shift"], case["weight"], *vectors
+    vectors = [case["bias"] if bias else None]
+    vectors += [case[v] if norm else None for v in ("out_scale", "out_shift")]
+    args = [case["x"].t()[None]], case["scale"], case["shift"], case["weight"], *vectors
     reference.bottleneck(*args, False, expected)
+    y = as_matrix(expected)
     magnitude = (case["x"] * case["scale"]).abs().add(case["shift"].abs()) @ case["weight"].abs().t()
     magnitude += case["bias"].abs() if bias else 0
     bound = magnitude * (2 * unit + 16 * min(unit, 2.0**-24))  # the operands, and the sums in float
     if norm:
         bound = bound * case["out_scale"].abs() + case["out_shift"].abs() * unit
-    bound += as_matrix(expected).abs() * unit
-    assert_close(y, as_matrix(expected), bound)
+    assert_close(as_matrix(got), y, bound + y.abs() * unit)
     if statistics:
-        check_statistics(y, mean, var)
+        check_statistics(got, *of_y)
     else:
-        assert (mean == 77).all() and (var == 77).all()
+        assert [x.numel() for x in of_y] == [0, 0]
 
 
 def check_statistics(y: Tensor, mean: Tensor, var: Tensor) -> None:
     """Of y as it was stored."""
     exact = 1e-13 if mean.dtype == F64 else 1e-6
-    wide = y.to(F64)
+    wide = as_matrix(y).to(F64)
     true_var, true_mean = torch.var_mean(wide, 0, correction=0)
     assert_close(mean, true_mean, exact * wide.abs().amax(0))
     assert_close(var, true_var, exact * (4 * true_var + wide.abs().amax(0) ** 2 * 1e-6))
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bottleneck_matches_the_float64_twin(kernels: Kernels, shape: tuple, arithmetic: str) -> None:
-    check_forward(kernels, shape, arithmetic, bias=False, norm=False, statistics=True)
+@pytest.mark.parametrize("arithmetic, shape", CASES, indirect=["arithmetic"])
+def test_forward_in_every_tile(simt: Any, shape: tuple, arithmetic: Arithmetic) -> None:
+    check_forward(simt, shape, arithmetic, bias=False, norm=False, statistics=True)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@in_every_arithmetic
 @pytest.mark.parametrize(
     "bias, norm, statistics", [(True, False, True), (False, True, False), (True, True, True)]
 )
-def test_bottleneck_epilogues(
-    kernels: Kernels, arithmetic: str, bias: bool, norm: bool, statistics: bool
-) -> None:
-    check_forward(kernels, SHAPES[5], arithmetic, bias, norm, statistics)
+def test_epilogues(simt: Any, arithmetic: Arithmetic, bias: bool, norm: bool, statistics: bool) -> None:
+    check_forward(simt, WIDE[1], arithmetic, bias, norm, statistics)
 
 
-@pytest.mark.parametrize("arithmetic", ["half", "tf32", "float", "double"])
-def test_statistics_survive_a_large_mean(kernels: Kernels, arithmetic: str) -> None:
-    dtype = ARITHMETICS[arithmetic][0]
-    case = make_case((300, 24, 48), dtype)
+@pytest.mark.parametrize("arithmetic", ["half", "tf32", "double"], indirect=True)
+def test_statistics_survive_a_large_mean(simt: Any, arithmetic: Arithmetic) -> None:
+    case = make_case((300, 24, 48), arithmetic.dtype)
     case["bias"] = torch.full_like(case["bias"], 1000.0)
-    y, mean, var, _ = forward(kernels, case, arithmetic, (0, 0), bias=True)
-    check_statistics(y, mean, var)
+    check_statistics(*forward(simt, case, arithmetic, bias=True))
+
+
+@pytest.mark.parametrize("arithmetic", ["half", "float"], indirect=True)
+def test_the_mean_where_one_pixel_is_far_from_it(simt: Any, arithmetic: Arithmetic) -> None:
+    """Zeros behind relu, and one large value first: at most a few roundings of 1/32 of it, 4 times its block's mean."""
+    case = make_case((1100, 24, 48), arithmetic.dtype)
+    case["x"].fill_(0)
+    case["x"][0] = case["scale"].sign() * 100
+    case["shift"].fill_(-1)
+    y, mean, _ = forward(simt, case, arithmetic)
+    exact = as_matrix(y).to(F64).mean(0)
+    assert_close(mean, exact, 16 * 2.0**-24 * exact.abs())
 
 
 def backward(
-    kernels: Kernels,
+    simt: Any,
     case: dict[str, Tensor],
-    arithmetic: str,
-    where: tuple[int, int],
+    arithmetic: Arithmetic,
+    where: Sequence[int] = (0, 0),
     deferred: bool = False,
     accumulate: bool = True,
     need_features: bool = True,
     need_grad_x: bool = True,
     need_weight: bool = True,
-) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    dtype, tf32, _ = ARITHMETICS[arithmetic]
-    vector = accumulated(dtype)
-    pixels, channels = case["x"].shape
-    out = case["weight"].shape[0]
-    maps = {"x": case["x"], "grad_y": case["grad_y"]}
-    if deferred:
-        maps["deferred_y"] = case["y"]
-    maps = {name: in_buffer(value.to(dtype), *where) for name, value in maps.items()}
-    results = {}
-    if need_features:
-        results |= {name: torch.full((channels,), 77, dtype=vector) for name in ("sum_d", "sum_dx")}
-    if need_features and need_grad_x:
-        start = case["grad_x"] if accumulate else torch.zeros_like(case["grad_x"])
-        results["grad_x"] = in_buffer(start.to(dtype), *where)
-    if need_weight:
-        results["grad_weight"] = torch.full((out, channels), 77, dtype=vector)
-    vectors = {name: case[name].to(vector) for name in ("scale", "shift", "mean")}
-    if deferred:
-        vectors |= {"deferred_mean": case["y_mean"].to(vector), "a": case["a"].to(vector)}
-        vectors |= {"b": case["b"].to(vector)}
-    steps = {f"{name}_step": m.stride(0) for name, m in (maps | results).items() if name in MAPS}
-    sizes = {"pixels": pixels, "channels": channels, "out": out, "tf32": tf32, "accumulate": int(accumulate)}
-    weight = case["weight"].to(dtype)
-    traffic = kernels(
-        "bottleneck_backward", dtype, **sizes, **steps, **maps, **vectors, **results, weight=weight
+) -> dict[str, Tensor]:
+    """What is wanted of grad_x, grad_weight and the sums."""
+    c = as_arguments(case, arithmetic, where)
+    grad_x = c["grad_x"] if accumulate else in_buffer(torch.zeros_like(as_matrix(c["x"])), *where)
+    if not need_grad_x:
+        grad_x = grad_x.new_empty(0)
+    before = grad_x.clone()
+    watch(simt, x=c["x"], grad_y=c["grad_y"], y=c["y"], grad_x=grad_x)
+    grad_weight, sum_d, sum_dx = simt.bottleneck_backward(
+        [c["x"]],
+        c["grad_y"],
+        *(c[name] for name in (*VECTORS, "weight")),
+        [grad_x],
+        accumulate,
+        need_features,
+        need_weight,
+        [c[name] for name in ("y", "y_mean", "a", "b")] if deferred else [],
     )
-    if "grad_x" in results:
-        assert rest_is_untouched(results["grad_x"])
-    return results, traffic
+    results = {"grad_weight": grad_weight} if need_weight else {}
+    if need_features:
+        results |= {"sum_d": sum_d, "sum_dx": sum_dx}
+    if need_grad_x:
+        assert rest_is_untouched(grad_x) and (need_features or torch.equal(grad_x, before))
+        results |= {"grad_x": as_matrix(grad_x)} if need_features else {}
+    return results
 
 
-def check_backward(kernels: Kernels, shape: tuple, arithmetic: str, **options: bool) -> None:
-    dtype, _, unit = ARITHMETICS[arithmetic]
+def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **options: bool) -> None:
+    dtype, unit = arithmetic
     case = make_case(shape, dtype, seed=1)
-    results, _ = backward(kernels, case, arithmetic, shape[3:], **options)
+    results = backward(simt, case, arithmetic, shape[3:], **options)
     deferred = options.get("deferred", False)
     accumulate = options.get("accumulate", True)
-    grad_x = as_map(case["grad_x"].clone())
+    grad_x = case["grad_x"].clone().t()[None]
     vectors = case["scale"], case["shift"], case["mean"]
-    correction = [as_map(case["y"]), case["y_mean"], case["a"], case["b"]] if deferred else []
-    args = [as_map(case["x"])], as_map(case["grad_y"]), *vectors, case["weight"], [grad_x]
+    correction = [case["y"].t()[None], case["y_mean"], case["a"], case["b"]] if deferred else []
+    args = [case["x"].t()[None]], case["grad_y"].t()[None], *vectors, case["weight"], [grad_x]
     grad_weight, sum_d, sum_dx = reference.bottleneck_backward(*args, accumulate, True, True, correction)
 
     # How much there is to be rounded: of grad_y, of d, and of what becomes of them.
@@ -312,16 +301,13 @@ def check_backward(kernels: Kernels, shape: tuple, arithmetic: str, **options: b
         assert_close(result, expected[name], bounds[name])
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("arithmetic, shape", CASES, indirect=["arithmetic"])
 @pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bottleneck_backward_matches_the_float64_twin(
-    kernels: Kernels, shape: tuple, deferred: bool, arithmetic: str
-) -> None:
-    check_backward(kernels, shape, arithmetic, deferred=deferred)
+def test_backward_in_every_tile(simt: Any, shape: tuple, deferred: bool, arithmetic: Arithmetic) -> None:
+    check_backward(simt, shape, arithmetic, deferred=deferred)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@in_every_arithmetic
 @pytest.mark.parametrize(
     "options",
     [
@@ -332,70 +318,225 @@ def test_bottleneck_backward_matches_the_float64_twin(
     ],
     ids=str,
 )
-def test_bottleneck_backward_of_what_is_wanted(kernels: Kernels, arithmetic: str, options: dict) -> None:
-    check_backward(kernels, SHAPES[7], arithmetic, **options)
-    check_backward(kernels, SHAPES[5], arithmetic, deferred=True, **options)
+def test_backward_of_what_is_wanted(simt: Any, arithmetic: Arithmetic, options: dict) -> None:
+    check_backward(simt, WIDE[3], arithmetic, **options)
+    check_backward(simt, WIDE[1], arithmetic, deferred=True, **options)
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@in_every_arithmetic
 def test_the_order_of_threads_and_blocks_changes_no_bit(
-    kernels: Kernels, arithmetic: str, monkeypatch: pytest.MonkeyPatch
+    simt: Any, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for shape in (SHAPES[5], SHAPES[8]):
-        case = make_case(shape, ARITHMETICS[arithmetic][0])
+    for shape in (WIDE[1], NARROW[4]):
+        case = make_case(shape, arithmetic.dtype)
         outcomes = []
         for order in ORDERS:
             monkeypatch.setenv("SIMT_ORDER", order)
-            results, _ = backward(kernels, case, arithmetic, shape[3:], deferred=True)
-            outcomes.append([*forward(kernels, case, arithmetic, shape[3:])[:3], *results.values()])
+            results = backward(simt, case, arithmetic, shape[3:], deferred=True)
+            outcomes.append([*forward(simt, case, arithmetic, shape[3:]), *results.values()])
         for other in outcomes[1:]:
             assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
-def test_no_pixels_launch_nothing(kernels: Kernels) -> None:
-    case = make_case((0, 24, 48), torch.float16)
-    empty = {"x": case["x"].half(), "weight": case["weight"].half(), "channels": 24, "out": 48}
-    for op in ("bottleneck", "bottleneck_backward"):
-        assert kernels(op, torch.float16, **empty)["weight"] == [0, 0]
+@pytest.mark.parametrize("arithmetic", ["half", "tf32"], indirect=True)
+def test_no_pixels_launch_nothing(simt: Any, arithmetic: Arithmetic) -> None:
+    case = make_case((0, 24, 48), arithmetic.dtype)
+    forward(simt, case, arithmetic)
+    assert simt.traffic() == [0, 0, 0, 0]
+    backward(simt, case, arithmetic, deferred=True)
+    assert simt.traffic() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("arithmetic", ["half", "tf32"])
-def test_nan_and_infinity_come_through(kernels: Kernels, arithmetic: str) -> None:
-    case = make_case((70, 24, 48), ARITHMETICS[arithmetic][0])
+@pytest.mark.parametrize("arithmetic", ["half", "tf32"], indirect=True)
+def test_nan_comes_through(simt: Any, arithmetic: Arithmetic) -> None:
+    case = make_case((70, 24, 48), arithmetic.dtype)
     case["x"][3, 5] = float("nan")
-    y, *_ = forward(kernels, case, arithmetic, (0, 0))
+    y = as_matrix(forward(simt, case, arithmetic)[0])
     assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
-    results, _ = backward(kernels, case, arithmetic, (0, 0))
+    results = backward(simt, case, arithmetic)
     assert results["grad_x"].isfinite().all()  # relu passes the gradient of NaN
     assert results["sum_d"].isfinite().all() and results["sum_dx"].isnan().nonzero().flatten().tolist() == [5]
     assert results["grad_weight"].isnan().any(0).nonzero().flatten().tolist() == [5]
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("arithmetic", ["half", "tf32"], indirect=True)
+def test_infinity_comes_through(simt: Any, arithmetic: Arithmetic) -> None:
+    case = make_case((70, 24, 48), arithmetic.dtype)
+    case["x"][3, 5] = float("inf") * case["scale"][5]
+    y = as_matrix(forward(simt, case, arithmetic)[0])
+    assert torch.equal(y[3].double(), case["weight"][:, 5] * float("inf"))
+    assert y[:3].isfinite().all() and y[4:].isfinite().all()
+    results = backward(simt, case, arithmetic)
+    assert results["grad_x"].isfinite().all() and results["sum_d"].isfinite().all()
+    assert results["grad_weight"].isfinite().all(0).logical_not().nonzero().flatten().tolist() == [5]
+
+
+# ---- Traffic
+
+
+@in_every_arithmetic
 @pytest.mark.parametrize("shape", [(256, 128, 48, 0, 0), (1024, 64, 128, 0, 16)], ids=str)
-def test_each_element_moves_once(kernels: Kernels, arithmetic: str, shape: tuple) -> None:
-    dtype = ARITHMETICS[arithmetic][0]
+def test_each_element_moves_once(simt: Any, arithmetic: Arithmetic, shape: tuple) -> None:
+    dtype = arithmetic.dtype
     case = make_case(shape, dtype)
     pixels, channels, out = shape[:3]
     of_x, of_y = pixels * channels * dtype.itemsize, pixels * out * dtype.itemsize
-    traffic = forward(kernels, case, arithmetic, shape[3:])[3]
-    reads = -(-out // 64) if dtype == F64 else 1  # double has narrow tiles
-    assert traffic["x"] == [of_x * reads, 0]
-    assert traffic["y"] == [0, of_y]
-    traffic = backward(kernels, case, arithmetic, shape[3:], deferred=True)[1]
-    launches = -(-out // 64) if dtype == F64 else 1
+    tiles = -(-out // 64) if dtype == F64 else 1  # double has narrow ones
     columns = channels // (64 if dtype.itemsize == 2 else 32)
-    assert traffic["x"] == [of_x * launches, 0]
-    assert traffic["grad_x"] == [of_x * launches, of_x * launches]
-    assert traffic["grad_y"] == traffic["deferred_y"] == [of_y * columns, 0]
+    forward(simt, case, arithmetic, shape[3:])
+    assert simt.watched("x") == [of_x * tiles // 16, of_x * tiles, 0, 0]  # by pieces of 16 bytes
+    assert simt.watched("y") == [0, 0, of_y // 16, of_y]
+    backward(simt, case, arithmetic, shape[3:], deferred=True)
+    assert simt.watched("x") == [of_x * tiles // 16, of_x * tiles, 0, 0]
+    assert simt.watched("grad_x") == 2 * [of_x * tiles // 16, of_x * tiles]
+    for name in ("grad_y", "y"):
+        _, load_bytes, *stores = simt.watched(name)
+        assert [load_bytes, *stores] == [of_y * columns, 0, 0]
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_ragged_shapes_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
-    flags = [f"-fsanitize={sanitizer}", "-g1", "-O1"]
-    program = compile_for_cpu([DRIVER], tmp_path / sanitizer, *flags)
-    for order in ORDERS if sanitizer == "address" else ORDERS[2:]:  # to the other one, order is no matter
-        environment = {**os.environ, "SIMT_ORDER": order, "TSAN_OPTIONS": "halt_on_error=1"}
-        done = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=1800)
-        assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-        assert len(done.stdout.splitlines()) == 35
+# ---- TF32
+
+
+@pytest.mark.parametrize("arithmetic", ["float"], indirect=True)
+def test_tf32_is_what_pytorch_permits(simt: Any, arithmetic: Arithmetic) -> None:
+    """The setting of convolutions decides, not that of matrix products."""
+    case = make_case(WIDE[0], torch.float32)
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before, results = products.fp32_precision, {}
+
+    def run(arithmetic: Arithmetic) -> list[Tensor]:
+        return [forward(simt, case, arithmetic)[0], *backward(simt, case, arithmetic).values()]
+
+    exact = run(ARITHMETICS["double"])
+    for precision, of_products in (("ieee", "ieee"), ("ieee", "tf32"), ("tf32", "ieee")):
+        convolutions.fp32_precision = precision
+        products.fp32_precision = of_products
+        try:
+            results[precision, of_products] = run(arithmetic)
+        finally:
+            products.fp32_precision = before
+    for i, x in enumerate(exact):
+        ieee, same, tf32 = (result[i] for result in results.values())
+        assert torch.equal(ieee, same)
+        error = rms(ieee.double() - x) / rms(x)
+        assert 0 < error < 1e-6 and 1e-5 < rms(tf32.double() - x) / rms(x) < 1e-3
+
+
+# ---- Lists of features and gradients: used in place where they are one map, else gathered and handed out
+
+Cut = Callable[[Tensor], list[Tensor]]
+SIZES = (3, 8, 5)  # channels of each
+
+
+def side_by_side(x: Tensor, between: int = 0) -> list[Tensor]:
+    """The features of x as slices of one buffer, with more or less room between them."""
+    images, _, *spatial = x.shape
+    buffer = x.new_full((images, *spatial, 24), 77).movedim(-1, 1)
+    parts, first = [], 2
+    for part in x.split(SIZES, 1):
+        parts.append(buffer[:, first : first + part.shape[1]].copy_(part))
+        first += part.shape[1] + between
+    return parts
+
+
+def backwards(x: Tensor) -> list[Tensor]:
+    """Side by side, but the last one first."""
+    parts = x.split(SIZES, 1)
+    swapped = channels_last(torch.cat(parts[::-1], 1))
+    return list(swapped.split(SIZES[::-1], 1))[::-1]
+
+
+SCATTERED: dict[str, Cut] = {
+    "of their own": lambda x: [channels_last(part.clone()) for part in x.split(SIZES, 1)],
+    "a gap between": lambda x: side_by_side(x, 1),
+    "backwards": backwards,
+    "another step": lambda x: [*side_by_side(x)[:2], channels_last(x.split(SIZES, 1)[2].clone())],
+}
+PLACES: dict[str, Cut] = {"side by side": side_by_side, **SCATTERED}
+
+
+def make_lists(images: int, spatial: tuple[int, ...]) -> dict[str, Any]:
+    case = make_maps((images, spatial, SIZES, 20))
+    return case | {name: torch.cat(case[name], 1) for name in ("features", "grad_features")}
+
+
+def run_lists(
+    ops: Any, case: dict[str, Any], features: list[Tensor], grads: list[Tensor], accumulate: bool
+) -> list[Tensor]:
+    vectors = [case[name] for name in VECTORS]
+    y = channels_last(torch.zeros_like(case["grad_y"]))
+    of_y = ops.bottleneck(features, *vectors[:2], case["weight"], None, None, None, True, y)
+    arguments = features, case["grad_y"], *vectors, case["weight"], grads, accumulate, True, True, []
+    return [y, *of_y, *ops.bottleneck_backward(*arguments), *grads]
+
+
+def some(maps: list[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    return [x if mine else x.new_empty(0) for x, mine in zip(maps, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("images, spatial", [(2, (5, 7)), (2, (1, 1)), (1, (1, 1)), (1, (3,))])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 1), (0, 0, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_lists_wherever_they_lie(
+    simt: Any, place: str, wanted: tuple[bool, ...], accumulate: bool, images: int, spatial: tuple[int, ...]
+) -> None:
+    case, cut = make_lists(images, spatial), PLACES[place]
+    results, rests = [], []
+    for ops in (simt, reference):
+        grads = cut(case["grad_features"])
+        results.append(run_lists(ops, case, cut(case["features"]), some(grads, wanted), accumulate))
+        buffer = grads[0]._base
+        rests.append(grads if buffer is None else [*grads, buffer])
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*rests)  # what lies between them, and what is not wanted, too
+
+
+def of_storages(maps: list[Tensor]) -> list[Tensor]:
+    """One map of every storage: all of it is watched."""
+    return list({x.untyped_storage().data_ptr(): x for x in maps if x.numel()}.values())
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_launches_touch_the_lists_only_where_they_are_one_map(
+    simt: Any, place: str, accumulate: bool
+) -> None:
+    """What is gathered, and where gradients are handed out, is not for a launch to see."""
+    case, cut = make_lists(2, (5, 7)), PLACES[place]
+    moved = case["features"].numel() * 8
+    for wanted in ((1, 1, 1), (1, 0, 1)):
+        lists = {"x": cut(case["features"]), "grad": some(cut(case["grad_features"]), wanted)}
+        simt.forget()
+        watched = {f"{name}{i}": x for name in lists for i, x in enumerate(of_storages(lists[name]))}
+        for name, x in watched.items():
+            simt.watch(name, x)
+        run_lists(simt, case, lists["x"], lists["grad"], accumulate)
+        in_place = place == "side by side"
+        grads_in_place = in_place and all(wanted)
+        bytes_ = {name: simt.watched(name)[1::2] for name in watched}
+        loads = 2 * moved if in_place else 0  # forward and backward
+        assert [sum(b) for b in zip(*(bytes_[n] for n in bytes_ if n[0] == "x"), strict=True)] == [loads, 0]
+        expected = [moved * grads_in_place * accumulate, moved * grads_in_place]
+        assert [sum(b) for b in zip(*(bytes_[n] for n in bytes_ if n[0] == "g"), strict=True)] == expected
+
+
+def test_in_place_or_gathered_is_the_same_to_the_bit(simt: Any) -> None:
+    case = make_lists(2, (5, 7))
+    every = [
+        run_lists(simt, case, cut(case["features"]), cut(case["grad_features"]), False)
+        for cut in (side_by_side, backwards)
+    ]
+    assert all(map(torch.equal, *every))
+
+
+def test_maps_of_one_pixel_that_are_neighbours_in_memory(simt: Any) -> None:
+    """One image: nothing tells where the next pixel would be. Two: windows that slide over a buffer overlap."""
+    for images in (1, 2):
+        case = make_maps((images, (1, 1), (4, 4, 4), 20))
+        memory = torch.randn(4 * (images + 2), dtype=F64)
+        features = [memory[4 * i :][: 4 * images].view(images, 4, 1, 1) for i in range(3)]
+        grads = [channels_last(g) for g in case["grad_features"]]
+        got = run_lists(simt, case, features, [g.clone() for g in grads], True)
+        expected = run_lists(reference, case, [f.clone() for f in features], [g.clone() for g in grads], True)
+        torch.testing.assert_close(got, expected)

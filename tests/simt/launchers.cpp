@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/bottleneck_launchers.h"
 #include "kernels/compat.cuh"
 
 namespace effdense::kernels {
@@ -82,6 +83,39 @@ void run_pools(Windows windows, int64_t more, int64_t first) {
 }
 
 template <typename T>
+void run_bottleneck(Size size, int64_t out_channels, int64_t more, bool tf32) {
+  using A = acc_t<T>;
+  const Size out{size.rows, out_channels};
+  Owner<T> x(size, size.channels + more, 0), grad_x(size, size.channels + more, 0);
+  Owner<T> y(out, out_channels + more, 0), grad_y(out, out_channels + more, 0);
+  Owner<T> weight({out_channels, size.channels}, size.channels, 0);
+  Vectors<A> v(size.channels), of_out(out_channels);
+  std::vector<A> mean(out_channels), var(out_channels), sum_d(size.channels), sum_dx(size.channels);
+  std::vector<A> grad_weight(out_channels * size.channels);
+  std::vector<A> workspace(bottleneck_workspace_size<T>(size, out_channels));
+  bottleneck<T>(size, out_channels, x.read(), v.norm(), weight.matrix.data,
+                {of_out.mean.data(), of_out.scale.data(), of_out.shift.data()}, tf32, y.matrix, mean.data(),
+                var.data(), workspace.data(), nullptr);
+  workspace = std::vector<A>(bottleneck_backward_workspace_size<T>(size, out_channels));
+  bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(),
+                         {y.read(), of_out.mean.data(), of_out.a.data(), of_out.b.data()}, v.norm(),
+                         weight.matrix.data, tf32, grad_x.matrix, true, grad_weight.data(), sum_d.data(),
+                         sum_dx.data(), workspace.data(), nullptr);
+}
+
+// Sizes, out channels, what a step is longer than its channels: every tile, pieces of every size.
+template <typename T>
+void run_bottlenecks(bool tf32 = false) {
+  run_bottleneck<T>({1, 1}, 1, 0, tf32);
+  run_bottleneck<T>({7, 3}, 5, 0, tf32);
+  run_bottleneck<T>({130, 12}, 48, 4, tf32);
+  run_bottleneck<T>({49, 300}, 48, 4, tf32);
+  run_bottleneck<T>({70, 40}, 160, 8, tf32);
+  run_bottleneck<T>({33, 24}, 200, 1, tf32);
+  run_bottleneck<T>({600, 13}, 12, 3, tf32);
+}
+
+template <typename T>
 void run_all() {
   for (const Size size : {Size{1, 1}, {9, 3}, {70, 12}, {49, 13}, {300, 24}, {33, 40}, {20, 300}})
     for (const auto& [first, more] : {std::pair{0, 0}, {0, 8}, {4, 8}, {1, 3}})
@@ -114,6 +148,11 @@ int main() {
     run_all<double>();
     run_all<__half>();
     run_all<__nv_bfloat16>();
+    run_bottlenecks<float>();
+    run_bottlenecks<float>(true);
+    run_bottlenecks<double>();
+    run_bottlenecks<__half>();
+    run_bottlenecks<__nv_bfloat16>();
     for (const int channels : {0, 1, 13, 300}) {
       run_vectors<float>(channels);
       run_vectors<double>(channels);

@@ -68,6 +68,18 @@ __device__ __forceinline__ void finish_y(
   }
 }
 
+// The mean of y - pivot over the first `rows` of the warp's 32, 1 / rows being `share`, of a lane's column.
+template <typename Sum, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ Sum warp_mean(const Sum (&y)[kRowTiles][kColumnTiles][4], int column, int rows,
+                                         Sum share, Sum pivot) {
+  Sum sum = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    if (lane_id() / 4 + 8 * i < rows) sum += y[i / 2][column / 2][i % 2 * 2 + column % 2] - pivot;
+  }
+  return sum_over_rows(sum) * share;
+}
+
 // With u = y - pivot: mean of u, and sum of squares about that mean, of every column's first `rows` of the
 // warp's 32 rows.
 template <typename Sum, int kRowTiles, int kColumnTiles>
@@ -79,12 +91,8 @@ __device__ __forceinline__ void warp_statistics(const Sum (&y)[kRowTiles][kColum
   for (int j = 0; j < 2 * kColumnTiles; ++j) {
     const int column = j / 2 * 8 + 2 * t + j % 2;
     const Sum pivot = pivots[column];
-    Sum sum = 0, m2 = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) {
-      if (g + 8 * i < rows) sum += y[i / 2][j / 2][i % 2 * 2 + j % 2] - pivot;
-    }
-    const Sum mean = sum_over_rows(sum) * share;
+    const Sum mean = warp_mean(y, j, rows, share, pivot);
+    Sum m2 = 0;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       const Sum deviation = y[i / 2][j / 2][i % 2 * 2 + j % 2] - pivot - mean;
@@ -100,19 +108,23 @@ __device__ __forceinline__ void warp_statistics(const Sum (&y)[kRowTiles][kColum
 
 // The block's statistics, into [block][3][out channels]: pivot, mean of u, M2. With n = sum n_w over the
 // warps, mean = sum n_w mean_w / n and M2 = sum M2_w + n_w (mean_w - mean)^2 (Chan, Golub and LeVeque). The
-// pivot, the block's first row, is what keeps a mean far larger than the deviation from costing digits.
+// pivot, about the mean of the block's first 32 rows, keeps a mean far larger than the deviation from costing
+// digits; a single row could be far larger than the mean, and cost digits of that.
 template <typename Tile, typename Sum, typename Out>
 __device__ __forceinline__ void block_statistics(
     const Sum (&y)[Tile::kWarpRows / 16][Tile::kWarpColumns / 8][4], Out& out, int row_warp, int column,
     int rows, int first_out, int columns, Sum* statistics) {
   const int lane = lane_id(), mine = static_cast<int>(threadIdx.x);
-  if (row_warp == 0 && lane < 4) {
+  const auto count = [&](int warp) { return min(max(rows - Tile::kWarpRows * warp, 0), Tile::kWarpRows); };
+  if (row_warp == 0) {
+    const Sum share = Sum(1) / static_cast<Sum>(count(0));
 #pragma unroll
-    for (int j = 0; j < Tile::kWarpColumns / 4; ++j)
-      out.pivot[column + j / 2 * 8 + 2 * lane + j % 2] = y[0][j / 2][j % 2];
+    for (int j = 0; j < Tile::kWarpColumns / 4; ++j) {
+      const Sum pivot = warp_mean(y, j, count(0), share, Sum(0));
+      if (lane < 4) out.pivot[column + j / 2 * 8 + 2 * lane + j % 2] = pivot;
+    }
   }
   __syncthreads();
-  const auto count = [&](int warp) { return min(max(rows - Tile::kWarpRows * warp, 0), Tile::kWarpRows); };
   warp_statistics(y, count(row_warp), out.pivot + column, out.mean[row_warp] + column,
                   out.m2[row_warp] + column);
   __syncthreads();
