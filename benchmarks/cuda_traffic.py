@@ -154,9 +154,7 @@ def pytorch_bytes(calls: Iterable[Call]) -> int:
         if call.op.startswith("convolution"):
             *_, x, weight = traced.tensors(call.arguments)
             if weight.shape[2:] == (1, 1):
-                parts = separate_kernels.conv1x1(
-                    separate_kernels.Map(x.shape[1], x.pixels), weight.shape[0]
-                )
+                parts = separate_kernels.conv1x1(separate_kernels.Map(x.shape[1], x.pixels), weight.shape[0])
                 forward = parts.pop("conv1x1")
                 total += forward if call.op == "convolution" else sum(parts.values())
         else:
@@ -201,33 +199,45 @@ def step_rows(
     """One row per implementation: bytes per image of a step, and how many times less than naive's.
 
     `all_bytes` are all accesses, with `images` images; for plain PyTorch those of kernels that read every operand once.
-    `memory_bytes` are with MANY images, and without what effdense reads again within L2; `cached` says the same for
-    plain PyTorch, whose second passes of batch norm are then left out.
+    `memory_bytes` are with MANY images, and without what effdense reads again within L2; `memory_by` says whose they
+    are. `cached_bytes` are the same without plain PyTorch's second passes of batch norm.
     """
     rows = []
     for impl, checkpoint in (("naive", False), ("checkpoint", True)):
         few, many, cached = (
-            sum(separate_kernels.step(model, n, size, checkpoint, passes).values()) / n
+            separate_kernels.step(model, n, size, checkpoint, passes)
             for n, passes in ((images, 2), (MANY, 2), (MANY, 1))
         )
-        rows.append({"impl": impl, "all_bytes": few, "memory_bytes": many, "cached_bytes": cached})
+        row = {
+            "impl": impl,
+            "all_bytes": sum(few.values()) / images,
+            "cached_bytes": sum(cached.values()) / MANY,
+        }
+        rows.append({**row, "memory_by": {term: size / MANY for term, size in many.items()}})
     for impl, calls in steps.items():
         few = pytorch_bytes(calls) + sum(counts[call].bytes for call in _ours(calls))
-        # Partial results grow with the images at most.
-        others = sum(counts[c].partial for c in _ours(calls) if c.op != "bottleneck_backward") / images
-        many_calls = traced.trace_model(model, impl, MANY, size)
-        many = pytorch_bytes(many_calls) + sum(least(call).bytes for call in _ours(many_calls))
-        many += sum(_partial_sums(call) for call in many_calls if call.op == "bottleneck_backward")
-        memory = many / MANY + others
-        rows.append({"impl": impl, "all_bytes": few / images, "memory_bytes": memory, "cached_bytes": memory})
-    naive = rows[0]
+        by = memory_by_operator(traced.trace_model(model, impl, MANY, size))
+        for call in _ours(calls):  # other partial sums grow with the images at most
+            if call.op != "bottleneck_backward":
+                by["partial sums"] += counts[call].partial / images
+        rows.append(
+            {"impl": impl, "all_bytes": few / images, "cached_bytes": sum(by.values()), "memory_by": by}
+        )
     for row in rows:
-        ratios = {
-            key.replace("bytes", "ratio"): naive[key] / row[key]
-            for key in ("all_bytes", "memory_bytes", "cached_bytes")
-        }
-        row.update(model=model, images=images, **ratios)
+        row.update(model=model, images=images, memory_bytes=sum(row["memory_by"].values()))
+        for key in ("all", "memory", "cached"):
+            row[f"{key}_ratio"] = rows[0][f"{key}_bytes"] / row[f"{key}_bytes"]
     return rows
+
+
+def memory_by_operator(calls: Sequence[Call]) -> Counter[str]:
+    """Bytes per image of a step of MANY images, from shapes: floors, and bottleneck_backward's partial sums."""
+    by = Counter({"PyTorch's": pytorch_bytes(calls) / MANY})
+    for call in _ours(calls):
+        by[call.op] += least(call).bytes / MANY
+        if call.op == "bottleneck_backward":
+            by["partial sums"] += _partial_sums(call) / MANY
+    return by
 
 
 def partial_rows(model: str, size: int) -> list[dict[str, Any]]:
@@ -271,7 +281,9 @@ def run(
 def operators_table(result: dict[str, Any]) -> Table:
     """Return the operators as a table for the terminal; MB are MiB per image."""
     title = f"CUDA operators of a training step, float16, {result['images']} image(s), MiB per image"
-    caption = "floor: every operand and result once (bn_relu_backward with the batch's statistics reads its maps "
+    caption = (
+        "floor: every operand and result once (bn_relu_backward with the batch's statistics reads its maps "
+    )
     caption += "twice)\ngate: (bytes - again in L2) / floor is at most "
     caption += f"{GATE} in total\nagain in L2: operands that blocks side by side read too"
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")

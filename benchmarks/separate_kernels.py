@@ -56,7 +56,9 @@ def conv1x1(x: Map, out_channels: int) -> Counter[str]:
 
 def dense_layer(x: Map, width: int, passes: int = 2, checkpoint: bool = False) -> Counter[str]:
     """All of a layer but its 3x3 convolution. `width`: channels of the bottleneck."""
-    total = Counter({"cat": (2 if checkpoint else 1) * 2 * x.bytes})  # reads the features, writes them together
+    total = Counter(
+        {"cat": (2 if checkpoint else 1) * 2 * x.bytes}
+    )  # reads the features, writes them together
     total += bn_relu(x, passes, checkpoint)
     # A checkpoint stops when it has what the backward asks for: conv1x1 is not run again.
     total += conv1x1(x, width)

@@ -70,7 +70,7 @@ def tensors(of: Any) -> list[Like]:
     return [like for part in of for like in tensors(part)] if isinstance(of, tuple) else []
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes every call that reads or writes data."""
 
     def __init__(self) -> None:
@@ -137,7 +137,8 @@ def trace(model: nn.Module, x: Tensor) -> list[Call]:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.float()
-    x, recorder = x.to("meta", torch.half), _Recorder()
+    x = x.detach().to("meta", torch.half).requires_grad_(x.requires_grad)
+    recorder = Recorder()
     with _as_on_cuda(), recorder:
         model(x).sum().backward()
     return recorder.calls

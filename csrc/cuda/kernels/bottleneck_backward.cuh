@@ -52,9 +52,9 @@ struct BackwardArguments {
   Operand<E> grad_x;  // data null: not wanted
   bool accumulate;
   int64_t tiles_per_block;  // of pixels
-  // What the blocks make, null where it is not wanted: [blocks along the pixels][out channels][width], and the
-  // two sums of a channel, sums_step after those of the block before. Partial results, unless there is one
-  // block along the pixels: its are the results.
+  // What the blocks make, null where it is not wanted: [blocks along the pixels][out channels][width], and
+  // the two sums of a channel, sums_step after those of the block before. Partial results, unless there is
+  // one block along the pixels: its are the results.
   Sum *grad_weight, *sum_d, *sum_dx;
   int64_t width, sums_step;
 };
