@@ -128,16 +128,15 @@ def _moved(counters: Sequence[int]) -> int:
 
 
 def backward_partial_sums(pixels: int, channels: int, out_channels: int) -> int:
-    """Bytes of bottleneck_backward's partial sums in half precision: BackwardCut in bottleneck_backward.cu once more.
+    """Bytes of bottleneck_backward's partial sums, in half precision and up to 192 out channels.
 
-    So that they are known for batches that the harness is too slow for; every count is compared with it.
+    This is BackwardCut of bottleneck_backward.cu once more, for batches that the harness is too slow for. Every count of
+    `run` is compared with it.
     """
     columns, tiles = -(-channels // 64), -(-pixels // 32)
     tiles_per_block = -(-tiles // max(min(tiles // 16, 512 // columns), 1))
-    blocks, launches = -(-tiles // tiles_per_block), -(-out_channels // 192)
-    if blocks * launches == 1:
-        return 0
-    return 2 * 4 * blocks * channels * (out_channels + 2 * launches)  # written and read, in float
+    blocks = -(-tiles // tiles_per_block)
+    return 2 * 4 * blocks * (out_channels + 2) * channels if blocks > 1 else 0  # written and read, in float
 
 
 def _partial_sums(call: Call) -> int:
