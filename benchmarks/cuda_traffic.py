@@ -93,7 +93,7 @@ def least(call: Call) -> Least:
 
 
 def count(simt: Any, call: Call) -> Count:
-    """Runs the call under the harness. RuntimeError where it does not read all of an operand or writes a result twice."""
+    """Runs the call under the harness. RuntimeError where loads are fewer, or stores other, than `least` has them."""
     made: dict[int, Tensor] = {}
 
     def make(value: Any) -> Any:
@@ -281,10 +281,11 @@ def operators_table(result: dict[str, Any]) -> Table:
     """Return the operators as a table for the terminal; MB are MiB per image."""
     title = f"CUDA operators of a training step, float16, {result['images']} image(s), MiB per image"
     caption = (
-        "floor: every operand and result once (bn_relu_backward with the batch's statistics reads its maps "
+        "floor: every operand and result once; bn_relu_backward with the batch's statistics reads its maps twice\n"
+        "again in L2: what blocks side by side read too: bottleneck's weight once per 128 pixels, bottleneck_backward's\n"
+        "  grad_y and y once per 64 channels of x, the pixels of overlapping windows\n"
+        f"gated, at most {GATE}: (floor + partial sums) / floor; with more images: the last table"
     )
-    caption += "twice)\ngate: (bytes - again in L2) / floor is at most "
-    caption += f"{GATE} in total\nagain in L2: operands that blocks side by side read too"
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     shown.add_column("operator", no_wrap=True)
     for heading in ("calls", "bytes", "floor", "again\nin L2", "partial\nsums", "bytes\n/ floor", "gated"):
