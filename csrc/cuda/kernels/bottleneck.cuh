@@ -248,7 +248,10 @@ __global__ void __launch_bounds__(kMergeThreads)
     return static_cast<double>(load(part)) - from + static_cast<double>(load(part + columns));
   };
   const int64_t last = inside ? blocks : 0;
-  const double pivot = inside ? static_cast<double>(load(statistics + column)) : 0.0;
+  if (lane == 0) shared[0][side] = inside ? static_cast<double>(load(statistics + column)) : 0.0;
+  __syncthreads();
+  const double pivot = shared[0][side];
+  __syncthreads();
   double moved = 0, m2 = 0;
 #pragma unroll 4
   for (int64_t block = lane; block < last; block += kMergeLanes)

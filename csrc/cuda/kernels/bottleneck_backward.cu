@@ -16,8 +16,8 @@ constexpr int64_t kMostOut = sizeof(T) == 2   ? 192
 template <typename T>
 struct BackwardCut {
   static constexpr int kPixels = sizeof(T) == 8 ? 16 : 32, kColumns = sizeof(T) == 2 ? 64 : 32;
-  // Enough blocks to fill a large device twice, but each with enough pixels that its part of grad_weight,
-  // which it writes and which is read again, is little beside what it reads.
+  // As many blocks as fill a large device twice, but none with so few pixels that its part of grad_weight,
+  // which it writes and which is read again, is much beside what it reads.
   static constexpr int64_t kBlocks = 512, kLeastPixels = 512;
   int64_t width, tiles_per_block, blocks;  // blocks: along the pixels
   int64_t launches, out_per_launch;
@@ -25,13 +25,17 @@ struct BackwardCut {
   BackwardCut(Size size, int64_t out_channels) {
     const int64_t columns = divide_up(size.channels, kColumns), tiles = divide_up(size.rows, kPixels);
     width = columns * kColumns;
-    tiles_per_block = std::max(kLeastPixels / kPixels, divide_up(tiles * columns, kBlocks));
+    const auto at_least_1 = [](int64_t count) { return std::max<int64_t>(count, 1); };
+    const int64_t most = std::min(tiles / (kLeastPixels / kPixels), kBlocks / at_least_1(columns));
+    tiles_per_block = at_least_1(divide_up(tiles, at_least_1(most)));
     blocks = divide_up(tiles, tiles_per_block);
     launches = divide_up(out_channels, kMostOut<T>);
     out_per_launch = divide_up(divide_up(out_channels, launches), 16) * 16;  // keeps pieces of 16 bytes whole
   }
-  int64_t weight_parts(int64_t out_channels) const { return blocks * out_channels * width; }
-  int64_t sum_parts() const { return launches * blocks * 2 * width; }
+  // One block along the pixels has no partial results: it writes where the caller wants them.
+  bool has_parts() const { return launches * blocks > 1; }
+  int64_t weight_parts(int64_t out_channels) const { return has_parts() ? blocks * out_channels * width : 0; }
+  int64_t sum_parts() const { return has_parts() ? launches * blocks * 2 * width : 0; }
 };
 
 template <typename Math, int kOut, typename Arguments>
@@ -98,9 +102,18 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
         operand(grad_x, size.rows, size.channels),
         grad_x.data != nullptr && (accumulate || i > 0),
         cut.tiles_per_block,
-        grad_weight == nullptr ? nullptr : weight_parts + cut.blocks * first * cut.width,
-        sum_d == nullptr ? nullptr : sum_parts + i * cut.blocks * 2 * cut.width,
-        cut.width};
+        grad_weight,
+        sum_d,
+        sum_dx,
+        size.channels,
+        0};
+    if (cut.has_parts()) {
+      arguments.width = cut.width;
+      arguments.sums_step = 2 * cut.width;
+      if (grad_weight != nullptr) arguments.grad_weight = weight_parts + cut.blocks * first * cut.width;
+      if (sum_d != nullptr) arguments.sum_d = sum_parts + i * cut.blocks * 2 * cut.width;
+      if (sum_d != nullptr) arguments.sum_dx = arguments.sum_d + cut.width;
+    }
     if (deferred.y.data != nullptr)  // who copies a piece of one has that of the other
       arguments.y.piece = arguments.grad_y.piece = std::min(arguments.y.piece, arguments.grad_y.piece);
     if constexpr (sizeof(T) == 2) {
@@ -111,6 +124,7 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
       choose_tile<Plain<T>>(arguments, grid, stream);
     }
   }
+  if (!cut.has_parts()) return;
   const int64_t lines = grad_weight == nullptr ? 0 : out_channels;
   const AddPartsArguments<A> parts{weight_parts,
                                    sum_parts,

@@ -52,10 +52,11 @@ struct BackwardArguments {
   Operand<E> grad_x;  // data null: not wanted
   bool accumulate;
   int64_t tiles_per_block;  // of pixels
-  // Partial results of a block: [blocks along the pixels][out channels][width] and [...][2][width]; null: not
-  // wanted. `width` is the channels' number in whole tiles.
-  Sum *grad_weight, *sums;
-  int64_t width;
+  // What the blocks make, null where it is not wanted: [blocks along the pixels][out channels][width], and
+  // the two sums of a channel, sums_step after those of the block before. Partial results, unless there is
+  // one block along the pixels: its are the results.
+  Sum *grad_weight, *sum_d, *sum_dx;
+  int64_t width, sums_step;
 };
 
 // grad_y - a - b * (y - mean) in place, of the calling thread's own pieces of tile.
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
   const int tiles =
       static_cast<int>(min(arguments.tiles_per_block, (pixels + kPixels - 1) / kPixels - first_tile));
   const bool corrected = arguments.y.data != nullptr, accumulate = arguments.accumulate;
-  const bool need_sums = arguments.sums != nullptr, need_weight = arguments.grad_weight != nullptr;
+  const bool need_sums = arguments.sum_d != nullptr, need_weight = arguments.grad_weight != nullptr;
 
   const auto copy = [&](int tile) {
     if (tile < tiles) {
@@ -194,6 +195,7 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
   }
 
   const int g = lane_id() / 4, t = lane_id() % 4;
+  const int channels = arguments.x.columns - first_column;  // of the block, and those behind it
   if (need_weight) {
     using Pair = Vec<Sum, 2>;
     Sum* const to = arguments.grad_weight + int64_t{blockIdx.y} * out * arguments.width + first_column;
@@ -203,9 +205,15 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
 #pragma unroll
       for (int j = 0; j < kWeightTiles; ++j) {
         const Sum(&from)[4] = grad_weight[i / 2][j];
-        if (row < out)
-          store(reinterpret_cast<Pair*>(to + row * arguments.width + column + 8 * j + 2 * t),
-                Pair{{from[i % 2 * 2], from[i % 2 * 2 + 1]}});
+        const int c = column + 8 * j + 2 * t;
+        if (row >= out || c >= channels) continue;
+        Sum* const pair = to + row * arguments.width + c;
+        if (arguments.width % 2 == 0) {  // then there is room for both, and they are aligned
+          store(reinterpret_cast<Pair*>(pair), Pair{{from[i % 2 * 2], from[i % 2 * 2 + 1]}});
+        } else {
+          store(pair, from[i % 2 * 2]);
+          if (c + 1 < channels) store(pair + 1, from[i % 2 * 2 + 1]);
+        }
       }
     }
   }
@@ -219,9 +227,11 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
   __syncthreads();
   if (const int i = static_cast<int>(threadIdx.x); i < 2 * kColumns) {
     const int which = i / kColumns, c = i % kColumns;
+    if (c >= channels) return;
     Sum sum = shared.sums[which][0][c];
     for (int w = 1; w < Tile::kPixelWarps; ++w) sum += shared.sums[which][w][c];
-    store(arguments.sums + (int64_t{blockIdx.y} * 2 + which) * arguments.width + first_column + c, sum);
+    Sum* const to = which == 0 ? arguments.sum_d : arguments.sum_dx;
+    store(to + int64_t{blockIdx.y} * arguments.sums_step + first_column + c, sum);
   }
 }
 

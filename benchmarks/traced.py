@@ -1,0 +1,150 @@
+"""The operators of one training step, with the shapes of what they get: from a run on the meta device, which computes nothing.
+
+effdense's models take the CUDA path: its operators, with PyTorch's 3x3 convolutions between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import models
+from effdense import batch_norm, dense_block, dense_layer, pool
+
+CPU_ONLY = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")
+# The calls that are operators for torch.compile's sake: what is in them counts.
+OPAQUE: dict[str, Callable[..., Any]] = {
+    "dense_stage": dense_block._dense_stage,
+    "dense_stage_backward": dense_block._dense_stage_backward,
+    "update_running_statistics": batch_norm._update,
+    "count_batches": batch_norm._count,
+}
+
+
+class Like(NamedTuple):
+    """A tensor without its data; `number`: which of a call's tensors it is, since one may come twice."""
+
+    number: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int  # of its first element in a piece of 16 bytes: how wide accesses can be depends on it
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def pixels(self) -> int:
+        """Of all images."""
+        return self.shape[0] * math.prod(self.shape[2:])
+
+    def make(self) -> Tensor:
+        """A tensor like this on the CPU, of zeros."""
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        buffer = torch.zeros(self.offset + last + 1 if 0 not in self.shape else 0, dtype=self.dtype)
+        return buffer.as_strided(self.shape, self.strides, self.offset if buffer.numel() else 0)
+
+
+class Call(NamedTuple):
+    """One operator's call. Lists have become tuples, so that equal calls are equal keys."""
+
+    space: str  # "effdense" or "aten"
+    op: str
+    arguments: tuple[Any, ...]
+    results: tuple[Any, ...]
+
+
+def tensors(of: Any) -> list[Like]:
+    """Those among a call's arguments or results, or within one of them."""
+    if isinstance(of, Like):
+        return [of]
+    return [like for part in of for like in tensors(part)] if isinstance(of, tuple) else []
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call that reads or writes data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Any = None
+    ) -> Any:
+        space, op = function._schema.name.split("::")
+        if op in OPAQUE:
+            with self:
+                return OPAQUE[op](*arguments)
+        result = function(*arguments, **(options or {}))
+        if op.startswith("convolution"):
+            result = _in_cudnns_layout(result, arguments[:2])
+        allocates = "empty" in op or op == "detach"
+        if not (function.is_view or allocates):
+            numbers: dict[int, int] = {}
+
+            def describe(value: Any) -> Any:
+                if isinstance(value, Tensor):
+                    number = numbers.setdefault(id(value), len(numbers))
+                    offset = value.storage_offset() % (16 // value.element_size())
+                    return Like(number, tuple(value.shape), value.stride(), offset, value.dtype)
+                return tuple(map(describe, value)) if isinstance(value, list | tuple) else value
+
+            self.calls.append(Call(space, op, describe(arguments), describe((result,))))
+        return result
+
+
+def _in_cudnns_layout(result: Any, inputs: Sequence[Tensor]) -> Any:
+    """Channels-last where an input is: the meta device knows of no such rule."""
+    last = torch.channels_last
+    if not any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in inputs):
+        return result
+    parts = result if isinstance(result, tuple) else (result,)
+    parts = tuple(t.contiguous(memory_format=last) if t is not None and t.dim() == 4 else t for t in parts)
+    return parts if isinstance(result, tuple) else parts[0]
+
+
+@contextlib.contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    names = [op.name.split("::")[1] for op in _schemas() if op.name.startswith("effdense::")]
+    cuda = SimpleNamespace(
+        **{n: getattr(torch.ops.effdense, n) for n in names if n not in (*CPU_ONLY, *OPAQUE)}
+    )
+    with contextlib.ExitStack() as stack:
+        for module in (batch_norm, dense_block, dense_layer, pool):
+            stack.enter_context(mock.patch.object(module, "operators", lambda x: cuda))
+        yield
+
+
+def _schemas() -> Any:
+    return torch._C._jit_get_all_schemas()
+
+
+def trace(model: nn.Module, x: Tensor) -> list[Call]:
+    """The calls of one training step of `model`, which becomes one on the meta device, in half precision.
+
+    Batch norms stay in float32, as under autocast. The casts that autocast makes of weights are not there.
+    """
+    model.train().to("meta", torch.half)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.float()
+    x = x.detach().to("meta", torch.half).requires_grad_(x.requires_grad)
+    recorder = Recorder()
+    with _as_on_cuda(), recorder:
+        model(x).sum().backward()
+    return recorder.calls
+
+
+def trace_model(name: str, impl: str, images: int, image_size: int) -> list[Call]:
+    """The same of a model by name."""
+    model = models.build(name, impl).model
+    return trace(model, torch.empty(images, 3, image_size, image_size, device="meta"))
