@@ -107,13 +107,15 @@ inline void check_channels(const char* op, const char* name, const Tensor& tenso
                     "), got shape ", tensor.sizes());
 }
 
-// What is missing of grad_y, -a - b * (y - mean): y, mean, a, b, or nothing.
+// What is missing of grad_y, -a - b * (y - mean): y, mean, a, b, and scale, shift where the mask is missing
+// too, or nothing.
 inline void check_deferred(const char* op, TensorList deferred, const Tensor& grad_y) {
   if (deferred.empty()) return;
-  TORCH_CHECK_VALUE(deferred.size() == 4, op, ": deferred must hold y, mean, a, b, or nothing, got ",
+  TORCH_CHECK_VALUE(deferred.size() == 4 || deferred.size() == 6, op,
+                    ": deferred must hold y, mean, a, b, perhaps scale, shift, or nothing, got ",
                     deferred.size(), " tensors");
   check_same_shape(op, "deferred[0]", deferred[0], grad_y);
-  for (size_t i = 1; i < 4; ++i)
+  for (size_t i = 1; i < deferred.size(); ++i)
     check_per_channel(op, ("deferred[" + std::to_string(i) + "]").c_str(), deferred[i], grad_y,
                       grad_y.size(1));
 }

@@ -32,7 +32,9 @@ inline void define_operators(torch::Library& m) {
       " Tensor? out_scale, Tensor? out_shift, bool statistics, Tensor(a!) y) -> (Tensor mean, Tensor var)");
   // d = (weight^T grad_y) masked by relu -> grad_weight [O, C] (in the accumulation type), sum d, sum d (x -
   // mean); grad_features[i] becomes scale * d, or with `accumulate` grows by it, unless it is empty.
-  // `deferred`: nothing, or y, mean_y, a, b where grad_y - a - b * (y - mean_y) is what stands for grad_y
+  // `deferred`: nothing, or y, mean_y, a, b where grad_y - a - b * (y - mean_y) is what stands for grad_y, or
+  // behind them scale_y, shift_y of a norm and relu over y, whose output's gradient grad_y still is:
+  // scale_y * d_y - a - b * (y - mean_y)
   m.def(
       "bottleneck_backward(Tensor[] features, Tensor grad_y, Tensor scale, Tensor shift, Tensor mean,"
       " Tensor weight, Tensor(a!)[] grad_features, bool accumulate, bool need_features, bool need_weight,"
@@ -42,6 +44,10 @@ inline void define_operators(torch::Library& m) {
   m.def("take_gradient(Tensor x, Tensor mean, Tensor a, Tensor b, Tensor grad, Tensor(a!) out) -> ()");
   // out = relu(scale * x + shift)
   m.def("bn_relu(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
+  // the same, and with grad, the gradient of that: sum d, sum d (x - mean)
+  m.def(
+      "bn_relu_with_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor(a!) out)"
+      " -> (Tensor sum_d, Tensor sum_dx)");
   // grad: the gradient of relu(bn(x)), becomes the gradient of x -> sum d, sum d (x - mean)
   m.def(
       "bn_relu_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor rstd,"

@@ -127,7 +127,8 @@ def _bottleneck(ops: Any, c: _Case) -> list[Tensor]:
 
 def _bottleneck_backward(ops: Any, c: _Case) -> list[Tensor]:
     results = []
-    for accumulate, deferred in ((False, []), (True, [torch.ones_like(c.y), *c.of_out])):
+    y, norm = torch.ones_like(c.y), [c.of_out[1], c.of_out[2]]
+    for accumulate, deferred in ((False, []), (True, [y, *c.of_out]), (True, [y, *c.of_out, *norm])):
         arguments = c.features, c.y, *c.vectors[:3], c.weight, c.grads
         results += ops.bottleneck_backward(*arguments, accumulate, True, True, deferred)
     return [*results, *c.grads]
@@ -158,6 +159,10 @@ def _take_gradient(ops: Any, c: _Case) -> list[Tensor]:
 def _bn_relu(ops: Any, c: _Case) -> list[Tensor]:
     ops.bn_relu(c.x, *c.first(2), c.grad)
     return [c.grad]
+
+
+def _bn_relu_with_sums(ops: Any, c: _Case) -> list[Tensor]:
+    return [*ops.bn_relu_with_sums(c.grad.neg(), c.x, *c.first(3), c.grad), c.grad]
 
 
 def _bn_relu_backward(ops: Any, c: _Case) -> list[Tensor]:
@@ -199,6 +204,7 @@ OPERATORS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "bn_relu_conv3x3_backward": _bn_relu_conv3x3_backward,
     "take_gradient": _take_gradient,
     "bn_relu": _bn_relu,
+    "bn_relu_with_sums": _bn_relu_with_sums,
     "bn_relu_backward": _bn_relu_backward,
     "bn_relu_accumulate": _bn_relu_accumulate,
     "bn_relu_avg_pool": _bn_relu_avg_pool,

@@ -49,11 +49,13 @@ def bn_relu_convolve(
 class Gradients(NamedTuple):
     """What the backward of `bn_relu_convolve` makes; None where it was not needed."""
 
-    # scale * d, d the gradient behind the norm: what the batch's statistics subtract is missing
+    # scale * d, d the gradient masked by relu: what the batch's statistics subtract is missing. Not even masked: the
+    # gradient of relu(norm(x))
     x: Tensor | None
     sums: Sequence[Tensor] | None  # sum d, sum d (x - mean)
     weight: Tensor | None
     bias: Tensor | None
+    masked: bool = True
 
 
 def bn_relu_convolve_backward(
@@ -66,8 +68,12 @@ def bn_relu_convolve_backward(
     needs: tuple[bool, bool, bool],
     scratch: Lease,
     add_to: Tensor | None,
+    masks_later: bool,
 ) -> Gradients:
-    """Gradients of x, weight and bias, as far as `needs` asks; that of x is new, or is added to `add_to`."""
+    """Gradients of x, weight and bias, as far as `needs` asks; that of x is new, or is added to `add_to`.
+
+    `masks_later`: the caller takes a gradient of x that is not masked.
+    """
     need_x, need_weight, need_bias = needs
     vectors = norm.scale, norm.shift, norm.mean
     if fuses(ops, weight):
@@ -85,6 +91,11 @@ def bn_relu_convolve_backward(
             return Gradients(None, None, grad_weight, grad_bias)
         return Gradients(grad_x, sums, grad_weight, grad_bias)
     z = scratch.channels_last(x, x.shape[1])
+    if need_x and masks_later:  # one pass makes z and takes the sums
+        grad_z = channels_last(convolve_backward(grad, z, weight, bias, (True, False, False))[0])
+        sums = ops.bn_relu_with_sums(grad_z, x, *vectors, z)
+        _, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, (False, need_weight, need_bias))
+        return Gradients(grad_z, sums, grad_weight, grad_bias, masked=False)
     ops.bn_relu(x, norm.scale, norm.shift, z)
     grad_x, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs)
     if not need_x:

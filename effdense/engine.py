@@ -30,7 +30,13 @@ from effdense.autograd import (
     vector,
 )
 from effdense.batch_norm import Folded
-from effdense.convolution import bn_relu_convolve, bn_relu_convolve_backward, convolve, convolve_backward
+from effdense.convolution import (
+    Gradients,
+    bn_relu_convolve,
+    bn_relu_convolve_backward,
+    convolve,
+    convolve_backward,
+)
 from effdense.reference import accumulate_dtype, channels_last
 from effdense.stage import POOL_PARAMETERS, Layer, Parameters, Settings, Stage, Vectors
 from effdense.workspace import on_large_pages
@@ -237,6 +243,8 @@ class _Backward:
         source, norm = prefix, norm1
         if layer.width:
             source, norm = self._y(layer, norm1, prefix, scratch), stage.norm2(layer, self.norms)
+        # y's gradient is wanted whole where it goes through dropout or is summed up
+        defers = bool(layer.width) and layer.masks[0] is None and not wanted[3]
         conv2 = bn_relu_convolve_backward(
             ops,
             g,
@@ -247,6 +255,7 @@ class _Backward:
             (below or any(wanted[:-2]), wanted[-2], wanted[-1]),
             scratch,
             None if layer.width else below_prefix,
+            defers,
         )
         self.result[first + step - 2 : first + step] = conv2.weight, conv2.bias
         if conv2.x is None or conv2.sums is None:
@@ -257,7 +266,7 @@ class _Backward:
         self._normalised(norm, conv2.sums, first + 4)
         if not (below or any(wanted[:4])):
             return
-        grad_y, deferred = self._grad_y(layer, conv2.x, source, norm, conv2.sums, wanted[3])
+        grad_y, deferred = self._grad_y(layer, conv2, source, norm, defers)
         if wanted[3]:
             self.result[first + 3] = sum_per_channel(grad_y)
         assert layer.conv1 is not None
@@ -287,13 +296,20 @@ class _Backward:
         return y
 
     def _grad_y(
-        self, layer: Layer, grad: Tensor, y: Tensor, norm2: Folded, sums: Sequence[Tensor], whole: bool
+        self, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, defers: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of y and what is deferred of it: nothing where it is wanted whole, or goes through dropout."""
-        mask = layer.masks[0]
+        """The gradient of y, and what is deferred of it."""
+        assert conv2.x is not None and conv2.sums is not None
+        deferred: list[Tensor] = []
         if norm2.batch_statistics:
-            deferred = [y, norm2.mean, *norm2.deferred(sums[0], sums[1], self.count)]
-            if not whole and mask is None:
-                return grad, deferred
-            self.ops.take_gradient(*deferred, grad, grad)
-        return _drop_(grad, mask, layer.keep[0]), []
+            deferred = [y, norm2.mean, *norm2.deferred(conv2.sums[0], conv2.sums[1], self.count)]
+        elif not conv2.masked:
+            nothing = torch.zeros_like(norm2.mean)
+            deferred = [y, norm2.mean, nothing, nothing]
+        if not conv2.masked:
+            deferred += [norm2.scale, norm2.shift]
+        if defers:
+            return conv2.x, deferred
+        if deferred:
+            self.ops.take_gradient(*deferred, conv2.x, conv2.x)
+        return _drop_(conv2.x, layer.masks[0], layer.keep[0]), []

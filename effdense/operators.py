@@ -126,6 +126,10 @@ def _register_fakes() -> None:
     def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _two_vectors(x)
 
+    @fake("effdense::bn_relu_with_sums")
+    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _two_vectors(x)
+
     @fake("effdense::bn_relu_accumulate")
     def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _two_vectors(x)

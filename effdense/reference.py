@@ -132,12 +132,15 @@ def bottleneck_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `bottleneck`: writes or adds scale * d to every grad_features[i] that is not empty.
 
-    `deferred`: nothing, or y, mean, a, b of what grad_y still misses (see `take_gradient`).
+    `deferred`: nothing, or y, mean, a, b of what grad_y still misses (see `take_gradient`), or y, mean, a, b, scale, shift
+    where the backward of relu(scale * y + shift) is missing too.
     """
     x, dy = torch.cat(list(features), 1), _wide(grad_y)
     if deferred:
-        y, y_mean, a, b = deferred
-        dy = torch.empty_like(dy)
+        y, y_mean, a, b, *norm = deferred
+        if norm:
+            dy = dy.masked_fill(_affine(y, *norm) <= 0, 0) * _column(norm[0], y)
+        grad_y, dy = dy, torch.empty_like(dy)
         take_gradient(y, y_mean, a, b, grad_y, dy)
     z = _affine(x, scale, shift).relu_()
     grad_weight = scale.new_zeros(weight.shape[0] if need_weight else 0, weight.shape[1])
@@ -200,6 +203,16 @@ def take_gradient(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, grad: Tensor, o
 def bn_relu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """out = relu(scale * x + shift)."""
     out.copy_(_affine(x, scale, shift).relu_())
+
+
+def bn_relu_with_sums(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out = relu(scale * x + shift), and the sums of its backward, where grad is out's gradient."""
+    z = _affine(x, scale, shift)
+    sums = _masked_sums(_wide(grad).masked_fill(z <= 0, 0), x, mean)
+    out.copy_(z.relu_())
+    return sums
 
 
 def bn_relu_backward(

@@ -78,6 +78,20 @@ def run_accumulate(shape: tuple, dtype: torch.dtype, layout: str = "channels-las
     return run
 
 
+def run_with_sums(shape: tuple, dtype: torch.dtype, layout: str = "channels-last") -> Run:
+    case = make_norm_case(shape, dtype)
+    dz = torch.randn_like(case["x"]).to(dtype)
+
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        c, out = to_dtype(case, dtype), in_buffer(torch.zeros_like(dz).to(dtype))
+        x, grad = LAYOUTS[layout](c["x"]), LAYOUTS[layout](dz.to(dtype))
+        sums = ops.bn_relu_with_sums(grad, x, c["scale"], c["shift"], c["mean"], out)
+        assert rest_is_untouched(out) and torch.equal(grad, dz.to(dtype))
+        return [*sums, out]
+
+    return run
+
+
 def run_fold(weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, channels: int = 37) -> Run:
     mean, bias, var, weight = torch.randn(4, channels, dtype=torch.float64).float().double()
     weight, bias = (v if d is None else v.to(d) for v, d in ((weight, weight_dtype), (bias, bias_dtype)))
@@ -177,10 +191,16 @@ def test_accumulate_matches_the_float64_twin(ops: Any, shape: tuple, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_sums_matches_the_float64_twin(ops: Any, shape: tuple, dtype: torch.dtype) -> None:
+    assert_as_exact(run_with_sums(shape, dtype), ops, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]])
 def test_maps_in_every_layout(ops: Any, shape: tuple, layout: str, dtype: torch.dtype) -> None:
-    for make_run in (run_forward, run_backward, run_accumulate):
+    for make_run in (run_forward, run_with_sums, run_backward, run_accumulate):
         assert_as_exact(make_run(shape, dtype, layout), ops, dtype)
 
 
@@ -203,8 +223,12 @@ def test_together_they_are_torchs_batch_norm_and_relu(
         out, grad = channels_last(torch.empty_like(x)), channels_last(dz)
         any_ops.bn_relu(x, scale, shift, out)
         sum_d, sum_dx = any_ops.bn_relu_backward(grad, x, scale, shift, mean, rstd, batch_statistics)
+        again = channels_last(torch.empty_like(x))
+        sums = any_ops.bn_relu_with_sums(dz, x, scale, shift, mean, again)
     torch.testing.assert_close(out, z)
     torch.testing.assert_close((grad, sum_dx * rstd, sum_d), expected)
+    assert torch.equal(again, out)
+    torch.testing.assert_close(sums, (sum_d, sum_dx))
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4]])
@@ -266,7 +290,7 @@ def test_nan_stays_nan_and_passes_gradients_as_in_torch(any_ops: Any, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
-    for make_run in (run_forward, run_backward, run_accumulate):
+    for make_run in (run_forward, run_with_sums, run_backward, run_accumulate):
         assert_repeatable(make_run(SHAPES[5], dtype), ops, dtype)
     for run in (run_fold(dtype, dtype), run_defer(12)):
         assert_repeatable(run, ops, reference.accumulate_dtype(dtype))
@@ -280,6 +304,7 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     ops = torch.ops.effdense
     torch.library.opcheck(ops.bn_relu.default, (c["x"], scale, shift, out))
     torch.library.opcheck(ops.bn_relu_backward.default, (grad, c["x"], scale, shift, mean, rstd, True))
+    torch.library.opcheck(ops.bn_relu_with_sums.default, (grad, c["x"], scale, shift, mean, out))
     torch.library.opcheck(ops.bn_relu_accumulate.default, (grad, c["x"], scale, shift, mean, out))
     torch.library.opcheck(ops.fold.default, (mean, rstd, scale.to(dtype), None, 1e-5))
     torch.library.opcheck(
@@ -310,6 +335,12 @@ def test_wrong_arguments_of_bn_relu(ops: Any, mistake: Mistake) -> None:
 def test_wrong_arguments_of_bn_relu_backward(ops: Any, mistake: Mistake) -> None:
     right = {k: arguments()[k] for k in ("grad", "x", *VECTORS)} | {"batch_statistics": True}
     assert_refused("bn_relu_backward", right, mistake, ops)
+
+
+@pytest.mark.parametrize("mistake", [*mistakes(VECTORS[:3], ["grad"], ["out"]), NOT_A_MAP])
+def test_wrong_arguments_of_bn_relu_with_sums(ops: Any, mistake: Mistake) -> None:
+    right = {k: arguments()[k] for k in ("grad", "x", *VECTORS[:3], "out")}
+    assert_refused("bn_relu_with_sums", right, mistake, ops)
 
 
 @pytest.mark.parametrize("mistake", [*mistakes(VECTORS[:3], ["grad"], ["grad_x"]), NOT_A_MAP])

@@ -38,7 +38,8 @@ from tests.cases import (
 Case = dict[str, Any]
 Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean")
-DEFERRED = ("y", "y_mean", "a", "b")
+# of what grad_y misses: the first four, or with relu's backward all six
+DEFERRED = ("y", "y_mean", "a", "b", "out_scale", "out_shift")
 
 
 def make_case(shape: tuple, dtype: torch.dtype = torch.float64, offset: float = 0.0) -> Case:
@@ -64,6 +65,7 @@ def make_case(shape: tuple, dtype: torch.dtype = torch.float64, offset: float = 
     }
     case = to_dtype(to_dtype(case, dtype), torch.float64)
     vectors = zip(case["scale"].split(channels), case["shift"].split(channels), strict=True)
+    case["y"] = away_from_the_kink(case["y"], case["out_scale"], case["out_shift"], dtype)
     case["features"] = [away_from_the_kink(x, *v, dtype) for x, v in zip(features, vectors, strict=True)]
     return case
 
@@ -97,9 +99,9 @@ def run_backward(
     need_features: bool = True,
     need_weight: bool = True,
     first: int = 0,
-    deferred: bool = False,
+    deferred: int = 0,
 ) -> Run:
-    """`first`: the layout of the first feature, see `lay_out`; those of grad_y and y are others."""
+    """`first`: the layout of the first feature, see `lay_out`; those of grad_y and y are others. `deferred`: how many of DEFERRED."""
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         c = to_dtype(case, dtype)
@@ -114,7 +116,7 @@ def run_backward(
             accumulate,
             need_features,
             need_weight,
-            [c[name] for name in DEFERRED] if deferred else [],
+            [c[name] for name in DEFERRED[:deferred]],
         )
         assert all(map(rest_is_untouched, grads))
         if need_features:
@@ -152,10 +154,10 @@ def test_forward_matches_the_float64_twin(
 @pytest.mark.parametrize(
     "accumulate, need_features, need_weight, first, deferred",
     [
-        (False, True, True, 0, False),
-        (True, True, False, 2, True),
-        (False, False, True, 4, True),
-        (True, True, True, 3, False),
+        (False, True, True, 0, 0),
+        (True, True, False, 2, 4),
+        (False, False, True, 4, 4),
+        (True, True, True, 3, 6),
     ],
 )
 def test_backward_matches_the_float64_twin(
@@ -166,7 +168,7 @@ def test_backward_matches_the_float64_twin(
     need_features: bool,
     need_weight: bool,
     first: int,
-    deferred: bool,
+    deferred: int,
 ) -> None:
     run = run_backward(make_case(shape, dtype), accumulate, need_features, need_weight, first, deferred)
     assert_as_exact(run, ops, dtype)
@@ -179,7 +181,7 @@ def test_features_in_every_layout(
 ) -> None:
     case = make_case((images, spatial, (channels,) * len(LAYOUTS), 9), dtype)
     assert_as_exact(run_forward(case), ops, dtype)
-    for deferred in (False, True):
+    for deferred in (0, 4, 6):
         assert_as_exact(run_backward(case, accumulate=True, deferred=deferred), ops, dtype)
 
 
@@ -188,7 +190,7 @@ def test_features_in_every_layout(
 def test_one_feature_in_every_layout(ops: Any, first: int, dtype: torch.dtype) -> None:
     case = make_case((2, (5, 7), (9,), 4), dtype)
     assert_as_exact(run_forward(case, first=first), ops, dtype)
-    for deferred in (False, True):
+    for deferred in (0, 4, 6):
         assert_as_exact(run_backward(case, first=first, deferred=deferred), ops, dtype)
 
 
@@ -306,16 +308,21 @@ def test_nan_stays_nan_and_passes_gradients_as_in_torch(any_ops: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("deferred", [4, 6])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_deferred_is_take_gradient_first(any_ops: Any, shape: tuple, dtype: torch.dtype) -> None:
+def test_deferred_comes_first(any_ops: Any, shape: tuple, deferred: int, dtype: torch.dtype) -> None:
     """By hand in float64; what is written in `dtype` may be off by a rounding of it, sums of n terms by sqrt(n) of theirs.
 
     The CUDA kernels write the finished grad_y in `dtype` for the tensor cores: all that follows is off by that rounding.
     """
     case = make_case(shape, dtype)
-    like, got = case["y"], run_backward(case, deferred=True)(any_ops, dtype)
+    like, got = case["y"], run_backward(case, deferred=deferred)(any_ops, dtype)
     correction = column(case["a"], like) + column(case["b"], like) * (like - column(case["y_mean"], like))
-    finished = {**case, "grad_y": case["grad_y"] - correction}
+    grad = case["grad_y"]
+    if deferred == 6:
+        scale, shift = column(case["out_scale"], like), column(case["out_shift"], like)
+        grad = scale * grad * (scale * like + shift > 0)
+    finished = {**case, "grad_y": grad - correction}
     terms = max(like.numel() // like.shape[1], like.shape[1])
     wide = torch.finfo(reference.accumulate_dtype(dtype)).eps
     on_cuda = any_ops is torch.ops.effdense_simt
@@ -341,7 +348,7 @@ def test_where_nothing_is_deferred_y_is_not_looked_at(any_ops: Any) -> None:
         torch.manual_seed(1)
         case = make_case(SHAPES[0])
         case["y"][:, 2], case["b"][2] = value, 0.0
-        results.append(run_backward(case, deferred=True)(any_ops, torch.float64))
+        results.append(run_backward(case, deferred=4)(any_ops, torch.float64))
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[2])
 
@@ -351,7 +358,7 @@ def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[5], dtype)
     assert_repeatable(run_forward(case, True, True), ops, dtype)
     assert_repeatable(run_backward(case, True), ops, dtype)
-    assert_repeatable(run_backward(case, True, deferred=True), ops, dtype)
+    assert_repeatable(run_backward(case, True, deferred=6), ops, dtype)
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -470,12 +477,12 @@ def of_deferred(mistake: Mistake, position: int) -> Mistake:
     )
 
 
-NOT_FOUR = r"must hold y, mean, a, b, or nothing, got {} tensors"
+NOT_FOUR = r"must hold y, mean, a, b, perhaps scale, shift, or nothing, got {} tensors"
 NOT_DEFERRED: list[Mistake] = [
     ("deferred", lambda d: d[:3], ValueError, NOT_FOUR.format(3)),
-    ("deferred", lambda d: [*d, d[3]], ValueError, NOT_FOUR.format(5)),
+    ("deferred", lambda d: d[:5], ValueError, NOT_FOUR.format(5)),
     *(of_deferred(mistake, 0) for mistake in mistakes([], ["y"])),
-    *(of_deferred(mistake, i) for i in (1, 2, 3) for mistake in mistakes(["vector"])),
+    *(of_deferred(mistake, i) for i in range(1, 6) for mistake in mistakes(["vector"])),
 ]
 
 

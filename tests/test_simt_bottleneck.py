@@ -85,22 +85,30 @@ def make_case(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> dict[s
     def randn(*sizes: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(*sizes, generator=generator, dtype=F64).to(of).to(F64)
 
-    scale = (randn(channels).abs() + 0.2).to(vector).to(F64)
-    scale[channels // 2] *= -1
-    shift = randn(channels, of=vector)
-    x = randn(pixels, channels)
-    z = x * scale + shift
+    def norm_over(columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        scale = (randn(columns).abs() + 0.2).to(vector).to(F64)
+        scale[columns // 2] *= -1
+        shift, x = randn(columns, of=vector), randn(pixels, columns)
+        z = x * scale + shift
+        return (
+            torch.where(z.abs() < 0.01, ((0.1 - shift) / scale).expand_as(x), x).to(dtype).to(F64),
+            scale,
+            shift,
+        )
+
+    x, scale, shift = norm_over(channels)
+    y, out_scale, out_shift = norm_over(out)
     return {
-        "x": torch.where(z.abs() < 0.01, ((0.1 - shift) / scale).expand_as(x), x).to(dtype).to(F64),
+        "x": x,
         "weight": (randn(out, channels) / channels**0.5).to(dtype).to(F64),
         "scale": scale,
         "shift": shift,
         "mean": randn(channels, of=vector),
         "bias": randn(out, of=vector),
-        "out_scale": randn(out, of=vector),
-        "out_shift": randn(out, of=vector),
+        "out_scale": out_scale,
+        "out_shift": out_shift,
         "grad_y": randn(pixels, out),
-        "y": randn(pixels, out),
+        "y": y,
         "y_mean": randn(out, of=vector),
         "a": randn(out, of=vector) / 8,
         "b": randn(out, of=vector) / 8,
@@ -109,6 +117,7 @@ def make_case(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> dict[s
 
 
 MAPS = ("x", "grad_y", "y", "grad_x")
+DEFERRED = ("y", "y_mean", "a", "b", "out_scale", "out_shift")
 
 
 def as_arguments(case: dict[str, Tensor], arithmetic: Arithmetic, where: Sequence[int]) -> dict[str, Tensor]:
@@ -235,7 +244,7 @@ def backward(
     case: dict[str, Tensor],
     arithmetic: Arithmetic,
     where: Sequence[int] = (0, 0),
-    deferred: bool = False,
+    deferred: int = 0,
     accumulate: bool = True,
     need_features: bool = True,
     need_grad_x: bool = True,
@@ -256,7 +265,7 @@ def backward(
         accumulate,
         need_features,
         need_weight,
-        [c[name] for name in ("y", "y_mean", "a", "b")] if deferred else [],
+        [c[name] for name in DEFERRED[:deferred]],
     )
     results = {"grad_weight": grad_weight} if need_weight else {}
     if need_features:
@@ -267,20 +276,22 @@ def backward(
     return results
 
 
-def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **options: bool) -> None:
+def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **options: int) -> None:
     dtype, unit = arithmetic
     case = make_case(shape, dtype, seed=1)
     results = backward(simt, case, arithmetic, shape[3:], **options)
-    deferred = options.get("deferred", False)
+    deferred = options.get("deferred", 0)
     accumulate = options.get("accumulate", True)
     grad_x = case["grad_x"].clone().t()[None]
     vectors = case["scale"], case["shift"], case["mean"]
-    correction = [case["y"].t()[None], case["y_mean"], case["a"], case["b"]] if deferred else []
+    correction = [case["y"].t()[None], *(case[name] for name in DEFERRED[1:])][:deferred]
     args = [case["x"].t()[None]], case["grad_y"].t()[None], *vectors, case["weight"], [grad_x]
     grad_weight, sum_d, sum_dx = reference.bottleneck_backward(*args, accumulate, True, True, correction)
 
     # How much there is to be rounded: of grad_y, of d, and of what becomes of them.
     grad = case["grad_y"].abs()
+    if deferred == 6:
+        grad = grad * case["out_scale"].abs()
     if deferred:
         grad = grad + case["a"].abs() + case["b"].abs() * (case["y"] - case["y_mean"]).abs()
     z = (case["x"] * case["scale"]).abs() + case["shift"].abs()
@@ -302,8 +313,8 @@ def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **op
 
 
 @pytest.mark.parametrize("arithmetic, shape", CASES, indirect=["arithmetic"])
-@pytest.mark.parametrize("deferred", [False, True])
-def test_backward_in_every_tile(simt: Any, shape: tuple, deferred: bool, arithmetic: Arithmetic) -> None:
+@pytest.mark.parametrize("deferred", [0, 4, 6])
+def test_backward_in_every_tile(simt: Any, shape: tuple, deferred: int, arithmetic: Arithmetic) -> None:
     check_backward(simt, shape, arithmetic, deferred=deferred)
 
 
@@ -320,7 +331,7 @@ def test_backward_in_every_tile(simt: Any, shape: tuple, deferred: bool, arithme
 )
 def test_backward_of_what_is_wanted(simt: Any, arithmetic: Arithmetic, options: dict) -> None:
     check_backward(simt, WIDE[3], arithmetic, **options)
-    check_backward(simt, WIDE[1], arithmetic, deferred=True, **options)
+    check_backward(simt, WIDE[1], arithmetic, deferred=6, **options)
 
 
 @in_every_arithmetic
@@ -332,7 +343,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
         outcomes = []
         for order in ORDERS:
             monkeypatch.setenv("SIMT_ORDER", order)
-            results = backward(simt, case, arithmetic, shape[3:], deferred=True)
+            results = backward(simt, case, arithmetic, shape[3:], deferred=6)
             outcomes.append([*forward(simt, case, arithmetic, shape[3:]), *results.values()])
         for other in outcomes[1:]:
             assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
@@ -343,7 +354,7 @@ def test_no_pixels_launch_nothing(simt: Any, arithmetic: Arithmetic) -> None:
     case = make_case((0, 24, 48), arithmetic.dtype)
     forward(simt, case, arithmetic)
     assert simt.traffic() == [0, 0, 0, 0]
-    backward(simt, case, arithmetic, deferred=True)
+    backward(simt, case, arithmetic, deferred=6)
     assert simt.traffic() == [0, 0, 0, 0]
 
 
@@ -386,7 +397,7 @@ def test_each_element_moves_once(simt: Any, arithmetic: Arithmetic, shape: tuple
     forward(simt, case, arithmetic, shape[3:])
     assert simt.watched("x") == [of_x * tiles // 16, of_x * tiles, 0, 0]  # by pieces of 16 bytes
     assert simt.watched("y") == [0, 0, of_y // 16, of_y]
-    backward(simt, case, arithmetic, shape[3:], deferred=True)
+    backward(simt, case, arithmetic, shape[3:], deferred=6)
     assert simt.watched("x") == [of_x * tiles // 16, of_x * tiles, 0, 0]
     assert simt.watched("grad_x") == 2 * [of_x * tiles // 16, of_x * tiles]
     for name in ("grad_y", "y"):

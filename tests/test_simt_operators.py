@@ -14,7 +14,14 @@ from torch import Tensor
 from effdense import reference
 from tests.cases import SHAPES, assert_as_exact, channels_last, make_norm_case, to_dtype
 from tests.simt.compiler import compile_launchers
-from tests.test_batch_norm import run_accumulate, run_backward, run_defer, run_fold, run_forward
+from tests.test_batch_norm import (
+    run_accumulate,
+    run_backward,
+    run_defer,
+    run_fold,
+    run_forward,
+    run_with_sums,
+)
 from tests.test_features import run_append, run_statistics, run_take
 from tests.test_pool import (
     AVERAGES,
@@ -39,6 +46,7 @@ OF_MAPS = {
     "append_features": run_append,
     "take_gradient": run_take,
     "bn_relu": run_forward,
+    "bn_relu_with_sums": run_with_sums,
     "bn_relu_backward": run_backward,
     "bn_relu_backward without statistics": without_statistics,
     "bn_relu_accumulate": run_accumulate,
@@ -174,6 +182,10 @@ def test_traffic_of_batch_norm(traffic: Traffic) -> None:
     traffic = Traffic(simt, traffic.dtype)
     x, grad, grad_x = traffic.map("x", 1, 0), traffic.map("grad", 1, 0), traffic.map("grad_x", 1, 1)
     simt.bn_relu_accumulate(grad, x, *traffic.vectors(3), grad_x)
+    traffic.check()
+    traffic = Traffic(simt, traffic.dtype)
+    x, grad, out = traffic.map("x", 1, 0), traffic.map("grad", 1, 0), traffic.map("out", 0, 1)
+    simt.bn_relu_with_sums(grad, x, *traffic.vectors(3), out)
     traffic.check()
 
 

@@ -1,6 +1,6 @@
-// bn_relu: z = relu(scale * x + shift) of one feature map, and two backwards: bn_relu_backward finishes the
-// gradient through batch normalisation at once, bn_relu_accumulate adds the part that needs no sums of the
-// batch to a block's gradient buffer.
+// bn_relu: z = relu(scale * x + shift) of one feature map, and its backwards: bn_relu_with_sums takes the
+// sums only, bn_relu_backward finishes the gradient through batch normalisation at once, bn_relu_accumulate
+// adds the part that needs no sums of the batch to a block's gradient buffer.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -22,6 +22,33 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
                           shift.const_data_ptr<A>(), from_row(to, tile.first));
     });
   });
+}
+
+std::tuple<Tensor, Tensor> bn_relu_with_sums(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                             const Tensor& shift, const Tensor& mean, Tensor& out) {
+  constexpr const char* op = "bn_relu_with_sums";
+  check_norm(op, x, scale, shift, &mean);
+  const int64_t channels = x.size(1);
+  check_same_shape(op, "grad", grad, x);
+  check_same_shape(op, "out", out, x);
+  Tensor sum_d = at::empty({channels}, scale.options()), sum_dx = at::empty({channels}, scale.options());
+  EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
+    const Rows<T>& loops = rows<T>();
+    const Readable<T> from(x), dz(grad);
+    const Block<T> to = writable<T>(op, "out", out);
+    const A *scale_data = scale.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>();
+    const Tiling tiles(x.size(0) * count_pixels(x), kRows);
+    Sums sums(tiles.slots(), channels);
+    tiles.for_each([&](int64_t slot, Tile tile) {
+      const Block<const T> tile_x = from_row(from.block, tile.first);
+      loops.bn_relu_backward_sums(tile.rows(), channels, tile_x, scale_data, shift_data,
+                                  mean.const_data_ptr<A>(), from_row(dz.block, tile.first), sums.d(slot),
+                                  sums.dx(slot));
+      loops.bn_relu_store(tile.rows(), channels, tile_x, scale_data, shift_data, from_row(to, tile.first));
+    });
+    sums.template write<A>(sum_d, sum_dx);
+  });
+  return {sum_d, sum_dx};
 }
 
 // With statistics of the batch (`batch_statistics`), the sums of the whole batch enter every pixel's
@@ -93,6 +120,7 @@ std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& 
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   m.impl("bn_relu", bn_relu);
+  m.impl("bn_relu_with_sums", bn_relu_with_sums);
   m.impl("bn_relu_backward", bn_relu_backward);
   m.impl("bn_relu_accumulate", bn_relu_accumulate);
 }

@@ -133,8 +133,14 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       if (y) {
         const Block<A> corrected{dy_scratch, out_channels};
         const Block<const A> tile_y = y->template read<A>(loops, tile, dy_scratch + 2 * step * out_channels);
-        wide.take_gradient(tile.rows(), out_channels, tile_y, deferred_data(1), deferred_data(2),
-                           deferred_data(3), tile_dy, corrected);
+        if (deferred.size() > 4) {  // relu's backward too
+          if (tile_dy.data != corrected.data) wide.copy(tile.rows(), out_channels, tile_dy, corrected);
+          wide.bn_relu_backward(tile.rows(), out_channels, tile_y, deferred_data(4), deferred_data(5),
+                                deferred_data(1), deferred_data(2), deferred_data(3), corrected);
+        } else {
+          wide.take_gradient(tile.rows(), out_channels, tile_y, deferred_data(1), deferred_data(2),
+                             deferred_data(3), tile_dy, corrected);
+        }
         tile_dy = constant(corrected);
       }
       wide.bn_relu(tile.rows(), channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);

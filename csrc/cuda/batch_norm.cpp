@@ -49,6 +49,24 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
   });
 }
 
+std::tuple<Tensor, Tensor> bn_relu_with_sums(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                             const Tensor& shift, const Tensor& mean, Tensor& out) {
+  constexpr const char* op = "bn_relu_with_sums";
+  check_norm(op, x, scale, shift, &mean);
+  check_same_shape(op, "grad", grad, x);
+  check_same_shape(op, "out", out, x);
+  const OnDevice device(x);
+  const Sums sums(x, scale);
+  EFFDENSE_CUDA_DISPATCH(op, x, [&] {
+    const ReadableMatrix<T> from(x), dz(grad);
+    const Tensor workspace = at::empty({kernels::workspace_size<T>(size_of(x))}, scale.options());
+    kernels::bn_relu_with_sums(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
+                               writable_matrix<T>(op, "out", out), sums.d.mutable_data_ptr<A>(),
+                               sums.dx.mutable_data_ptr<A>(), workspace.mutable_data_ptr<A>(), device.stream);
+  });
+  return {sums.d, sums.dx};
+}
+
 std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const Tensor& scale,
                                             const Tensor& shift, const Tensor& mean, const Tensor& rstd,
                                             bool batch_statistics) {
@@ -94,6 +112,7 @@ EFFDENSE_CUDA_LIBRARY(m) {
   m.impl("fold", fold);
   m.impl("defer", defer);
   m.impl("bn_relu", bn_relu);
+  m.impl("bn_relu_with_sums", bn_relu_with_sums);
   m.impl("bn_relu_backward", bn_relu_backward);
   m.impl("bn_relu_accumulate", bn_relu_accumulate);
 }

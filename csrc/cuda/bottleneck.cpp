@@ -126,6 +126,10 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       y.emplace(deferred[0]);
       correction = {y->matrix, deferred[1].const_data_ptr<A>(), deferred[2].const_data_ptr<A>(),
                     deferred[3].const_data_ptr<A>()};
+      if (deferred.size() > 4) {
+        correction.scale = deferred[4].const_data_ptr<A>();
+        correction.shift = deferred[5].const_data_ptr<A>();
+      }
     }
     const kernels::Size size = size_of(x.dense);
     const Tensor workspace =

@@ -53,6 +53,8 @@ void run_maps(Size size, int64_t step, int64_t first) {
   for (const bool batch_statistics : {false, true})
     bn_relu_backward(size, grad.matrix, x.read(), v.norm(), batch_statistics, one.data(), two.data(),
                      workspace.data(), nullptr);
+  bn_relu_with_sums(size, grad.read(), x.read(), v.norm(), out.matrix, one.data(), two.data(),
+                    workspace.data(), nullptr);
   bn_relu_accumulate(size, grad.read(), x.read(), v.norm(), out.matrix, one.data(), two.data(),
                      workspace.data(), nullptr);
 }

@@ -1,6 +1,6 @@
 // Batch normalisation: what is done with one number per channel (fold, defer), z = relu(scale * x + shift) of
-// a map, and its two backwards: bn_relu_backward finishes the gradient at once, bn_relu_accumulate adds the
-// part that needs no sums of the batch to a block's gradient buffer.
+// a map, and its backwards: bn_relu_with_sums takes sums only, bn_relu_backward finishes the gradient at
+// once, bn_relu_accumulate adds the part that needs no sums of the batch to a block's gradient buffer.
 #include "kernels/rows.cuh"
 
 namespace effdense::kernels {
@@ -65,10 +65,11 @@ struct BnRelu {
   }
 };
 
-// What becomes of the gradient once d is known.
-enum class Write { nothing, replace, add };
+// What is written once d is known.
+enum class Write { nothing, z, replace, add };
 
-// d = grad masked by relu, its two sums, and scale * d in place of the gradient or in addition to another.
+// d = grad masked by relu, its two sums, and relu's output, or scale * d in place of the gradient or in
+// addition to another.
 template <typename A, Write kWrite>
 struct Backward {
   static constexpr int kIn = kWrite == Write::add ? 3 : 2, kOut = kWrite != Write::nothing, kVectors = 3;
@@ -78,9 +79,10 @@ struct Backward {
   // in: x, grad, and grad_x that is added to
   __device__ void operator()(const A (&k)[3], const A (&in)[kIn], A (&out)[1], Sum<A>& sum_d,
                              Sum<A>& sum_dx) const {
-    const A d = masked(multiply_add(k[0], in[0], k[1]), in[1]);
+    const A z = multiply_add(k[0], in[0], k[1]), d = masked(z, in[1]);
     sum_d.add(d);
     sum_dx.add_product(d, in[0] - k[2]);
+    if constexpr (kWrite == Write::z) out[0] = relu(z);
     if constexpr (kWrite == Write::replace) out[0] = k[0] * d;
     if constexpr (kWrite == Write::add) out[0] = multiply_add(k[0], d, in[2]);
   }
@@ -118,6 +120,16 @@ template <typename T>
 void bn_relu(Size size, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out, Stream stream) {
   if (size.rows == 0) return;
   for_rows<T>(size, BnRelu<acc_t<T>>{{norm.scale, norm.shift}}, {{x}, {out}}, nullptr, stream);
+}
+
+template <typename T>
+void bn_relu_with_sums(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
+                       acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream) {
+  using A = acc_t<T>;
+  if (size.rows == 0) return;
+  const Backward<A, Write::z> body{{norm.scale, norm.shift, norm.mean}};
+  const Cut cut = for_rows<T>(size, body, {{x, grad}, {out}}, workspace, stream);
+  merge(Gradients<A>{size, sum_d, sum_dx}, cut.row_blocks, workspace, stream);
 }
 
 // The batch's sums need every element before the first is finished: two passes. Without them one does it.
@@ -162,6 +174,8 @@ EFFDENSE_INSTANTIATE_VECTORS(double);
 
 #define EFFDENSE_INSTANTIATE(T)                                                                       \
   template void bn_relu(Size, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);                    \
+  template void bn_relu_with_sums(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,  \
+                                  acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);                           \
   template void bn_relu_backward(Size, Matrix<T>, Matrix<const T>, Norm<acc_t<T>>, bool, acc_t<T>*,   \
                                  acc_t<T>*, acc_t<T>*, Stream);                                       \
   template void bn_relu_accumulate(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, \

@@ -99,6 +99,8 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
         of_out(deferred.mean),
         of_out(deferred.a),
         of_out(deferred.b),
+        of_out(deferred.scale),
+        of_out(deferred.shift),
         operand(grad_x, size.rows, size.channels),
         grad_x.data != nullptr && (accumulate || i > 0),
         cut.tiles_per_block,

@@ -39,7 +39,7 @@ struct BackwardTile {
     Stage stages[2];
     E weight[kOut * kStep];
     Sum scale[kColumns], shift[kColumns], mean[kColumns];
-    Sum y_mean[kOut], a[kOut], b[kOut];
+    Sum y_mean[kOut], a[kOut], b[kOut], y_scale[kOut], y_shift[kOut];
     Sum sums[2][kPixelWarps][kColumns];
     E y[kPixels * kOutStep];  // only with a correction
   };
@@ -49,7 +49,8 @@ template <typename E, typename Sum>
 struct BackwardArguments {
   Operand<const E> x, grad_y, y, weight;  // y.data null: no correction
   const Sum *scale, *shift, *mean, *y_mean, *a, *b;
-  Operand<E> grad_x;  // data null: not wanted
+  const Sum *y_scale, *y_shift;  // null: everything passes as it is
+  Operand<E> grad_x;             // data null: not wanted
   bool accumulate;
   int64_t tiles_per_block;  // of pixels
   // What the blocks make, null where it is not wanted: [blocks along the pixels][out channels][width], and
@@ -59,7 +60,8 @@ struct BackwardArguments {
   int64_t width, sums_step;
 };
 
-// grad_y - a - b * (y - mean) in place, of the calling thread's own pieces of tile.
+// scale * d - a - b * (y - mean) in place, d = grad_y where scale * y + shift lets it pass, of the calling
+// thread's own pieces of tile.
 template <int kPixels, int kOut, int kThreads, typename E, typename Shared>
 __device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, int piece_size, int64_t rows,
                                              int columns) {
@@ -75,9 +77,11 @@ __device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, in
 #pragma unroll
           for (int e = 0; e < kPiece; ++e) {
             const int c = column + e;
-            grad[e] = static_cast<E>(static_cast<Sum>(grad[e]) - correction(shared.a[c], shared.b[c],
-                                                                            static_cast<Sum>(y[e]),
-                                                                            shared.y_mean[c]));
+            const Sum value = static_cast<Sum>(y[e]);
+            const Sum d =
+                masked(multiply_add(shared.y_scale[c], value, shared.y_shift[c]), static_cast<Sum>(grad[e]));
+            grad[e] = static_cast<E>(multiply_add(
+                shared.y_scale[c], d, -correction(shared.a[c], shared.b[c], value, shared.y_mean[c])));
           }
         });
   });
@@ -157,6 +161,15 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
     read_vector<kOut, kThreads>(shared.y_mean, arguments.y_mean, 0, out);
     read_vector<kOut, kThreads>(shared.a, arguments.a, 0, out);
     read_vector<kOut, kThreads>(shared.b, arguments.b, 0, out);
+    if (arguments.y_scale != nullptr) {
+      read_vector<kOut, kThreads>(shared.y_scale, arguments.y_scale, 0, out);
+      read_vector<kOut, kThreads>(shared.y_shift, arguments.y_shift, 0, out);
+    } else {
+      for (int i = static_cast<int>(threadIdx.x); i < kOut; i += kThreads) {
+        shared.y_scale[i] = Sum(1);
+        shared.y_shift[i] = Sum(INFINITY);
+      }
+    }
   }
 
   const int warp = static_cast<int>(threadIdx.x) / 32;

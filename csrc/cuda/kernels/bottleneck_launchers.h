@@ -13,11 +13,12 @@ struct Epilogue {
   const A *bias = nullptr, *scale = nullptr, *shift = nullptr;
 };
 
-// grad - a - b * (y - mean) is what stands for the gradient of y; with y.data null, grad itself.
+// grad - a - b * (y - mean) is what stands for the gradient of y, and scale * (grad masked by relu(scale * y
+// + shift)) for grad where scale is not null; with y.data null, grad itself.
 template <typename T>
 struct Deferred {
   Matrix<const T> y{nullptr, 0};
-  const acc_t<T>*mean = nullptr, *a = nullptr, *b = nullptr;
+  const acc_t<T>*mean = nullptr, *a = nullptr, *b = nullptr, *scale = nullptr, *shift = nullptr;
 };
 
 // ---- bottleneck.cu

@@ -76,6 +76,11 @@ void defer(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, con
 template <typename T>
 void bn_relu(Size size, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out, Stream stream);
 
+// out = relu(scale * x + shift); with d = grad masked by relu: sum d, sum d (x - mean).
+template <typename T>
+void bn_relu_with_sums(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
+                       acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream);
+
 // grad, the gradient of relu(bn(x)), becomes that of x; with d = grad masked by relu: sum d, sum d (x -
 // mean).
 template <typename T>
