@@ -12,7 +12,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,17 +57,19 @@ def compile_operators() -> Path:
 
     flags = ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
     flags += [f"-isystem{path}" for path in include_paths()]
-    bindings = _object(ROOT / "tests" / "simt" / "operators.cpp", *flags, f"-D_TORCH={torch.__version__}")
+    flags.append(f"-D_TORCH={torch.__version__}")
+    # The bindings first: they take longest.
+    sources = {ROOT / "tests" / "simt" / "operators.cpp": flags} | {kernel: [] for kernel in KERNELS}
     libraries = Path(torch.__file__).parent / "lib"
     link = ["-shared", f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
-    return _linked("operators.so", [bindings, *map(_object, KERNELS)], *link)
+    return _linked("operators.so", _objects(sources), *link)
 
 
 def compile_launchers(sanitizer: str) -> Path:
     """The executable that calls every launcher of the kernels, with "address" or "thread" sanitizer."""
     flags = ["-O1", "-g1", f"-fsanitize={sanitizer}"]
-    sources = [ROOT / "tests" / "simt" / "launchers.cpp", *KERNELS]
-    return _linked(f"launchers-{sanitizer}", [_object(source, *flags) for source in sources], flags[-1])
+    sources = [*KERNELS, ROOT / "tests" / "simt" / "launchers.cpp"]
+    return _linked(f"launchers-{sanitizer}", _objects(dict.fromkeys(sources, flags)), flags[-1])
 
 
 def compile_for_gpu(source: Path, output: Path, architecture: str) -> Path:
@@ -101,6 +104,12 @@ def _object(source: Path, *flags: str) -> Path:
     included = (ROOT / "csrc" / "cuda").glob("*.cpp") if source.suffix == ".cpp" else ()
     made_of = [source, *sorted(headers), *sorted(included)]
     return _once(f"{source.stem}.o", made_of, flags, lambda to: compile_for_cpu([source], to, *flags, "-c"))
+
+
+def _objects(sources: Mapping[Path, Sequence[str]]) -> list[Path]:
+    """Of sources, each with its flags; as many at a time as there are processors."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda source: _object(source, *sources[source]), sources))
 
 
 def _linked(name: str, objects: Sequence[Path], *flags: str) -> Path:

@@ -111,8 +111,8 @@ void run_bottlenecks(bool tf32 = false) {
   run_bottleneck<T>({1, 1}, 1, 0, tf32);
   run_bottleneck<T>({7, 3}, 5, 0, tf32);
   run_bottleneck<T>({130, 12}, 48, 4, tf32);
-  run_bottleneck<T>({49, 300}, 48, 4, tf32);
-  run_bottleneck<T>({70, 40}, 160, 8, tf32);
+  run_bottleneck<T>({33, 130}, 48, 4, tf32);
+  run_bottleneck<T>({40, 40}, 160, 8, tf32);
   run_bottleneck<T>({33, 24}, 200, 1, tf32);
   run_bottleneck<T>({600, 13}, 12, 3, tf32);
 }
@@ -149,12 +149,14 @@ int main() {
     run_all<float>();
     run_all<double>();
     run_all<__half>();
-    run_all<__nv_bfloat16>();
     run_bottlenecks<float>();
     run_bottlenecks<float>(true);
     run_bottlenecks<double>();
     run_bottlenecks<__half>();
+#ifndef __SANITIZE_THREAD__  // which is slow, and barriers are the same in both types of 16 bits
+    run_all<__nv_bfloat16>();
     run_bottlenecks<__nv_bfloat16>();
+#endif
     for (const int channels : {0, 1, 13, 300}) {
       run_vectors<float>(channels);
       run_vectors<double>(channels);
