@@ -52,7 +52,11 @@ def compiled() -> dict[str, Any]:
         os.environ["CUDA_HOME"] = toolkit
         os.environ["TORCH_CUDA_ARCH_LIST"] = built_for
         sources += sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/kernels/*.cu"))
-        options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20"]
+        options["include_dirs"].append(os.path.abspath("csrc/cuda"))  # kernels name each other from there
+        # torch forbids the half types' conversions, which the kernels are written with.
+        allow = [f"-U__CUDA_NO_{name}_CONVERSIONS__" for name in ("HALF", "BFLOAT16")]
+        # Machine code is kept compressed, to a third, until the driver loads it.
+        options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "-Xfatbin=-compress-all", *allow]
         options["define_macros"] = [
             ("EFFDENSE_CUDA", f'"{torch.version.cuda}"'),
             ("EFFDENSE_CUDA_ARCHITECTURES", f'"{built_for}"'),

@@ -43,8 +43,7 @@ void launch_backward(const Arguments& arguments, dim3 grid, Stream stream) {
   using Tile = BackwardTile<Math, kOut>;
   using Cut = BackwardCut<typename Tile::E>;
   static_assert(Tile::kPixels == Cut::kPixels && Tile::kColumns == Cut::kColumns);
-  const size_t bytes =
-      sizeof(typename Tile::Shared) - (arguments.y.data == nullptr ? sizeof(Tile::Shared::y) : 0);
+  const int bytes = arguments.y.data == nullptr ? Tile::kBytesUncorrected : Tile::kBytes;
   launch(bottleneck_backward_kernel<Math, kOut>, grid, dim3(Tile::kThreads), bytes, stream, arguments);
 }
 

@@ -43,6 +43,7 @@ struct BackwardTile {
     Sum sums[2][kPixelWarps][kColumns];
     E y[kPixels * kOutStep];  // only with a correction
   };
+  static constexpr int kBytes = sizeof(Shared), kBytesUncorrected = kBytes - sizeof(Shared::y);
 };
 
 template <typename E, typename Sum>
