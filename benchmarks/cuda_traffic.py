@@ -27,6 +27,7 @@ IMPLS = ("effdense-balanced", "effdense-minimal")
 GATE = 1.1  # bytes / floor of an operator in a model, without what is read again within L2
 MANY = 64  # images, for what can be computed from shapes
 BATCHES = (1, 16, 64, 256)  # for the partial sums of bottleneck_backward
+MULTIPROCESSORS = 132  # of an H100, which the harness says it has (tests/simt/launch.h)
 MIB = 2**20
 # Of the arguments that are written, those that are read as well.
 READ_TOO = {
@@ -134,7 +135,7 @@ def backward_partial_sums(pixels: int, channels: int, out_channels: int) -> int:
     `run` is compared with it.
     """
     columns, tiles = -(-channels // 64), -(-pixels // 32)
-    tiles_per_block = -(-tiles // max(min(tiles // 16, 512 // columns), 1))
+    tiles_per_block = -(-tiles // max(min(tiles // 16, 2 * MULTIPROCESSORS // columns), 1))
     blocks = -(-tiles // tiles_per_block)
     return 2 * 4 * blocks * (out_channels + 2) * channels if blocks > 1 else 0  # written and read, in float
 

@@ -63,6 +63,9 @@ class Order {
 
 // ---- Launching
 
+// As many as an H100 has; they run one after the other.
+inline int multiprocessors() { return 132; }
+
 inline std::string to_string(dim3 size) {
   return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
 }

@@ -99,10 +99,11 @@ void run_bottleneck(Size size, int64_t out_channels, int64_t more, bool tf32) {
                 {of_out.mean.data(), of_out.scale.data(), of_out.shift.data()}, tf32, y.matrix, mean.data(),
                 var.data(), workspace.data(), nullptr);
   workspace = std::vector<A>(bottleneck_backward_workspace_size<T>(size, out_channels));
-  bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(),
-                         {y.read(), of_out.mean.data(), of_out.a.data(), of_out.b.data()}, v.norm(),
-                         weight.matrix.data, tf32, grad_x.matrix, true, grad_weight.data(), sum_d.data(),
-                         sum_dx.data(), workspace.data(), nullptr);
+  const Deferred<T> deferred{y.read(),        of_out.mean.data(),  of_out.a.data(),
+                             of_out.b.data(), of_out.scale.data(), of_out.shift.data()};
+  bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(), deferred, v.norm(), weight.matrix.data,
+                         tf32, grad_x.matrix, true, grad_weight.data(), sum_d.data(), sum_dx.data(),
+                         workspace.data(), nullptr);
 }
 
 // Sizes, out channels, what a step is longer than its channels: every tile, pieces of every size.

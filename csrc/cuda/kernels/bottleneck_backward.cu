@@ -12,13 +12,14 @@ constexpr int64_t kMostOut = sizeof(T) == 2   ? 192
                              : sizeof(T) == 4 ? 128
                                               : 64;
 
-// How a call is cut, from its sizes alone, so that the result depends on nothing else.
+// How a call is cut: from its sizes and the card, so that on one card the result depends on nothing else.
 template <typename T>
 struct BackwardCut {
   static constexpr int kPixels = sizeof(T) == 8 ? 16 : 32, kColumns = sizeof(T) == 2 ? 64 : 32;
-  // As many blocks as fill a large device twice, but none with so few pixels that its part of grad_weight,
-  // which it writes and which is read again, is much beside what it reads.
-  static constexpr int64_t kBlocks = 512, kLeastPixels = 512;
+  // As many blocks as the card holds at a time, two on each multiprocessor: more would only be more parts of
+  // grad_weight to write and read again. But none with so few pixels that its part is much beside what it
+  // reads.
+  static constexpr int64_t kResident = 2, kLeastPixels = 512;
   int64_t width, tiles_per_block, blocks;  // blocks: along the pixels
   int64_t launches, out_per_launch;
 
@@ -26,7 +27,8 @@ struct BackwardCut {
     const int64_t columns = divide_up(size.channels, kColumns), tiles = divide_up(size.rows, kPixels);
     width = columns * kColumns;
     const auto at_least_1 = [](int64_t count) { return std::max<int64_t>(count, 1); };
-    const int64_t most = std::min(tiles / (kLeastPixels / kPixels), kBlocks / at_least_1(columns));
+    const int64_t resident = kResident * multiprocessors();
+    const int64_t most = std::min(tiles / (kLeastPixels / kPixels), resident / at_least_1(columns));
     tiles_per_block = at_least_1(divide_up(tiles, at_least_1(most)));
     blocks = divide_up(tiles, tiles_per_block);
     launches = divide_up(out_channels, kMostOut<T>);

@@ -60,6 +60,15 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
                            " bytes of shared memory: " + cudaGetErrorString(status));
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    throw std::runtime_error("CUDA does not tell the number of multiprocessors");
+  return count;
+}
+
 template <size_t kBytes>
 struct Words;
 template <>
@@ -212,6 +221,7 @@ using simt::ldmatrix_x4_trans;
 using simt::load;
 using simt::mma_16x8x16;
 using simt::mma_16x8x8_tf32;
+using simt::multiprocessors;
 using simt::store;
 using simt::to_tf32;
 
