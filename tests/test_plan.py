@@ -145,7 +145,7 @@ def test_the_model_is_not_touched() -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert id(tensor) == before[name][0] and torch.equal(tensor, before[name][1]) and tensor.grad is None
     assert torch.equal(random, torch.get_rng_state())
-    assert "meta" not in operators._COMPILED_DTYPES
+    assert "meta" not in operators._COMPILED
 
 
 def test_nothing_is_allocated() -> None:
