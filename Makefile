@@ -4,11 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
+# What `make test` gives to pytest.
+TESTS ?=
+
 LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find build_backend csrc effdense -type f -not -name '*.pyc')
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc')
 
 # Stamps: which torch is there, whether effdense is as its sources are, and with which extra.
 TORCH_STAMP := $(VENV)/.torch-$(firstword $(shell echo '$(TORCH)' | cksum))
@@ -29,7 +32,7 @@ help:
 	@echo '    make test VENV=.venv-cuda TORCH="torch==2.14.1 torchvision==0.29.1"'
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 demo: $(DEMO_STAMP)
 	$(BIN)/python -m benchmarks.demo

@@ -89,7 +89,6 @@ def compile_for_gpu(source: Path, output: Path, architecture: str) -> Path:
     return output
 
 
-
 # What was compiled is kept between runs, under names that tell what it was made of.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effdense-simt"
 
