@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from effdense._extension import build_info
+from effdense.check import Shape, check
 
 SELF_CHECK = "EFFDENSE_SELF_CHECK"  # environment variable: 0 switches the check off
-# images, spatial sizes, channels of each feature, output channels: more than one tile of everything, ragged
-_SHAPE = (2, (9, 9), (24, 12, 13), 72)
+# images, spatial sizes, channels of each feature, output channels: several blocks and tiles of everything, each width of
+# the products' tiles, ragged edges
+_SHAPES: list[Shape] = [(3, (20, 21), (24, 13, 11), 72), (2, (24, 25), (64,), 200), (1, (4, 5), (12,), 48)]
 
 _usable: dict[int, bool] = {}
+_lock = threading.Lock()
 
 
 def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -56,12 +61,14 @@ def why_unsupported(index: int) -> str | None:
 
 
 def _why_wrong(index: int) -> str | None:
-    """Runs every operator once, on one small shape, against plain PyTorch on the CPU."""
-    from effdense.check import check
-
+    """Runs every operator on a few small shapes against plain PyTorch on the CPU."""
+    torch.cuda.synchronize(index)  # what failed before is not ours, and raises here
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            results = check(f"cuda:{index}", torch.ops.effdense, shapes=[_SHAPE])
+        # Not to be seen by whoever traces, fakes or counts what the caller does.
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            results = check(f"cuda:{index}", torch.ops.effdense, shapes=_SHAPES)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return f"its kernels fail on {torch.cuda.get_device_name(index)}: {error}"
     wrong = ", ".join(f"{r.operator} in {r.number}" for r in results if not r.passed)
@@ -75,6 +82,11 @@ def usable(index: int) -> bool:
     """Whether the kernels run on card `index`; where not, says why at the first call. Milliseconds, once."""
     if index in _usable:
         return _usable[index]
+    with _lock:
+        return _usable[index] if index in _usable else _find_out(index)
+
+
+def _find_out(index: int) -> bool:
     reason = why_unsupported(index)
     if reason is None and os.environ.get(SELF_CHECK, "1") != "0":
         if torch.cuda.is_current_stream_capturing():
@@ -90,6 +102,6 @@ def usable(index: int) -> bool:
         warnings.warn(
             f"effdense runs on plain PyTorch on cuda:{index} (same results, slower, more memory), because {reason}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return reason is None

@@ -15,9 +15,6 @@ from torch import Tensor
 from effdense import cuda, reference
 from effdense._extension import extension
 
-# The operators that only the CPU has: elsewhere cuDNN's convolutions are hard to beat.
-ON_CPU_ALONE = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")
-
 # device -> the compiled operators, and the dtypes of maps that they take
 _COMPILED: dict[str, tuple[Any, tuple[torch.dtype, ...]]] = {}
 if extension is not None:

@@ -53,14 +53,15 @@ class Card:
         patch(torch.cuda, "get_device_capability", lambda index: self.capability)
         patch(torch.cuda, "get_device_name", lambda index: "Test Card")
         patch(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        run = check.check
+        run = cuda.check
 
         def checked(device: str, ops: Any, **options: Any) -> Any:
             assert device == "cuda:0"
             self.checks += 1
             return run("cpu", self.ops, check.NUMBERS["cuda"], **options)
 
-        patch(check, "check", checked)
+        patch(cuda, "check", checked)
+        patch(torch.cuda, "synchronize", lambda index: None)
 
     def operators(self) -> Any:
         return operators.operators(self.x)
@@ -104,6 +105,33 @@ def test_a_card_on_which_they_fail_gets_plain_pytorch(card: Card) -> None:
         assert card.operators() is reference
 
 
+def test_a_full_card_is_not_a_wrong_one(card: Card) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    right, card.ops = card.ops, SimpleNamespace(bn_relu=fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        card.operators()
+    card.ops = right
+    assert card.operators() is torch.ops.effdense
+
+
+def test_who_fakes_tensors_does_not_disturb_the_check(card: Card) -> None:
+    with torch._subclasses.FakeTensorMode():
+        assert card.operators() is torch.ops.effdense
+    assert card.checks == 1
+
+
+def test_the_check_leaves_the_settings_alone(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by setting them back: a setting that follows another one would follow no longer."""
+
+    def changed(self: Any, name: str, value: Any) -> None:
+        raise AssertionError(f"{name} was set")
+
+    monkeypatch.setattr(type(torch.backends.cudnn.conv), "__setattr__", changed)
+    assert card.operators() is torch.ops.effdense and card.checks == 1
+
+
 def test_the_check_can_be_switched_off(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EFFDENSE_SELF_CHECK", "0")
     assert card.operators() is torch.ops.effdense and card.checks == 0
@@ -142,7 +170,7 @@ def test_torch_compile_asks_once(card: Card) -> None:
 def test_the_whole_check_passes_on_the_cuda_kernels(simt: Any) -> None:
     results = check.check("cpu", simt, check.NUMBERS["cuda"])
     assert all(result.passed for result in results), [r for r in results if not r.passed]
-    names = set(check.OPERATORS) - set(operators.ON_CPU_ALONE)
+    names = set(check.OPERATORS) - set(check.ON_CPU_ALONE)
     products = {"bottleneck", "bottleneck_backward"}
     assert {(r.operator, str(r.number)) for r in results} == {
         (name, str(n)) for name in names for n in check.NUMBERS["cuda"] if not n.tf32 or name in products

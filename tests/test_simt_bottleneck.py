@@ -46,6 +46,7 @@ WIDE = [
     (64, 72, 192, 0, 0),
     (50, 36, 200, 0, 0),  # more than one tile of out channels
     (40, 150, 130, 3, 0),
+    (1200, 8, 200, 0, 0),  # and several blocks along the pixels
 ]
 # The narrow ones only in what test_bottleneck.py does not run.
 CASES = [(a, s) for a in ARITHMETICS for s in ([*NARROW, *WIDE] if a in ("half", "tf32") else WIDE)]

@@ -24,12 +24,14 @@ namespace effdense {
 // The tensors' device and its current stream, for as long as this lives.
 #ifdef EFFDENSE_SIMT
 #define EFFDENSE_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(effdense_simt, CPU, m)
+#define EFFDENSE_CUDA_FRAGMENT(m) TORCH_LIBRARY_FRAGMENT(effdense_simt, m)
 struct OnDevice {
   explicit OnDevice(const Tensor&) {}
   static constexpr kernels::Stream stream = nullptr;
 };
 #else
 #define EFFDENSE_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(effdense, CUDA, m)
+#define EFFDENSE_CUDA_FRAGMENT(m) TORCH_LIBRARY_FRAGMENT(effdense, m)
 struct OnDevice {
   explicit OnDevice(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
   const c10::cuda::CUDAGuard guard;

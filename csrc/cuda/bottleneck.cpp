@@ -13,8 +13,15 @@
 namespace effdense {
 namespace {
 
+// What the calling thread has been told, before PyTorch's settings: checks do so.
+thread_local std::optional<bool> tf32_override;
+
+void override_tf32(std::optional<bool> permitted) { tf32_override = permitted; }
+
 // What PyTorch asks before it runs a float32 convolution in TF32; this is one.
-bool tf32_permitted() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
+bool tf32_permitted() {
+  return tf32_override.value_or(at::globalContext().allowTF32CuDNN(at::Float32Op::CONV));
+}
 
 template <typename A>
 const A* data_or_null(const std::optional<Tensor>& vector) {
@@ -62,6 +69,22 @@ Tensor joined(TensorList features) {
   return map;
 }
 
+// The weight in rows that are copied 8 bytes at a time at least.
+template <typename T>
+struct ReadableWeight {
+  explicit ReadableWeight(const Tensor& weight) : rows(weight) {
+    constexpr int64_t unit = 8 / sizeof(T);
+    if (weight.size(1) % unit == 0) return;
+    rows = at::empty({weight.size(0), (weight.size(1) + unit - 1) / unit * unit}, weight.options())
+               .narrow(1, 0, weight.size(1));
+    rows.copy_(weight);
+  }
+  kernels::Matrix<const T> matrix() const {
+    return {static_cast<const T*>(rows.const_data_ptr()), rows.stride(0)};
+  }
+  Tensor rows;
+};
+
 std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, const Tensor& shift,
                                       const Tensor& weight, const std::optional<Tensor>& bias,
                                       const std::optional<Tensor>& out_scale,
@@ -76,14 +99,14 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
   EFFDENSE_CUDA_DISPATCH(op, y, [&] {
     const kernels::Matrix<T> out = writable_matrix<T>(op, "y", y);
     const ReadableMatrix<T> x(joined(features));
+    const ReadableWeight<T> w(weight);
     const kernels::Size size = size_of(x.dense);
     const Tensor workspace = at::empty(
         {statistics ? kernels::bottleneck_workspace_size<T>(size, out_channels) : 0}, scale.options());
     const kernels::Epilogue<A> epilogue{data_or_null<A>(bias), data_or_null<A>(out_scale),
                                         data_or_null<A>(out_shift)};
-    kernels::bottleneck(size, weight.size(0), x.matrix, norm_of<A>(scale, shift),
-                        static_cast<const T*>(weight.const_data_ptr()), epilogue, tf32_permitted(), out,
-                        statistics ? mean.mutable_data_ptr<A>() : nullptr,
+    kernels::bottleneck(size, weight.size(0), x.matrix, norm_of<A>(scale, shift), w.matrix(), epilogue,
+                        tf32_permitted(), out, statistics ? mean.mutable_data_ptr<A>() : nullptr,
                         statistics ? var.mutable_data_ptr<A>() : nullptr, workspace.mutable_data_ptr<A>(),
                         device.stream);
   });
@@ -117,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       whole = whole && mine;
     }
     const ReadableMatrix<T> x(joined(features)), dy(grad_y);
+    const ReadableWeight<T> w(weight);
     // Where the gradients are no one map, they are made as one and handed out.
     const Tensor together = whole ? as_one_map(grad_features) : Tensor();
     const Tensor grad_x = !wanted ? Tensor() : together.defined() ? together : empty_map(grad_y, channels);
@@ -135,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
     const Tensor workspace =
         at::empty({kernels::bottleneck_backward_workspace_size<T>(size, out_channels)}, scale.options());
     kernels::bottleneck_backward(
-        size, out_channels, x.matrix, dy.matrix, correction, norm_of<A>(scale, shift, &mean),
-        static_cast<const T*>(weight.const_data_ptr()), tf32_permitted(),
+        size, out_channels, x.matrix, dy.matrix, correction, norm_of<A>(scale, shift, &mean), w.matrix(),
+        tf32_permitted(),
         wanted ? writable_matrix<T>(op, "grad_features", grad_x) : kernels::Matrix<T>{nullptr, 0},
         accumulate && together.defined(), need_weight ? grad_weight.mutable_data_ptr<A>() : nullptr,
         need_features ? sum_d.mutable_data_ptr<A>() : nullptr,
@@ -163,5 +187,9 @@ EFFDENSE_CUDA_LIBRARY(m) {
   m.impl("bottleneck", bottleneck);
   m.impl("bottleneck_backward", bottleneck_backward);
 }
+
+// true or false: whether this thread's products may round to TF32, whatever PyTorch's settings say; None:
+// those
+EFFDENSE_CUDA_FRAGMENT(m) { m.def("override_tf32(bool? permitted) -> ()", override_tf32); }
 
 }  // namespace effdense

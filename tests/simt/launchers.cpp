@@ -95,14 +95,14 @@ void run_bottleneck(Size size, int64_t out_channels, int64_t more, bool tf32) {
   std::vector<A> mean(out_channels), var(out_channels), sum_d(size.channels), sum_dx(size.channels);
   std::vector<A> grad_weight(out_channels * size.channels);
   std::vector<A> workspace(bottleneck_workspace_size<T>(size, out_channels));
-  bottleneck<T>(size, out_channels, x.read(), v.norm(), weight.matrix.data,
+  bottleneck<T>(size, out_channels, x.read(), v.norm(), weight.read(),
                 {of_out.mean.data(), of_out.scale.data(), of_out.shift.data()}, tf32, y.matrix, mean.data(),
                 var.data(), workspace.data(), nullptr);
   workspace = std::vector<A>(bottleneck_backward_workspace_size<T>(size, out_channels));
   const Deferred<T> deferred{y.read(),        of_out.mean.data(),  of_out.a.data(),
                              of_out.b.data(), of_out.scale.data(), of_out.shift.data()};
-  bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(), deferred, v.norm(), weight.matrix.data,
-                         tf32, grad_x.matrix, true, grad_weight.data(), sum_d.data(), sum_dx.data(),
+  bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(), deferred, v.norm(), weight.read(), tf32,
+                         grad_x.matrix, true, grad_weight.data(), sum_d.data(), sum_dx.data(),
                          workspace.data(), nullptr);
 }
 

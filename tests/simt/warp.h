@@ -245,6 +245,15 @@ SIMT_UNINSTRUMENTED inline void mma_16x8x8_tf32(float (&accumulator)[4], const u
   collective("mma_16x8x8_tf32", compute_mma_tf32, kFullWarp, &mine, false, site);
 }
 
+// relu of two floats as a pair of T, `low` in the lower half. NaN stays NaN, and -0 becomes 0.
+template <typename T>
+uint32_t pack_relu(float low, float high) {
+  const auto half = [](float value) -> uint32_t {
+    return std::bit_cast<uint16_t>(static_cast<T>(value <= 0.0f ? 0.0f : value));
+  };
+  return half(low) | half(high) << 16;
+}
+
 // The nearest TF32, ties away from zero (cvt.rna), as a pattern of bits. NaN and infinity stay what they are.
 inline uint32_t to_tf32(float value) {
   const auto bits = std::bit_cast<uint32_t>(value);

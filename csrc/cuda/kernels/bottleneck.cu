@@ -36,21 +36,20 @@ int64_t bottleneck_workspace_size(Size size, int64_t out_channels) {
 }
 
 template <typename T>
-void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm, const T* weight,
-                Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean, acc_t<T>* var,
-                acc_t<T>* workspace, Stream stream) {
+void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm,
+                Matrix<const T> weight, Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean,
+                acc_t<T>* var, acc_t<T>* workspace, Stream stream) {
   if (size.rows == 0 || out_channels == 0) return;
   const int64_t blocks = divide_up(size.rows, kPixelsPerBlock);
-  const BottleneckArguments<T, acc_t<T>> arguments{
-      operand(x, size.rows, size.channels),
-      operand(Matrix<const T>{weight, size.channels}, out_channels, size.channels),
-      norm.scale,
-      norm.shift,
-      epilogue.bias,
-      epilogue.scale,
-      epilogue.shift,
-      operand(y, size.rows, out_channels),
-      mean != nullptr ? workspace : nullptr};
+  const BottleneckArguments<T, acc_t<T>> arguments{operand(x, size.rows, size.channels),
+                                                   operand(weight, out_channels, size.channels),
+                                                   norm.scale,
+                                                   norm.shift,
+                                                   epilogue.bias,
+                                                   epilogue.scale,
+                                                   epilogue.shift,
+                                                   operand(y, size.rows, out_channels),
+                                                   mean != nullptr ? workspace : nullptr};
   if constexpr (sizeof(T) == 2) {
     choose_tile<TensorCore<T>>(arguments, stream);
   } else if constexpr (std::is_same_v<T, float>) {
@@ -65,10 +64,10 @@ void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T
          mean, var);
 }
 
-#define INSTANTIATE(T)                                                                                      \
-  template int64_t bottleneck_workspace_size<T>(Size, int64_t);                                             \
-  template void bottleneck<T>(Size, int64_t, Matrix<const T>, Norm<acc_t<T>>, const T*, Epilogue<acc_t<T>>, \
-                              bool, Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
+#define INSTANTIATE(T)                                                                         \
+  template int64_t bottleneck_workspace_size<T>(Size, int64_t);                                \
+  template void bottleneck<T>(Size, int64_t, Matrix<const T>, Norm<acc_t<T>>, Matrix<const T>, \
+                              Epilogue<acc_t<T>>, bool, Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
 INSTANTIATE(float);
 INSTANTIATE(double);
 INSTANTIATE(__half);

@@ -76,7 +76,7 @@ int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels) {
 
 template <typename T>
 void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
-                         Deferred<T> deferred, Norm<acc_t<T>> norm, const T* weight, bool tf32,
+                         Deferred<T> deferred, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
                          Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, acc_t<T>* sum_d,
                          acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream) {
   using A = acc_t<T>;
@@ -93,7 +93,7 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
         operand(x, size.rows, size.channels),
         operand(columns_from(grad_y, first), size.rows, out),
         operand(columns_from(deferred.y, first), size.rows, out),
-        operand(Matrix<const T>{weight + first * size.channels, size.channels}, out, size.channels),
+        operand(Matrix<const T>{weight.data + first * weight.step, weight.step}, out, size.channels),
         norm.scale,
         norm.shift,
         norm.mean,
@@ -109,11 +109,13 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
         sum_d,
         sum_dx,
         size.channels,
+        0,
         0};
-    if (cut.has_parts()) {
+    if (cut.has_parts()) {  // [blocks][out channels][width]; a launch fills its out channels
       arguments.width = cut.width;
+      arguments.weight_step = out_channels * cut.width;
       arguments.sums_step = 2 * cut.width;
-      if (grad_weight != nullptr) arguments.grad_weight = weight_parts + cut.blocks * first * cut.width;
+      if (grad_weight != nullptr) arguments.grad_weight = weight_parts + first * cut.width;
       if (sum_d != nullptr) arguments.sum_d = sum_parts + i * cut.blocks * 2 * cut.width;
       if (sum_d != nullptr) arguments.sum_dx = arguments.sum_d + cut.width;
     }
@@ -144,10 +146,10 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
   launch(add_parts_kernel<A>, add_grid, dim3(kPartThreads), 0, stream, parts);
 }
 
-#define INSTANTIATE(T)                                                                               \
-  template int64_t bottleneck_backward_workspace_size<T>(Size, int64_t);                             \
-  template void bottleneck_backward<T>(Size, int64_t, Matrix<const T>, Matrix<const T>, Deferred<T>, \
-                                       Norm<acc_t<T>>, const T*, bool, Matrix<T>, bool, acc_t<T>*,   \
+#define INSTANTIATE(T)                                                                                    \
+  template int64_t bottleneck_backward_workspace_size<T>(Size, int64_t);                                  \
+  template void bottleneck_backward<T>(Size, int64_t, Matrix<const T>, Matrix<const T>, Deferred<T>,      \
+                                       Norm<acc_t<T>>, Matrix<const T>, bool, Matrix<T>, bool, acc_t<T>*, \
                                        acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
 INSTANTIATE(float);
 INSTANTIATE(double);

@@ -54,11 +54,11 @@ struct BackwardArguments {
   Operand<E> grad_x;             // data null: not wanted
   bool accumulate;
   int64_t tiles_per_block;  // of pixels
-  // What the blocks make, null where it is not wanted: [blocks along the pixels][out channels][width], and
-  // the two sums of a channel, sums_step after those of the block before. Partial results, unless there is
-  // one block along the pixels: its are the results.
+  // What the blocks make, null where it is not wanted: [out channels][width], and the two sums of a channel,
+  // each so many steps after those of the block before it along the pixels. Partial results, unless there is
+  // one such block: its are the results.
   Sum *grad_weight, *sum_d, *sum_dx;
-  int64_t width, sums_step;
+  int64_t width, weight_step, sums_step;
 };
 
 // scale * d - a - b * (y - mean) in place, d = grad_y where scale * y + shift lets it pass, of the calling
@@ -72,18 +72,30 @@ __device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, in
         static_cast<int>(threadIdx.x), rows, columns, [&](int row, int column, int valid) {
           if (valid == 0) return;
           const int at = row * kTileStep<E, kOut> + column;
-          auto& grad = *reinterpret_cast<Vec<E, kPiece>*>(grad_y + at);
+          // In whole vectors: element by element, shared memory would be what this kernel waits for.
+          auto* const place = reinterpret_cast<Vec<E, kPiece>*>(grad_y + at);
+          Vec<E, kPiece> grad = *place;
           const auto y = *reinterpret_cast<const Vec<E, kPiece>*>(shared.y + at);
           using Sum = acc_t<E>;
+          constexpr int kAtOnce = kPiece * sizeof(Sum) < 16 ? kPiece : 16 / sizeof(Sum);
+          using Some = Vec<Sum, kAtOnce>;
+#pragma unroll(kOut > 128 ? 1 : kPiece / kAtOnce)
+          for (int first = 0; first < kPiece; first += kAtOnce) {
+            const auto some = [&](const Sum* vector) {
+              return *reinterpret_cast<const Some*>(vector + column + first);
+            };
+            const Some scale = some(shared.y_scale), shift = some(shared.y_shift), a = some(shared.a),
+                       b = some(shared.b), mean = some(shared.y_mean);
 #pragma unroll
-          for (int e = 0; e < kPiece; ++e) {
-            const int c = column + e;
-            const Sum value = static_cast<Sum>(y[e]);
-            const Sum d =
-                masked(multiply_add(shared.y_scale[c], value, shared.y_shift[c]), static_cast<Sum>(grad[e]));
-            grad[e] = static_cast<E>(multiply_add(
-                shared.y_scale[c], d, -correction(shared.a[c], shared.b[c], value, shared.y_mean[c])));
+            for (int i = 0; i < kAtOnce; ++i) {
+              const Sum value = static_cast<Sum>(y[first + i]);
+              const Sum d =
+                  masked(multiply_add(scale[i], value, shift[i]), static_cast<Sum>(grad[first + i]));
+              grad[first + i] =
+                  static_cast<E>(multiply_add(scale[i], d, -correction(a[i], b[i], value, mean[i])));
+            }
           }
+          *place = grad;
         });
   });
 }
@@ -104,8 +116,7 @@ __device__ __forceinline__ void finish_dz(const typename Tile::Sum (&dz)[1][kTil
     for (int r = 0; r < 2; ++r) {
       const int c = column + 8 * j + 2 * t, at = (row + g + 8 * r) * Tile::kStep + c;
       const bool inside = row + g + 8 * r < pixels;
-      Pair& x = *reinterpret_cast<Pair*>(stage.x + at);
-      Pair& grad_x = *reinterpret_cast<Pair*>(stage.grad_x + at);
+      Pair x = *reinterpret_cast<Pair*>(stage.x + at), grad_x = *reinterpret_cast<Pair*>(stage.grad_x + at);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const Sum value = static_cast<Sum>(x[h]);
@@ -117,6 +128,8 @@ __device__ __forceinline__ void finish_dz(const typename Tile::Sum (&dz)[1][kTil
         grad_x[h] = static_cast<E>(multiply_add(shared.scale[c + h], d, before));
         x[h] = static_cast<E>(inside ? relu(z) : Sum(0));
       }
+      *reinterpret_cast<Pair*>(stage.x + at) = x;
+      *reinterpret_cast<Pair*>(stage.grad_x + at) = grad_x;
     }
   }
 }
@@ -212,7 +225,7 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
   const int channels = arguments.x.columns - first_column;  // of the block, and those behind it
   if (need_weight) {
     using Pair = Vec<Sum, 2>;
-    Sum* const to = arguments.grad_weight + int64_t{blockIdx.y} * out * arguments.width + first_column;
+    Sum* const to = arguments.grad_weight + int64_t{blockIdx.y} * arguments.weight_step + first_column;
 #pragma unroll
     for (int i = 0; i < 2 * kOutTiles; ++i) {
       const int row = out_row + g + 8 * i;

@@ -1,5 +1,5 @@
 // The bottleneck's two GEMM kernels over raw pointers and sizes, for whoever binds them. Conventions as in
-// launchers.h. Size: the pixels and channels of x; weight is [out_channels, channels], contiguous. `tf32`
+// launchers.h. Size: the pixels and channels of x; weight is [out_channels, channels]. `tf32`
 // permits rounding float operands to TF32, and means nothing to other types.
 #pragma once
 
@@ -30,9 +30,9 @@ int64_t bottleneck_workspace_size(Size size, int64_t out_channels);
 // y = weight relu(scale * x + shift), and what follows. With mean and var not null: y's, as it was stored,
 // and the biased variance.
 template <typename T>
-void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm, const T* weight,
-                Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean, acc_t<T>* var,
-                acc_t<T>* workspace, Stream stream);
+void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm,
+                Matrix<const T> weight, Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean,
+                acc_t<T>* var, acc_t<T>* workspace, Stream stream);
 
 // ---- bottleneck_backward.cu
 
@@ -45,7 +45,7 @@ int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels);
 //   grad_weight [out_channels, channels] = grad_y^T relu(scale * x + shift); unless it is null
 template <typename T>
 void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
-                         Deferred<T> deferred, Norm<acc_t<T>> norm, const T* weight, bool tf32,
+                         Deferred<T> deferred, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
                          Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, acc_t<T>* sum_d,
                          acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream);
 

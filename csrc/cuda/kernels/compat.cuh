@@ -202,6 +202,18 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return bits;
 }
 
+// relu of two floats as one register of T, `low` in the lower half, in one instruction; NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_relu(float low, float high) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 }  // namespace effdense::kernels
 
 #else
@@ -222,6 +234,7 @@ using simt::load;
 using simt::mma_16x8x16;
 using simt::mma_16x8x8_tf32;
 using simt::multiprocessors;
+using simt::pack_relu;
 using simt::store;
 using simt::to_tf32;
 

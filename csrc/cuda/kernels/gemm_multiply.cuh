@@ -38,14 +38,6 @@ __device__ __forceinline__ float2 unpack(__half, uint32_t bits) {
 __device__ __forceinline__ float2 unpack(__nv_bfloat16, uint32_t bits) {
   return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
 }
-__device__ __forceinline__ uint32_t pack(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 // Each of the three: A is the fragment of 16 rows by kDepth, B that of kDepth by kColumnTiles * 8 columns. A
 // tile is [side][depth] (Along::depth) or [depth][side] (Along::side), `step` elements from row to row.
@@ -89,7 +81,7 @@ struct TensorCore {
       for (int i = 0; i < 2 * kTiles; ++i) {
         uint32_t& bits = a[i / 2][2 * half + i % 2];
         const float2 x = unpack(T{}, bits);
-        bits = pack(T{}, bn_relu_value(x.x, scale[0], shift[0]), bn_relu_value(x.y, scale[1], shift[1]));
+        bits = pack_relu<T>(multiply_add(scale[0], x.x, shift[0]), multiply_add(scale[1], x.y, shift[1]));
       }
     }
   }
