@@ -5,6 +5,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "cuda/bindings.h"
@@ -69,11 +70,11 @@ Tensor joined(TensorList features) {
   return map;
 }
 
-// The weight in rows that are copied 8 bytes at a time at least.
+// The weight in rows that cp.async can copy, which moves 4 bytes at least.
 template <typename T>
 struct ReadableWeight {
   explicit ReadableWeight(const Tensor& weight) : rows(weight) {
-    constexpr int64_t unit = 8 / sizeof(T);
+    const int64_t unit = std::max<int64_t>(4 / weight.itemsize(), 1);
     if (weight.size(1) % unit == 0) return;
     rows = at::empty({weight.size(0), (weight.size(1) + unit - 1) / unit * unit}, weight.options())
                .narrow(1, 0, weight.size(1));
