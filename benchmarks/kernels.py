@@ -31,7 +31,14 @@ COPY_BYTES = 2**28  # of each tensor: beyond every cache
 # In the order of a step; then what takes the place of the fused convolution where there is none, and the rest.
 LAYER = ("bottleneck", "bn_relu_conv3x3")
 LAYER += ("take_gradient", "bn_relu_conv3x3_backward", "bottleneck_backward")
-LAYER += ("bn_relu", "conv3x3", "append_features", "conv3x3_backward", "bn_relu_backward")
+LAYER += (
+    "bn_relu",
+    "conv3x3",
+    "append_features",
+    "conv3x3_backward",
+    "bn_relu_with_sums",
+    "bn_relu_backward",
+)
 LAYER += ("channel_statistics", "bn_relu_accumulate", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
 STEM = ("bn_relu_max_pool", "max_pool_backward")
 OPERATORS = LAYER + STEM
@@ -105,6 +112,7 @@ def least(s: Shape, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         "take_gradient": (e * 3 * m * k, 0),  # reads x, grad of the new features; writes out
         # reads grad, z, weight; writes grad_z, grad_weight
         "conv3x3_backward": (e * (m * k + 2 * m * o + 2 * 9 * o * k), 4 * m * 9 * o * k),
+        "bn_relu_with_sums": (e * 3 * m * o, 0),  # reads grad, y; writes z
         # reads grad, y; writes grad. The batch's sums take a second pass (5 m o) where a cache does not hold both
         "bn_relu_backward": (e * 3 * m * o, 0),
         # reads x, grad_y, y, weight, grad_x; writes grad_x, and grad_weight as sums
@@ -158,6 +166,7 @@ def _calls(s: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "conv3x3_backward": lambda: aten.convolution_backward(
             grad_new, z, w2, None, *CONVOLUTION, [True, True, False]
         ),
+        "bn_relu_with_sums": lambda: ops.bn_relu_with_sums(grad_y, y, *norm_o, z),
         "bn_relu_backward": lambda: ops.bn_relu_backward(grad_y, y, *norm_o, norm_o[0], True),
         "bottleneck_backward": lambda: ops.bottleneck_backward(
             [x], grad_y, *norm_c, w1, [grad_x], True, True, True, [y, norm_o[2], norm_o[2], norm_o[2]]

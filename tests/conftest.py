@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -29,10 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("-m gpu: torch finds no GPU here (torch.cuda.is_available() is False)")
 
 
-def _with_gpu(backends: Iterable[str]) -> list[Any]:
-    """And the GPU, where there is one."""
-    gpu = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
-    return [*backends, *gpu]
+def _with_gpu(backends: Collection[str]) -> list[Any]:
+    """And the GPU, where there is one, for what there are CUDA kernels for."""
+    if "simt" in backends and torch.cuda.is_available():
+        return [*backends, pytest.param("cuda", marks=pytest.mark.gpu)]
+    return list(backends)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

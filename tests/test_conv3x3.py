@@ -29,6 +29,7 @@ from tests.cases import (
     to_dtype,
 )
 
+BACKENDS = {"cpu": torch.ops.effdense}  # elsewhere 3x3 convolutions are PyTorch's
 Case = dict[str, Tensor]
 Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean")

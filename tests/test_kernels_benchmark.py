@@ -85,6 +85,7 @@ def test_least_is_what_the_tensors_hold():
         "take_gradient": (4 * (64 + 64 + 64), 0),
         "bn_relu_conv3x3_backward": (4 * (64 + 160 + 90 + 160 + 90), 4 * 32 * 90),
         "conv3x3_backward": (4 * (64 + 160 + 90 + 160 + 90), 4 * 32 * 90),
+        "bn_relu_with_sums": (4 * (160 + 160 + 160), 0),
         "bn_relu_backward": (4 * (160 + 160 + 160), 0),
         "bottleneck_backward": (4 * (96 + 160 + 160 + 15 + 96 + 96 + 15), 4 * 32 * 15),
         "channel_statistics": (4 * 96, 0),
