@@ -73,29 +73,27 @@ __device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, in
           if (valid == 0) return;
           const int at = row * kTileStep<E, kOut> + column;
           // In whole vectors: element by element, shared memory would be what this kernel waits for.
-          auto* const place = reinterpret_cast<Vec<E, kPiece>*>(grad_y + at);
-          Vec<E, kPiece> grad = *place;
-          const auto y = *reinterpret_cast<const Vec<E, kPiece>*>(shared.y + at);
           using Sum = acc_t<E>;
           constexpr int kAtOnce = kPiece * sizeof(Sum) < 16 ? kPiece : 16 / sizeof(Sum);
-          using Some = Vec<Sum, kAtOnce>;
+          using Some = Vec<E, kAtOnce>;
 #pragma unroll(kOut > 128 ? 1 : kPiece / kAtOnce)
           for (int first = 0; first < kPiece; first += kAtOnce) {
             const auto some = [&](const Sum* vector) {
-              return *reinterpret_cast<const Some*>(vector + column + first);
+              return *reinterpret_cast<const Vec<Sum, kAtOnce>*>(vector + column + first);
             };
-            const Some scale = some(shared.y_scale), shift = some(shared.y_shift), a = some(shared.a),
+            const auto scale = some(shared.y_scale), shift = some(shared.y_shift), a = some(shared.a),
                        b = some(shared.b), mean = some(shared.y_mean);
+            auto* const place = reinterpret_cast<Some*>(grad_y + at + first);
+            Some grad = *place;
+            const auto y = *reinterpret_cast<const Some*>(shared.y + at + first);
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-              const Sum value = static_cast<Sum>(y[first + i]);
-              const Sum d =
-                  masked(multiply_add(scale[i], value, shift[i]), static_cast<Sum>(grad[first + i]));
-              grad[first + i] =
-                  static_cast<E>(multiply_add(scale[i], d, -correction(a[i], b[i], value, mean[i])));
+              const Sum value = static_cast<Sum>(y[i]);
+              const Sum d = masked(multiply_add(scale[i], value, shift[i]), static_cast<Sum>(grad[i]));
+              grad[i] = static_cast<E>(multiply_add(scale[i], d, -correction(a[i], b[i], value, mean[i])));
             }
+            *place = grad;
           }
-          *place = grad;
         });
   });
 }
