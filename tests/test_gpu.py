@@ -120,3 +120,10 @@ def test_memory_is_a_fraction_of_the_naive_models() -> None:
         step(model, x)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < peaks[0] / 4, peaks
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    x, vector = torch.randn(2, 4, 3, 3, device=CARD), torch.ones(4)
+    out = torch.empty(2, 3, 3, 4, device=CARD).movedim(-1, 1)
+    with pytest.raises(ValueError, match="bn_relu: scale must be on cuda:0 like the features, got cpu"):
+        torch.ops.effdense.bn_relu(x, vector, vector.to(CARD), out)
