@@ -177,12 +177,16 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """Write `result` so that `path` holds either its old content or all of the new one."""
+    """Write `result` as JSON, as `write_text` does."""
+    write_text(json.dumps(result, indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new one."""
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
     ) as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
+        file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
 

@@ -9,7 +9,6 @@ misses a requirement (`failures`) is one line on stderr, and the exit status is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -17,10 +16,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cuda_library
+from benchmarks import compare, cuda_library
 from benchmarks.cuda_library import Kernel, LibraryError
 
 MOST_BYTES = 25_000_000  # of the library, all architectures together
@@ -290,13 +288,6 @@ def _architectures(text: str) -> list[str]:
     return names
 
 
-def _output_file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write a file at {text!r}")
-    return path
-
-
 def _input_file(text: str) -> Path:
     if not os.access(text, os.R_OK) or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"cannot read a file at {text!r}")
@@ -310,8 +301,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--library", type=_input_file, metavar="FILE", help="the installed module unless given")
     add("--arch", type=_architectures, metavar="LIST", help="as 8.0,9.0; all in the library unless given")
-    add("--table", type=_output_file, metavar="FILE.md", help="write a table for the documentation here")
-    add("--json", type=_output_file, metavar="FILE", help="write everything read here")
+    add(
+        "--table",
+        type=compare.output_file,
+        metavar="FILE.md",
+        help="write a table for the documentation here",
+    )
+    add("--json", type=compare.output_file, metavar="FILE", help="write everything read here")
     parsed = parser.parse_args(arguments)
     try:
         library = parsed.library or cuda_library.find_library()
@@ -327,13 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     library_bytes = library.stat().st_size
     faults = failures(kernels, library_bytes)
     result = verdict(kernels, architectures, library_bytes, faults)
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False).print(table(kernels, architectures))
+    compare.console().print(table(kernels, architectures))
     if parsed.table:
-        parsed.table.write_text(markdown(kernels, architectures, result))
+        compare.write_text(markdown(kernels, architectures, result), parsed.table)
     if parsed.json:
         read = {"library_bytes": library_bytes, "failures": faults, "kernels": [record(k) for k in kernels]}
-        parsed.json.write_text(json.dumps(read, indent=1) + "\n")
+        compare.write_json(read, parsed.json)
     for fault in faults:
         print(fault, file=sys.stderr)
     print(result)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
-from effdense import batch_norm, dense_block, dense_layer, pool
+from effdense import batch_norm, check, dense_block, operators
 
-CPU_ONLY = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")
 # The calls that are operators for torch.compile's sake: what is in them counts.
 OPAQUE: dict[str, Callable[..., Any]] = {
     "dense_stage": dense_block._dense_stage,
@@ -114,18 +113,11 @@ def _in_cudnns_layout(result: Any, inputs: Sequence[Tensor]) -> Any:
 
 @contextlib.contextmanager
 def _as_on_cuda() -> Iterator[None]:
-    names = [op.name.split("::")[1] for op in _schemas() if op.name.startswith("effdense::")]
-    cuda = SimpleNamespace(
-        **{n: getattr(torch.ops.effdense, n) for n in names if n not in (*CPU_ONLY, *OPAQUE)}
-    )
-    with contextlib.ExitStack() as stack:
-        for module in (batch_norm, dense_block, dense_layer, pool):
-            stack.enter_context(mock.patch.object(module, "operators", lambda x: cuda))
+    """Meta tensors take the operators that CUDA has."""
+    names = [name for name in check.OPERATORS if name not in check.ON_CPU_ALONE]
+    cuda = SimpleNamespace(**{name: getattr(torch.ops.effdense, name) for name in names})
+    with mock.patch.dict(operators._COMPILED, {"meta": (cuda, (torch.half, torch.float32))}):
         yield
-
-
-def _schemas() -> Any:
-    return torch._C._jit_get_all_schemas()
 
 
 def trace(model: nn.Module, x: Tensor) -> list[Call]:
