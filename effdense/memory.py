@@ -209,13 +209,8 @@ def _bare_copy(model: nn.Module) -> nn.Module:
 class _CheckpointedLayer(DenseLayer):
     """torchvision's memory_efficient=True: everything before the second norm is computed again."""
 
-    def _one_by_one(self, features: list[Tensor]) -> Tensor:
-        y = checkpoint(self._bottleneck, *features, use_reentrant=False, preserve_rng_state=False)
-        new: Tensor = self.conv2(self.relu2(self.norm2(y)))
-        return new
-
     def _bottleneck(self, *features: Tensor) -> Tensor:
-        y: Tensor = self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
+        y: Tensor = checkpoint(super()._bottleneck, *features, use_reentrant=False, preserve_rng_state=False)
         return y
 
 
