@@ -7,6 +7,7 @@ from effdense import functional, models, nn
 from effdense._extension import build_info
 from effdense.convert import convert, report
 from effdense.memory import plan
+from effdense.summary import summary
 from effdense.workspace import empty_cache
 
 __version__ = "0.1.0"
