@@ -22,4 +22,5 @@ __all__ = [
     "nn",
     "plan",
     "report",
+    "summary",
 ]
