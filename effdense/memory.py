@@ -166,7 +166,7 @@ class _Timeline(TorchDispatchMode):
 
 
 @contextmanager
-def compiled_on_meta() -> Iterator[None]:
+def _compiled_on_meta() -> Iterator[None]:
     """Meta tensors take the way of the compiled operators, whose fakes know what those allocate."""
     operators._COMPILED["meta"] = operators._COMPILED["cpu"]
     try:
@@ -305,7 +305,7 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.device("meta"),
-            compiled_on_meta(),
+            _compiled_on_meta(),
         ):
             x = torch.empty(shape, dtype=dtype)
             if memory in ("naive", "checkpoint"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effdense.convert import convert
-from effdense.memory import bare_copy, check_input_shape, compiled_on_meta
+from effdense.memory import bare_copy, check_input_shape
 from effdense.nn import DenseBlock, DenseFeatures, DenseNet, Transition
 from effdense.nn.obstacles import CONVS
 
@@ -147,7 +147,8 @@ def _kept(model: Any, shape: Sequence[int], memory: str) -> list[int]:
 def _sizes(model: Any, shape: Sequence[int]) -> tuple[list[tuple[int, ...]], list[int]]:
     """Output sizes and multiply-adds of every row."""
     names, places = _places(model)
-    sizes, work = [()] * len(names), [0] * len(names)
+    sizes: list[tuple[int, ...]] = [()] * len(names)
+    work = [0] * len(names)
     row_of = {m: row for module, row in places.items() for m in module.modules()}
 
     def hook(module: Any, _: Any, output: Tensor) -> None:
@@ -195,10 +196,10 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
     for module, row in places.items():
         parameters[row] += sum(p.numel() for p in module.parameters())
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"), compiled_on_meta():
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
             sizes, work = _sizes(known, shape)
             kept = {memory: _kept(bare(), shape, memory) for memory in SAVED}
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"summary: the model does not run on an input of shape {shape}: {error}") from error
-    saved = [dict(zip(SAVED, sizes_, strict=True)) for sizes_ in zip(*kept.values(), strict=True)]
+    saved = [dict(zip(SAVED, one, strict=True)) for one in zip(*kept.values(), strict=True)]
     return Summary(shape, [Row(*row) for row in zip(names, sizes, parameters, work, saved, strict=True)])

@@ -219,7 +219,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     "changed, message",
     [
         (("--model", "resnet50"), "unknown model 'resnet50'"),
-        (("--model", "densenet_bc_41_12"), "depth 6 n + 4"),
+        (("--model", "densenet_bc_41_12"), "depth must be 6 n + 4"),
         (("--batch", "0"), "all positive"),
     ],
 )
