@@ -411,6 +411,17 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
         models.DenseNet(**options)
 
 
+@pytest.mark.parametrize("dims", [0, 4, 2.0])
+def test_modules_of_dimensions_that_there_are_not(dims: Any) -> None:
+    for kind, arguments in (
+        ("DenseLayer", (5, 4, 2, 0.0)),
+        ("PlainDenseLayer", (5, 4)),
+        ("Transition", (5, 4)),
+    ):
+        with pytest.raises(ValueError, match=f"{kind}: spatial_dims must be 1, 2 or 3, got {dims}"):
+            getattr(effdense.nn, kind)(*arguments, spatial_dims=dims)
+
+
 @pytest.mark.parametrize("depth, bottleneck, nearest", [(99, True, 100), (3, True, 10), (41, False, 40)])
 def test_a_depth_that_cannot_be(depth: int, bottleneck: bool, nearest: int) -> None:
     with pytest.raises(ValueError, match=rf"n \+ 4 .*got {depth}; the nearest is {nearest}"):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effdense import nn as dense
-from effdense.checks import check_memory
+from effdense.checks import check_memory, check_spatial_dims
 from effdense.models.weights import load_published
 from effdense.nn.obstacles import AVG_POOLS, CONVS, MAX_POOLS, NORMS
 
@@ -85,8 +85,7 @@ class DenseNet(dense.DenseNet):
         counts |= {"in_channels": in_channels} | ({} if bn_size is None else {"bn_size": bn_size})
         for name, value in counts.items():
             _check_count(name, value)
-        if spatial_dims not in (1, 2, 3):
-            raise ValueError(f"DenseNet: spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+        check_spatial_dims("DenseNet", spatial_dims)
         if not 0 < compression <= 1:
             raise ValueError(f"DenseNet: compression must be above 0 and at most 1, got {compression!r}")
         if not 0 <= drop_rate <= 1:

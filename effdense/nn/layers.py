@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from effdense import dense_block, dense_layer, pool
 from effdense.autograd import dropout_scale, prepare, without_autocast
 from effdense.batch_norm import Norm, read_module, update_modules
-from effdense.checks import check_conv_weight, check_memory, check_norm, check_vector
+from effdense.checks import (
+    check_conv_weight,
+    check_memory,
+    check_norm,
+    check_spatial_dims,
+    check_vector,
+)
 from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,
@@ -99,7 +105,8 @@ class DenseLayer(_Layer):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        norm, conv, width = NORMS[spatial_dims - 1], CONVS[spatial_dims - 1], bn_size * growth_rate
+        place, width = check_spatial_dims("DenseLayer", spatial_dims), bn_size * growth_rate
+        norm, conv = NORMS[place], CONVS[place]
         self.norm1 = norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
         self.conv1 = conv(num_input_features, width, kernel_size=1, stride=1, bias=bias)
@@ -186,10 +193,12 @@ class PlainDenseLayer(_Layer):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        self.norm1 = NORMS[spatial_dims - 1](num_input_features)
+        place = check_spatial_dims("PlainDenseLayer", spatial_dims)
+        self.norm1 = NORMS[place](num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
-        conv = CONVS[spatial_dims - 1]
-        self.conv1 = conv(num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=bias)
+        self.conv1 = CONVS[place](
+            num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=bias
+        )
         self.drop_rate = float(drop_rate)
         self.memory = memory
 
@@ -364,13 +373,14 @@ class Transition(nn.Sequential):
     def __init__(
         self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
     ) -> None:
-        conv = CONVS[spatial_dims - 1]
+        place = check_spatial_dims("Transition", spatial_dims)
+        conv = CONVS[place]
         super().__init__(
             OrderedDict(
-                norm=NORMS[spatial_dims - 1](num_input_features),
+                norm=NORMS[place](num_input_features),
                 relu=nn.ReLU(inplace=True),
                 conv=conv(num_input_features, num_output_features, kernel_size=1, stride=1, bias=bias),
-                pool=AVG_POOLS[spatial_dims - 1](kernel_size=2, stride=2),
+                pool=AVG_POOLS[place](kernel_size=2, stride=2),
             )
         )
 
