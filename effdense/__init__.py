@@ -3,12 +3,24 @@
 `convert(model)` makes an existing model run fused; `nn` has the modules, `functional` the operator.
 """
 
-from effdense import functional, nn
+from effdense import functional, models, nn
 from effdense._extension import build_info
 from effdense.convert import convert, report
 from effdense.memory import plan
+from effdense.summary import summary
 from effdense.workspace import empty_cache
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_info", "convert", "empty_cache", "functional", "nn", "plan", "report"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "convert",
+    "empty_cache",
+    "functional",
+    "models",
+    "nn",
+    "plan",
+    "report",
+    "summary",
+]

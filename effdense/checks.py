@@ -114,3 +114,10 @@ def check_memory(op: str, memory: str) -> str:
     if memory not in ("balanced", "minimal"):
         raise ValueError(f'{op}: memory must be "balanced" or "minimal", got {memory!r}')
     return memory
+
+
+def check_spatial_dims(op: str, spatial_dims: int) -> int:
+    """Checks a number of spatial dimensions and returns its place in a tuple of 1D, 2D and 3D classes."""
+    if type(spatial_dims) is not int or spatial_dims not in (1, 2, 3):
+        raise ValueError(f"{op}: spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+    return spatial_dims - 1

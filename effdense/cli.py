@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from effdense import cuda, reference
 from effdense._extension import build_info
 from effdense.check import check
-from effdense.memory import CATEGORIES, MEMORY, build, largest_batch, plan
+from effdense.memory import CATEGORIES, MEMORY, largest_batch, plan
+from effdense.models import build
+from effdense.nn.obstacles import CONVS
 from effdense.operators import operators
+from effdense.summary import summary
 
 
 def _describe(device: torch.device) -> str:
@@ -63,10 +69,17 @@ def _size(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
+def _model_and_shape(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int, int]]:
+    """The model without memory, and the shape of a batch for it."""
+    with torch.device("meta"):
+        model = build(arguments.model)
+    conv = next(m for m in model.modules() if isinstance(m, CONVS))
+    return model, (arguments.batch, conv.in_channels, arguments.image_size, arguments.image_size)
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     try:
-        model, channels = build(arguments.model)
-        shape = (arguments.batch, channels, arguments.image_size, arguments.image_size)
+        model, shape = _model_and_shape(arguments)
         plans = [plan(model, shape, memory=memory) for memory in MEMORY]
         budget = arguments.budget
         batches = [largest_batch(model, shape, budget, memory=memory) for memory in MEMORY] if budget else []
@@ -93,6 +106,19 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _summary(arguments: argparse.Namespace) -> int:
+    try:
+        table = summary(*_model_and_shape(arguments))
+    except ValueError as error:
+        print(f"effdense summary: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.model}, {table}")
+    if arguments.json:
+        content = {"model": arguments.model, **table.as_dict()}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 1 when something failed, 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="effdense", description="Memory-efficient DenseNet training.")
@@ -110,6 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--batch", type=int, required=True, help="images in a batch")
     command.add_argument("--budget", type=_size, help="such as 8GiB: also say the largest batch within it")
     command.set_defaults(run=_plan)
+    command = commands.add_parser("summary", help="a model's stages: sizes, parameters, work, memory kept")
+    command.add_argument("model", help="as in plan")
+    command.add_argument("--image-size", type=int, required=True, help="height and width")
+    command.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    command.set_defaults(run=_summary)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

@@ -263,7 +263,8 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, _OURS):
             reason = module.obstacle()
-            entries.append(Entry(name, type(module).__name__, True, reason))
+            kind = next(ours.__name__ for ours in _OURS if isinstance(module, ours))
+            entries.append(Entry(name, kind, True, reason))
         elif (ours := _looks_like(module)) is not None:
             reason = examine(module, ours) or "effdense.convert has not been called since it was built"
             entries.append(Entry(name, ours.__name__, False, reason))

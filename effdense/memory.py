@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import math
-import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effdense import engine, operators
 from effdense.convert import convert, report
-from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
+from effdense.nn import DenseLayer, PlainDenseLayer
 from effdense.stage import Settings
 
 MEMORY = ("naive", "checkpoint", "balanced", "minimal")
@@ -181,7 +179,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def _bare_copy(model: nn.Module) -> nn.Module:
+def bare_copy(model: nn.Module) -> nn.Module:
     """A copy on meta tensors. Hooks are there, because they stand in the way of fusing, but do nothing."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -209,13 +207,8 @@ def _bare_copy(model: nn.Module) -> nn.Module:
 class _CheckpointedLayer(DenseLayer):
     """torchvision's memory_efficient=True: everything before the second norm is computed again."""
 
-    def _one_by_one(self, features: list[Tensor]) -> Tensor:
-        y = checkpoint(self._bottleneck, *features, use_reentrant=False, preserve_rng_state=False)
-        new: Tensor = self.conv2(self.relu2(self.norm2(y)))
-        return new
-
     def _bottleneck(self, *features: Tensor) -> Tensor:
-        y: Tensor = self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
+        y: Tensor = checkpoint(super()._bottleneck, *features, use_reentrant=False, preserve_rng_state=False)
         return y
 
 
@@ -263,17 +256,22 @@ def _one_by_one(model: nn.Module, x: Tensor) -> tuple[int, dict[str, int]]:
     return total, breakdown
 
 
+def check_input_shape(op: str, input_shape: Any) -> tuple[int, ...]:
+    """Checks and returns the shape of a batch of images."""
+    sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
+    if not 3 <= len(sizes) <= 5 or not all(type(n) is int and n > 0 for n in sizes):
+        raise ValueError(
+            f"{op}: input_shape must be batch, channels and one to three sizes, all positive, got {input_shape!r}"
+        )
+    return sizes
+
+
 def _checked(model: Any, input_shape: Any, memory: str) -> tuple[int, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"plan: model must be a torch.nn.Module, got {type(model).__name__}")
     if memory not in MEMORY:
         raise ValueError(f"plan: memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
-    sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
-    if not 3 <= len(sizes) <= 5 or not all(type(n) is int and n > 0 for n in sizes):
-        raise ValueError(
-            f"plan: input_shape must be batch, channels and one to three sizes, all positive, got {input_shape!r}"
-        )
-    return sizes
+    return check_input_shape("plan", input_shape)
 
 
 def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balanced") -> Plan:
@@ -294,7 +292,7 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
         ValueError: input_shape or memory is wrong, nothing of the model can be converted, or it does not run.
     """
     shape = _checked(model, input_shape, memory)
-    bare = _bare_copy(model)
+    bare = bare_copy(model)
     convert(bare, memory="minimal" if memory == "minimal" else "balanced")
     if not any(entry.converted for entry in report(bare)):
         raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
@@ -345,63 +343,3 @@ def largest_batch(
         last = batch, now
         batch = min(max(batch + math.floor((budget - now) / slope), fits + 1), too_large - 1)
     return fits
-
-
-_IMAGENET = {  # growth_rate, block_config, num_init_features (Huang et al., arXiv:1608.06993, table 1)
-    "densenet121": (32, (6, 12, 24, 16), 64),
-    "densenet161": (48, (6, 12, 36, 24), 96),
-    "densenet169": (32, (6, 12, 32, 32), 64),
-    "densenet201": (32, (6, 12, 48, 32), 64),
-    "densenet264": (32, (6, 12, 64, 48), 64),
-}
-
-
-def build(name: str) -> tuple[nn.Module, int]:
-    """A model by its name, on meta tensors, and its image channels; ValueError where there is none."""
-    cifar = re.fullmatch(r"densenet_(bc_)?(\d+)_(\d+)", name)
-    with torch.device("meta"):
-        if name.startswith("torchvision:"):
-            if importlib.util.find_spec("torchvision") is None:
-                raise ValueError(f"model {name!r} needs torchvision, which is not installed")
-            models = importlib.import_module("torchvision.models")
-            return models.get_model(name.partition(":")[2], weights=None), 3
-        if name in _IMAGENET:
-            return _build(*_IMAGENET[name])
-        if name == "densenet_d2l":  # Zhang et al., "Dive into Deep Learning", section 8.7
-            return _build(32, (4, 4, 4, 4), 64, plain=True)
-        if cifar is not None:
-            plain, depth, growth = not cifar[1], int(cifar[2]), int(cifar[3])
-            step = 3 if plain else 6
-            if depth <= 4 or (depth - 4) % step or not growth:
-                raise ValueError(f"model {name!r}: growth must be at least 1 and depth {step} n + 4")
-            return _build(growth, ((depth - 4) // step,) * 3, 16 if plain else 2 * growth, plain, small=True)
-    raise ValueError(
-        f"unknown model {name!r}; there are {', '.join(_IMAGENET)}, densenet_bc_<depth>_<growth>, "
-        "densenet_<depth>_<growth> (plain layers), densenet_d2l and torchvision:NAME"
-    )
-
-
-def _build(
-    growth: int, blocks: Sequence[int], width: int, plain: bool = False, small: bool = False
-) -> tuple[nn.Module, int]:
-    """`small`: for images of 32 pixels. Plain layers: without compression if small, else d2l's, gray and with biases."""
-    d2l = plain and not small
-    channels, kernel, stride = 1 if d2l else 3, 3 if small else 7, 1 if small else 2
-    features = DenseFeatures()
-    features.conv0 = nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=d2l)
-    if not small:
-        features.norm0, features.relu0 = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-        features.pool0 = nn.MaxPool2d(3, 2, 1)
-    for i, layers in enumerate(blocks, 1):
-        block = DenseBlock(0 if plain else layers, width, 4, growth, 0.0)
-        for j in range(layers if plain else 0):
-            block[f"denselayer{j + 1}"] = PlainDenseLayer(width + j * growth, growth, bias=d2l)
-        features.add_module(f"denseblock{i}", block)
-        width += layers * growth
-        if i < len(blocks):
-            wide, width = width, width if plain and small else width // 2
-            transition = Transition(wide, width)
-            transition.conv = nn.Conv2d(wide, width, 1, bias=d2l)
-            features.add_module(f"transition{i}", transition)
-    features.norm5 = nn.BatchNorm2d(width)
-    return DenseNet(features, nn.Linear(width, 10 if small or d2l else 1000)), channels

@@ -198,9 +198,7 @@ def test_mistakes_are_named(arguments: tuple[Any, Any, str], error: type[Excepti
 
 @pytest.mark.parametrize("name", ["densenet_bc_40_12", "densenet_40_12", "densenet_d2l", "densenet121"])
 def test_the_commands_models_are_the_benchmarks(name: str) -> None:
-    mine, channels = memory.build(name)
-    theirs = build(name, "naive")
-    assert channels == theirs.features.conv0.in_channels
+    mine, theirs = effdense.models.build(name), build(name, "naive")
     assert {n: t.shape for n, t in mine.state_dict().items()} == {
         n: t.shape for n, t in theirs.state_dict().items()
     }
@@ -221,7 +219,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     "changed, message",
     [
         (("--model", "resnet50"), "unknown model 'resnet50'"),
-        (("--model", "densenet_bc_41_12"), "depth 6 n + 4"),
+        (("--model", "densenet_bc_41_12"), "depth must be 6 n + 4"),
         (("--batch", "0"), "all positive"),
     ],
 )

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from effdense import dense_block, dense_layer, pool
 from effdense.autograd import dropout_scale, prepare, without_autocast
 from effdense.batch_norm import Norm, read_module, update_modules
-from effdense.checks import check_conv_weight, check_memory, check_norm, check_vector
+from effdense.checks import (
+    check_conv_weight,
+    check_memory,
+    check_norm,
+    check_spatial_dims,
+    check_vector,
+)
 from effdense.nn.obstacles import (
+    AVG_POOLS,
+    CONVS,
+    NORMS,
     chain_obstacle,
     global_hooks,
     module_obstacle,
@@ -50,6 +59,10 @@ class _Layer(nn.Module):
         """Why the layer runs its submodules one by one at the moment, or None where it runs fused."""
         return chain_obstacle(self._modules, self.parts)
 
+    def dropped(self, x: Tensor) -> list[tuple[float, Tensor | None]]:
+        """Dropout's probability and mask for the bottleneck and for the new features, in the order in which they are drawn."""
+        return [(0.0, None), (self.drop_rate, _draw_mask(self, x, list(self.parts)[-1]))]
+
 
 class DenseLayer(_Layer):
     """norm1-relu1-conv1(1x1)-norm2-relu2-conv2(3x3) of all features before it; drop-in for torchvision's `_DenseLayer`.
@@ -63,6 +76,9 @@ class DenseLayer(_Layer):
         drop_rate: probability of dropping a value of the new features while training.
         memory_efficient: accepted for torchvision's sake; `memory` is what counts here.
         memory: "balanced" keeps the bottleneck's output for the backward, "minimal" computes it again.
+        bias: whether the convolutions have biases.
+        dropout_after_bottleneck: whether drop_rate counts behind the 1x1 convolution too, as in the paper's Lua code.
+        spatial_dims: 1, 2 or 3.
     """
 
     parts: ClassVar[Mapping[str, int | None]] = {
@@ -73,6 +89,7 @@ class DenseLayer(_Layer):
         "relu2": None,
         "conv2": 3,
     }
+    dropout_after_bottleneck = False
 
     def __init__(
         self,
@@ -83,25 +100,30 @@ class DenseLayer(_Layer):
         memory_efficient: bool = False,
         *,
         memory: str = "balanced",
+        bias: bool = False,
+        dropout_after_bottleneck: bool = False,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(num_input_features)
+        place, width = check_spatial_dims("DenseLayer", spatial_dims), bn_size * growth_rate
+        norm, conv = NORMS[place], CONVS[place]
+        self.norm1 = norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(num_input_features, bn_size * growth_rate, kernel_size=1, stride=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
+        self.conv1 = conv(num_input_features, width, kernel_size=1, stride=1, bias=bias)
+        self.norm2 = norm(width)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(
-            bn_size * growth_rate, growth_rate, kernel_size=3, stride=1, padding=1, bias=False
-        )
+        self.conv2 = conv(width, growth_rate, kernel_size=3, stride=1, padding=1, bias=bias)
         self.drop_rate = float(drop_rate)
+        self.dropout_after_bottleneck = dropout_after_bottleneck
         self.memory_efficient = memory_efficient
         self.memory = memory
 
     def forward(self, *inputs: Tensor | Sequence[Tensor]) -> Tensor:
         """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
         features = _as_list(inputs)
-        if self.obstacle() is None and all(isinstance(x, Tensor) for x in features):  # not torch.fx's proxies
-            new, mask = self._fused(features), _draw_mask(self, features[0])
+        tensors = all(isinstance(x, Tensor) for x in features)  # not torch.fx's proxies
+        if tensors and self.obstacle() is None and not self._drops_inside():
+            new, mask = self._fused(features), _draw_mask(self, features[0], "conv2")
             return new if mask is None else new * mask * dropout_scale(1 - self.drop_rate)
         new = self._one_by_one(features)
         if self.drop_rate > 0:
@@ -109,9 +131,23 @@ class DenseLayer(_Layer):
         return new
 
     def _one_by_one(self, features: list[Tensor]) -> Tensor:
-        y = self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
+        y = self._bottleneck(*features)
+        if self._drops_inside():
+            y = F.dropout(y, p=self.drop_rate)
         new: Tensor = self.conv2(self.relu2(self.norm2(y)))
         return new
+
+    def _bottleneck(self, *features: Tensor) -> Tensor:
+        y: Tensor = self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
+        return y
+
+    def _drops_inside(self) -> bool:
+        return self.training and self.dropout_after_bottleneck and self.drop_rate > 0
+
+    def dropped(self, x: Tensor) -> list[tuple[float, Tensor | None]]:
+        """See _Layer."""
+        inside = _draw_mask(self, x, "conv1") if self._drops_inside() else None
+        return [(self.drop_rate, inside), *super().dropped(x)[1:]]
 
     def _fused(self, features: list[Tensor]) -> Tensor:
         new, statistics1, statistics2 = dense_layer.dense_layer(
@@ -122,15 +158,14 @@ class DenseLayer(_Layer):
         return new
 
 
-def _draw_mask(layer: Any, x: Tensor) -> Tensor | None:
-    """Which of the layer's new features dropout keeps, in bytes; None where it drops nothing.
+def _draw_mask(layer: Any, x: Tensor, conv: str) -> Tensor | None:
+    """Which values of what a convolution gives dropout keeps, in bytes; None where it drops nothing.
 
     Drawn in the contiguous layout, so that on the CPU it is what F.dropout would draw.
     """
     if not (layer.training and layer.drop_rate > 0):
         return None
-    growth = list(layer._modules.values())[-1].weight.shape[0]
-    shape = (x.shape[0], growth, *x.shape[2:])
+    shape = (x.shape[0], layer._modules[conv].weight.shape[0], *x.shape[2:])
     return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - layer.drop_rate)
 
 
@@ -141,7 +176,7 @@ class PlainDenseLayer(_Layer):
     runs fused as part of a DenseBlock; by itself it calls its submodules.
 
     Args:
-        num_input_features, growth_rate, drop_rate, memory: see DenseLayer.
+        num_input_features, growth_rate, drop_rate, memory, spatial_dims: see DenseLayer.
         bias: whether the convolution has a bias.
     """
 
@@ -155,11 +190,15 @@ class PlainDenseLayer(_Layer):
         *,
         bias: bool = False,
         memory: str = "balanced",
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(num_input_features)
+        place = check_spatial_dims("PlainDenseLayer", spatial_dims)
+        self.norm1 = NORMS[place](num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=bias)
+        self.conv1 = CONVS[place](
+            num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=bias
+        )
         self.drop_rate = float(drop_rate)
         self.memory = memory
 
@@ -182,29 +221,33 @@ class DenseBlock(nn.ModuleDict):
     Args:
         num_layers: how many layers, named denselayer1, denselayer2, …
         num_input_features: channels of the block's input.
-        bn_size, growth_rate, drop_rate, memory_efficient, memory: see DenseLayer.
+        bn_size: see DenseLayer; None: the layers are PlainDenseLayers.
+        growth_rate, drop_rate, memory_efficient, memory, bias, dropout_after_bottleneck, spatial_dims: see DenseLayer.
     """
 
     def __init__(
         self,
         num_layers: int,
         num_input_features: int,
-        bn_size: int,
+        bn_size: int | None,
         growth_rate: int,
         drop_rate: float,
         memory_efficient: bool = False,
         *,
         memory: str = "balanced",
+        bias: bool = False,
+        dropout_after_bottleneck: bool = False,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        form: dict[str, Any] = {"memory": memory, "bias": bias, "spatial_dims": spatial_dims}
+        inside: dict[str, Any] = {"dropout_after_bottleneck": dropout_after_bottleneck}
         for i in range(num_layers):
-            self[f"denselayer{i + 1}"] = DenseLayer(
-                num_input_features + i * growth_rate,
-                growth_rate,
-                bn_size,
-                drop_rate,
-                memory_efficient,
-                memory=memory,
+            channels = num_input_features + i * growth_rate
+            self[f"denselayer{i + 1}"] = (
+                PlainDenseLayer(channels, growth_rate, drop_rate, **form)
+                if bn_size is None
+                else DenseLayer(channels, growth_rate, bn_size, drop_rate, memory_efficient, **inside, **form)
             )
 
     def obstacle(self) -> str | None:
@@ -256,11 +299,10 @@ def _check_layer(
 
 def _masks(layers: Sequence[Any], x: Tensor) -> tuple[list[float], list[Tensor | None]]:
     """Dropout's probabilities and masks for the engine: nothing at all where no layer drops."""
-    masks = [_draw_mask(layer, x) for layer in layers]
-    if all(mask is None for mask in masks):
+    dropped = [pair for layer in layers for pair in layer.dropped(x)]
+    if all(mask is None for _, mask in dropped):
         return [], []
-    drop = [p for layer in layers for p in (0.0, layer.drop_rate)]
-    return drop, [m for mask in masks for m in (None, mask)]
+    return [p for p, _ in dropped], [mask for _, mask in dropped]
 
 
 def run_stage(
@@ -322,17 +364,23 @@ class Transition(nn.Sequential):
     Args:
         num_input_features: channels of the input.
         num_output_features: channels of the output.
+        bias: whether the convolution has a bias.
+        spatial_dims: 1, 2 or 3.
     """
 
     names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")
 
-    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+    def __init__(
+        self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
+    ) -> None:
+        place = check_spatial_dims("Transition", spatial_dims)
+        conv = CONVS[place]
         super().__init__(
             OrderedDict(
-                norm=nn.BatchNorm2d(num_input_features),
+                norm=NORMS[place](num_input_features),
                 relu=nn.ReLU(inplace=True),
-                conv=nn.Conv2d(num_input_features, num_output_features, kernel_size=1, stride=1, bias=False),
-                pool=nn.AvgPool2d(kernel_size=2, stride=2),
+                conv=conv(num_input_features, num_output_features, kernel_size=1, stride=1, bias=bias),
+                pool=AVG_POOLS[place](kernel_size=2, stride=2),
             )
         )
 

@@ -1,0 +1,29 @@
+"""The DenseNets that people have, by constructor or by name, built from effdense.nn: they run fused without `convert`."""
+
+from effdense.models.densenet import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet169_tutorial,
+    densenet201,
+    densenet264,
+    densenet_cifar,
+    densenet_d2l,
+)
+from effdense.models.names import build
+from effdense.models.weights import load_weights
+
+__all__ = [
+    "DenseNet",
+    "build",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet169_tutorial",
+    "densenet201",
+    "densenet264",
+    "densenet_cifar",
+    "densenet_d2l",
+    "load_weights",
+]
