@@ -5,10 +5,10 @@
 
 from effdense import functional, nn
 from effdense._extension import build_info
-from effdense.convert import convert, report
+from effdense.convert import convert, report, revert
 from effdense.memory import plan
 from effdense.workspace import empty_cache
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_info", "convert", "empty_cache", "functional", "nn", "plan", "report"]
+__all__ = ["__version__", "build_info", "convert", "empty_cache", "functional", "nn", "plan", "report", "revert"]
