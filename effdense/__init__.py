@@ -11,4 +11,14 @@ from effdense.workspace import empty_cache
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_info", "convert", "empty_cache", "functional", "nn", "plan", "report", "revert"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "convert",
+    "empty_cache",
+    "functional",
+    "nn",
+    "plan",
+    "report",
+    "revert",
+]

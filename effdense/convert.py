@@ -9,6 +9,7 @@ block or transition with others keeps its own class with a fused forward in fron
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,8 +22,10 @@ from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDe
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, foreign_class
 from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
+    DROPOUTS,
     Obstacle,
     drop_attribute,
+    kinds_of,
     layers_of,
     looks_like_block,
     read_block,
@@ -94,7 +97,7 @@ def _behind_blocks(model: nn.Module) -> set[nn.Module]:
         after
         for m in model.modules()
         if isinstance(m, nn.Sequential)
-        for before, after in zip(m, list(m)[1:], strict=False)
+        for before, after in itertools.pairwise(m)
         if isinstance(before, ForeignBlock) or looks_like_block(before)
     }
 
@@ -111,7 +114,9 @@ def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
     if own:
         return f"it has parameters or buffers of its own: {', '.join(own)}"
     if issubclass(ours, Foreign):
-        taken = {n for n in (*vars(ours), *vars(Foreign)) if not n.startswith("__")} & set(dir(module)) - {"forward"}
+        taken = {n for n in (*vars(ours), *vars(Foreign)) if not n.startswith("__")} & set(dir(module)) - {
+            "forward"
+        }
         if taken:
             return f"its class has attributes that would be hidden: {', '.join(sorted(taken))}"
         try:
@@ -168,6 +173,9 @@ def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
     for layer in layers_of(probe).values() if ours is ForeignBlock else ():
         if (attribute := drop_attribute(layer)) is not None:
             setattr(layer, attribute, 0.5)
+    for submodule in probe.modules():
+        if isinstance(submodule, DROPOUTS) and submodule.p == 0:
+            submodule.p = 0.5
     return probe
 
 
@@ -220,10 +228,12 @@ def _difference(module: nn.Module, ours: type, everywhere: bool = False) -> str 
 
 def _adopt(module: Any, ours: type, memory: str, everywhere: bool = False) -> None:
     if issubclass(ours, Foreign):
-        if not isinstance(module, Foreign):
-            module.__class__ = foreign_class(ours, type(module))
-            module._effdense = memory, everywhere
-        module._effdense = memory, module._effdense[1]
+        if isinstance(module, Foreign):
+            everywhere = module._effdense[1]
+        else:
+            classes: Any = ours, type(module)
+            module.__class__ = foreign_class(*classes)
+        module._effdense = memory, everywhere, kinds_of(module)
         return
     if type(module) is not ours:
         module._effdense_original = type(module), set(vars(module))
@@ -247,7 +257,7 @@ class _Examiner:
     def find(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, type, str | None]]:
         """Every part that is converted or might be: its name, itself, its class in effdense.nn, why it is not that.
 
-        What is inside a foreign block that runs fused is left out.
+        What is inside a foreign block or transition is left out.
         """
         behind = _behind_blocks(model)
         inside: set[nn.Module] = set()
@@ -261,17 +271,16 @@ class _Examiner:
                 ours, reason = self._kind(module, module in behind)
             if ours is not None:
                 yield name, module, ours, reason
-            if ours is not None and reason is None and issubclass(ours, Foreign):
+            if ours is not None and issubclass(ours, Foreign):
                 inside.update(module.modules())
 
     def _kind(self, module: nn.Module, behind: bool) -> tuple[type | None, str | None]:
         """What a module might become, and why not."""
         ours = _looks_like(module)
-        foreign = ours in (None, DenseBlock) and looks_like_block(module)
-        if foreign and not any(self._is_layer(m) for m in module._modules.values()):
-            reason = self(module, ForeignBlock)
-            if reason is None or ours is None:
-                return ForeignBlock, reason
+        if ours in (None, DenseBlock) and not any(self._is_layer(m) for m in module._modules.values()):
+            if looks_like_block(module):
+                return ForeignBlock, self(module, ForeignBlock)
+            ours = None
         reason = None if ours is None else self(module, ours)
         untold = ours is None or (ours is Transition and reason is not None)
         if untold and behind and self(module, ForeignTransition) is None:
@@ -292,7 +301,13 @@ class _Examiner:
         attributes = {k: repr(v) for k, v in vars(module).items() if k not in _MODULE_STATE}
         whole = ours not in (DenseBlock, DenseNet)
         children = tuple((n, type(m)) for n, m in module.named_modules()) if whole else ()
-        key = (ours, type(module), *sorted(attributes.items()), *children, module if ours is ForeignBlock else None)
+        key = (
+            ours,
+            type(module),
+            *sorted(attributes.items()),
+            *children,
+            module if ours is ForeignBlock else None,
+        )
         if key not in self.known:
             # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
             with (
@@ -303,7 +318,11 @@ class _Examiner:
                 torch.random.fork_rng(devices=[]),
             ):
                 self.known[key] = _difference(module, ours)
-                if self.known[key] is not None and ours is ForeignBlock and _difference(module, ours, True) is None:
+                if (
+                    self.known[key] is not None
+                    and ours is ForeignBlock
+                    and _difference(module, ours, True) is None
+                ):
                     self.known[key], self.everywhere[module] = None, True
         return self.known[key]
 

@@ -51,9 +51,7 @@ class StarBlock(nn.Module):
     def __init__(self, num_layers: int, channels: int, growth_rate: int, *layer: Any) -> None:
         super().__init__()
         for i in range(num_layers):
-            self.add_module(
-                f"denselayer{i + 1}", StarLayer(channels + i * growth_rate, growth_rate, *layer)
-            )
+            self.add_module(f"denselayer{i + 1}", StarLayer(channels + i * growth_rate, growth_rate, *layer))
 
     def forward(self, init_features: Tensor) -> Tensor:
         features = [init_features]
@@ -74,7 +72,7 @@ class StarTransition(nn.Sequential):
 class StarNet(nn.Module):
     """gpleiss's DenseNet for small images."""
 
-    def __init__(self, drop_rate: float = 0.0, efficient: bool = True) -> None:
+    def __init__(self, drop_rate: float = 0.0, efficient: bool = False) -> None:
         super().__init__()
         self.features = nn.Sequential()
         self.features.add_module("conv0", nn.Conv2d(3, 6, kernel_size=3, padding=1, bias=False))
@@ -101,11 +99,13 @@ def conv_block(channels: int, growth_rate: int) -> nn.Module:
 
 
 class NetBlock(nn.Module):
-    """"Dive into Deep Learning", section 8.7: plain layers with biases in `net`; the forward concatenates."""
+    """ "Dive into Deep Learning", section 8.7: plain layers with biases in `net`; the forward concatenates."""
 
     def __init__(self, num_convs: int, channels: int, growth_rate: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(*(conv_block(channels + i * growth_rate, growth_rate) for i in range(num_convs)))
+        self.net = nn.Sequential(
+            *(conv_block(channels + i * growth_rate, growth_rate) for i in range(num_convs))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for blk in self.net:
@@ -164,8 +164,8 @@ class dense_block(nn.Module):
 
 
 def tutorial_net(drop_rate: float = 0.2) -> nn.Module:
-    """A norm on the image, biases, dropout in the transition too, no final norm."""
-    transition = nn.Sequential(bn_relu_conv(18, 9, 1, drop_rate), nn.AvgPool2d(2))
+    """A norm on the image, biases, no final norm."""
+    transition = nn.Sequential(bn_relu_conv(18, 9, 1, 0.0), nn.AvgPool2d(2))
     stem = nn.BatchNorm2d(3), nn.Conv2d(3, 6, 7, stride=2, padding=3), nn.MaxPool2d(3, 2, 1)
     blocks = dense_block(3, 6, 4, drop_rate), transition, dense_block(3, 9, 4, drop_rate)
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(21, 5))

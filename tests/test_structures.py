@@ -19,9 +19,11 @@ from effdense.nn.foreign import ForeignBlock
 from tests import structures
 from tests.stages import MEMORY, assert_close
 
+ALLOWED = "not one of a dense layer's norms, ReLUs, convolutions or dropouts"
+
 WRITTEN: dict[str, Callable[[], nn.Module]] = {
     "gpleiss": structures.StarNet,
-    "gpleiss, dropout": lambda: structures.StarNet(0.3, efficient=False),
+    "gpleiss, dropout": lambda: structures.StarNet(0.3),
     "d2l": structures.d2l_net,
     "tutorial": structures.tutorial_net,
     "tutorial, no dropout": lambda: structures.tutorial_net(0.0),
@@ -89,7 +91,9 @@ def convert_and_compare(naive: nn.Module, x: Tensor, blocks: int, memory: str = 
     assert_same(naive, ours, x)
     reverted = effdense.revert(copy.deepcopy(ours))
     assert [type(m) for m in reverted.modules()] == classes
-    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(reverted.modules(), naive.modules(), strict=True))
+    assert all(
+        vars(a).keys() == vars(b).keys() for a, b in zip(reverted.modules(), naive.modules(), strict=True)
+    )
     return ours
 
 
@@ -102,7 +106,11 @@ def test_a_block_written_another_way_is_converted(name: str, memory: str) -> Non
 
 
 def test_the_transition_behind_a_block_and_the_sequence_run_fused_too() -> None:
-    assert kinds(effdense.convert(structures.d2l_net())) == {"DenseFeatures": 1, "DenseBlock": 2, "Transition": 1}
+    assert kinds(effdense.convert(structures.d2l_net())) == {
+        "DenseFeatures": 1,
+        "DenseBlock": 2,
+        "Transition": 1,
+    }
     expected = {"DenseNet": 1, "DenseFeatures": 1, "DenseBlock": 2, "Transition": 1}
     assert kinds(effdense.convert(structures.StarNet())) == expected
     # Dropout behind the transition's convolution: the pool cannot come first.
@@ -120,9 +128,7 @@ def test_timm() -> None:
         assert isinstance(ours.features.denseblock1, type(naive.features.denseblock1))
     model = effdense.convert(timm.create_model("densenet121", act_layer="gelu", block_config=(2, 2)))
     reasons = {e.reason for e in effdense.report(model) if e.kind == "DenseBlock"}
-    assert reasons == {
-        "denselayer1.norm1.act is GELU, not one of a dense layer's norms, ReLUs, convolutions or dropouts"
-    }
+    assert reasons == {f"denselayer1.norm1.act is GELU, {ALLOWED}"}
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
@@ -133,9 +139,13 @@ def test_monai(dimensions: int) -> None:
     ours = convert_and_compare(naive, images_for(naive, 32, 1), 3)
     assert kinds(ours) == {"DenseFeatures": 1, "DenseBlock": 3, "Transition": 2}
     other = nets.DenseNet(dimensions, 1, 3, **small, norm="instance")
-    classes = [type(m) for m in other.modules()]
+    block = other.features.denseblock1
+    classes = [type(m) for m in block.modules()]
     effdense.convert(other)
-    assert [type(m) for m in other.features.denseblock1.modules()] == classes[6:21][:15]
+    assert [type(m) for m in block.modules()] == classes
+    entry = next(e for e in effdense.report(other) if e.kind == "DenseBlock")
+    norm = f"denselayer1.layers.norm1 is InstanceNorm{dimensions}d"
+    assert (entry.name, entry.reason) == ("features.denseblock1", f"{norm}, {ALLOWED}")
 
 
 def test_segmentation_models_pytorch() -> None:
@@ -187,9 +197,11 @@ def gate(layer: nn.Sequential) -> None:
     layer.gate = nn.Parameter(torch.ones(1))
 
 
-ALLOWED = "not one of a dense layer's norms, ReLUs, convolutions or dropouts"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "reversed": (lambda: ReversedNetBlock(3, 6, 4), "its forward computes something else (training, on a probe)"),
+    "reversed": (
+        lambda: ReversedNetBlock(3, 6, 4),
+        "its forward computes something else (training, on a probe)",
+    ),
     "other order": (PostActivationBlock, "its forward computes something else (training, on a probe)"),
     "norm": (lambda: with_layer(replace(0, nn.GroupNorm(2, 10))), f"net.1.0 is GroupNorm, {ALLOWED}"),
     "instance norm": (
@@ -199,15 +211,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "activation": (lambda: with_layer(replace(1, nn.SiLU())), f"net.1.1 is SiLU, {ALLOWED}"),
     "padding": (
         lambda: with_layer(replace(2, nn.Conv2d(10, 4, 3, padding=1, padding_mode="reflect"))),
-        "net.1's 3x3 convolution.padding_mode is reflect, not zeros",
+        "net.1.2.padding_mode is reflect, not zeros",
     ),
     "groups": (
         lambda: with_layer(replace(2, nn.Conv2d(10, 4, 3, padding=1, groups=2))),
-        "net.1's 3x3 convolution.groups is 2, not 1",
+        "net.1.2.groups is 2, not 1",
     ),
     "parametrized": (
         lambda: with_layer(lambda layer: nn.utils.parametrizations.weight_norm(layer[2])),
-        f"net.1.2 is ParametrizedConv2d, {ALLOWED}",
+        "net.1.2.weight is not a plain parameter",
     ),
     "own parameter": (lambda: with_layer(gate), "net.1 has parameters or buffers of its own: gate"),
 }
@@ -253,6 +265,18 @@ def test_a_replaced_submodule_runs() -> None:
     naive = effdense.revert(copy.deepcopy(block))
     assert type(naive) is structures.NetBlock
     torch.testing.assert_close(block(x), naive(x))
+
+
+@pytest.mark.parametrize("module", [nn.Identity(), nn.Dropout(0.5), nn.Sequential(nn.ReLU(), nn.ReLU())])
+def test_a_submodule_of_another_kind_though_the_structure_fits_runs(module: nn.Module) -> None:
+    naive = structures.NetBlock(3, 6, 4)
+    ours = effdense.convert(copy.deepcopy(naive))
+    for block in (naive, ours):
+        block.net[1][1] = module
+    assert "not those that effdense.convert has compared" in ours.obstacle() or isinstance(module, nn.Dropout)
+    x = torch.randn(2, 6, 5, 5)
+    for block in (naive.eval(), ours.eval()):
+        assert torch.equal(block(x), naive(x))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])

@@ -12,25 +12,39 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from effdense.nn.layers import fits, run_stage, run_transition
-from effdense.nn.structure import Chain, Obstacle, read_block, read_transition
+from effdense.nn.structure import Chain, Obstacle, kinds_of, read_block, read_transition
 
 
 class Foreign(nn.Module):
-    """What both kinds have. `memory`, `everywhere`: see convert.ForeignBlock and structure.read_layer."""
+    """What both kinds have."""
 
     original: ClassVar[type]
     kind: ClassVar[str]  # what a report calls it
-    _effdense: tuple[str, bool]  # memory, and whether a layer's rate of dropout is for all its convolutions
+    # The memory mode; whether a layer's rate of dropout is for all its convolutions; what kinds_of said to convert.
+    _effdense: tuple[str, bool, tuple[type, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By its own class: the subclass has no name that pickle could find."""
-        _, _, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        usual: Any = super().__reduce_ex__(protocol)
         base = ForeignBlock if isinstance(self, ForeignBlock) else ForeignTransition
-        return _new, (base, self.original), *rest
+        return _new, (base, self.original), *usual[2:]
+
+    def read(self) -> Any:
+        """Its modules, for a stage; an Obstacle where it cannot run fused."""
+        raise NotImplementedError
 
     def obstacle(self) -> str | None:
         """Why its own forward runs at the moment, or None where it runs fused."""
-        raise NotImplementedError
+        try:
+            self.read()
+        except Obstacle as reason:
+            return str(reason)
+        return None
+
+    def check_kinds(self) -> None:
+        """What was put in another's place may do something else, though the structure is the same."""
+        if kinds_of(self) != self._effdense[2]:
+            raise Obstacle("its submodules' classes are not those that effdense.convert has compared")
 
 
 class ForeignBlock(Foreign):
@@ -38,28 +52,26 @@ class ForeignBlock(Foreign):
 
     kind = "DenseBlock"
 
-    def obstacle(self) -> str | None:
-        """See Foreign."""
-        try:
-            read_block(self, self._effdense[1])
-        except Obstacle as reason:
-            return str(reason)
-        return None
+    def read(self) -> tuple[list[Chain], str]:
+        """What run_stage takes of it."""
+        chains = read_block(self, self._effdense[1])
+        self.check_kinds()
+        return chains, self._effdense[0]
 
     def chains(self) -> tuple[list[Chain], str]:
-        """What run_stage takes of it, where there is no obstacle."""
-        return read_block(self, self._effdense[1]), self._effdense[0]
+        """See DenseBlock."""
+        return self.read()
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""
         if isinstance(x, Tensor) and not args and not kwargs:
             try:
-                chains, memory = self.chains()
+                chains, memory = self.read()
             except Obstacle:
                 pass
             else:
                 return run_stage(chains, memory, x)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, *args, **kwargs)
 
 
 class ForeignTransition(Foreign):
@@ -67,18 +79,16 @@ class ForeignTransition(Foreign):
 
     kind = "Transition"
 
-    def obstacle(self) -> str | None:
-        """See Foreign."""
-        try:
-            read_transition(self)
-        except Obstacle as reason:
-            return str(reason)
-        return None
+    def read(self) -> tuple[Any, tuple[int, ...], Any]:
+        """See passage."""
+        passage = read_transition(self)
+        self.check_kinds()
+        return passage
 
     def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
         """The norm, the pool's kernel size and the convolution, where the pool can be taken first."""
         try:
-            passage = read_transition(self)
+            passage = self.read()
         except Obstacle:
             return None
         return passage if fits(x, passage[1]) else None
@@ -87,15 +97,17 @@ class ForeignTransition(Foreign):
         """[N, C, *spatial] -> [N, C', *spatial / the pool's kernel]."""
         if isinstance(x, Tensor) and not args and not kwargs and (passage := self.passage(x)) is not None:
             return run_transition(x, *passage)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, *args, **kwargs)
 
 
 @functools.cache
 def foreign_class(base: type, original: type) -> type:
     """`original` with the forward of ForeignBlock or ForeignTransition in front."""
-    return type(f"Fused{original.__name__}", (base, original), {"original": original, "__doc__": original.__doc__})
+    return type(
+        f"Fused{original.__name__}", (base, original), {"original": original, "__doc__": original.__doc__}
+    )
 
 
 def _new(base: type, original: type) -> Any:
-    cls = foreign_class(base, original)
+    cls: Any = foreign_class(base, original)
     return cls.__new__(cls)

@@ -22,14 +22,14 @@ from effdense.nn.obstacles import (
 )
 from effdense.reference import channels_last
 
-
 _BLOCKS = (DenseBlock, ForeignBlock)
 _TRANSITIONS = (Transition, ForeignTransition)
 
 
-def _is_part(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether it is a block or transition that a stage may be made of: nothing on it that a call would run."""
-    return isinstance(module, kinds) and changed("", module, False) is None
+def _is_part(module: nn.Module, kinds: tuple[type, ...]) -> Any:
+    """Whether it is a block or transition, of our class or a foreign one, and nothing on it that a call would run."""
+    ours, foreign = kinds
+    return (type(module) is ours or isinstance(module, foreign)) and changed("", module, False) is None
 
 
 def _is(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -68,7 +68,8 @@ class DenseFeatures(nn.Sequential):
         if head is None:
             return None
         x = self._walk(input, list(self._modules.values())[:-2])
-        return run_stage(*head[0].chains(), x, head[1], x.shape[2:]).flatten(1)
+        chains, memory = head[0].chains()
+        return run_stage(chains, memory, x, head[1], x.shape[2:]).flatten(1)
 
     def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
         while modules:
@@ -89,7 +90,8 @@ class DenseFeatures(nn.Sequential):
         if len(modules) > 1 and _is_part(first, _BLOCKS) and _is_part(modules[1], _TRANSITIONS):
             passage = modules[1].passage(x) if first.obstacle() is None else None
             if passage is not None:
-                return 2, run_stage(*first.chains(), x, *passage)
+                chains, memory = first.chains()
+                return 2, run_stage(chains, memory, x, *passage)
         if (
             len(modules) > 1
             and _is(first, CONVS)
