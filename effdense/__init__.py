@@ -5,7 +5,7 @@
 
 from effdense import functional, models, nn
 from effdense._extension import build_info
-from effdense.convert import convert, report
+from effdense.convert import convert, report, revert
 from effdense.memory import plan
 from effdense.summary import summary
 from effdense.workspace import empty_cache
@@ -22,5 +22,6 @@ __all__ = [
     "nn",
     "plan",
     "report",
+    "revert",
     "summary",
 ]

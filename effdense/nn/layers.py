@@ -30,6 +30,7 @@ from effdense.nn.obstacles import (
     plain_avg_pool,
     transition_obstacle,
 )
+from effdense.nn.structure import NO_DROP, Chain, Drop
 from effdense.stage import Settings
 
 
@@ -58,10 +59,6 @@ class _Layer(nn.Module):
     def obstacle(self) -> str | None:
         """Why the layer runs its submodules one by one at the moment, or None where it runs fused."""
         return chain_obstacle(self._modules, self.parts)
-
-    def dropped(self, x: Tensor) -> list[tuple[float, Tensor | None]]:
-        """Dropout's probability and mask for the bottleneck and for the new features, in the order in which they are drawn."""
-        return [(0.0, None), (self.drop_rate, _draw_mask(self, x, list(self.parts)[-1]))]
 
 
 class DenseLayer(_Layer):
@@ -123,7 +120,8 @@ class DenseLayer(_Layer):
         features = _as_list(inputs)
         tensors = all(isinstance(x, Tensor) for x in features)  # not torch.fx's proxies
         if tensors and self.obstacle() is None and not self._drops_inside():
-            new, mask = self._fused(features), _draw_mask(self, features[0], "conv2")
+            drop = Drop(self.drop_rate if self.training else 0.0)
+            new, mask = self._fused(features), _draw_mask(drop, self.conv2, features[0])
             return new if mask is None else new * mask * dropout_scale(1 - self.drop_rate)
         new = self._one_by_one(features)
         if self.drop_rate > 0:
@@ -144,11 +142,6 @@ class DenseLayer(_Layer):
     def _drops_inside(self) -> bool:
         return self.training and self.dropout_after_bottleneck and self.drop_rate > 0
 
-    def dropped(self, x: Tensor) -> list[tuple[float, Tensor | None]]:
-        """See _Layer."""
-        inside = _draw_mask(self, x, "conv1") if self._drops_inside() else None
-        return [(self.drop_rate, inside), *super().dropped(x)[1:]]
-
     def _fused(self, features: list[Tensor]) -> Tensor:
         new, statistics1, statistics2 = dense_layer.dense_layer(
             self.memory, features, read_module(self.norm1), self.conv1, read_module(self.norm2), self.conv2
@@ -158,15 +151,25 @@ class DenseLayer(_Layer):
         return new
 
 
-def _draw_mask(layer: Any, x: Tensor, conv: str) -> Tensor | None:
-    """Which values of what a convolution gives dropout keeps, in bytes; None where it drops nothing.
+def _chain(name: str, layer: Any) -> Chain:
+    """One of our own layers for run_stage."""
+    drop = Drop(layer.drop_rate if layer.training else 0.0)
+    if not isinstance(layer, DenseLayer):
+        return Chain(name, [layer.norm1], [layer.conv1], [drop])
+    inside = drop if layer.dropout_after_bottleneck else NO_DROP
+    return Chain(name, [layer.norm1, layer.norm2], [layer.conv1, layer.conv2], [inside, drop])
+
+
+def _draw_mask(drop: Drop, conv: Any, x: Tensor) -> Tensor | None:
+    """Which of the values that conv makes dropout keeps, in bytes; None where it drops nothing.
 
     Drawn in the contiguous layout, so that on the CPU it is what F.dropout would draw.
     """
-    if not (layer.training and layer.drop_rate > 0):
+    if drop.rate <= 0:
         return None
-    shape = (x.shape[0], layer._modules[conv].weight.shape[0], *x.shape[2:])
-    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - layer.drop_rate)
+    spatial = (1,) * (x.dim() - 2) if drop.channels else x.shape[2:]
+    shape = (x.shape[0], conv.weight.shape[0], *spatial)
+    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - drop.rate)
 
 
 class PlainDenseLayer(_Layer):
@@ -268,13 +271,18 @@ class DenseBlock(nn.ModuleDict):
                 return reason
         return None
 
+    def chains(self) -> tuple[list[Chain], str]:
+        """What run_stage takes of it, where there is no obstacle."""
+        layers: list[Any] = list(self.values())
+        return [_chain(name, layer) for name, layer in zip(self, layers, strict=True)], layers[0].memory
+
     def forward(self, init_features: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_input_features + num_layers * growth_rate, *spatial].
 
         Fused, the output is the block's feature buffer, in channels-last layout.
         """
         if isinstance(init_features, Tensor) and self.obstacle() is None:
-            return run_stage(self, init_features)
+            return run_stage(*self.chains(), init_features)
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -297,37 +305,46 @@ def _check_layer(
         check_vector(op, f"{name}.conv{i + 1}.bias", bias, channels, x, "the convolution's output channels")
 
 
-def _masks(layers: Sequence[Any], x: Tensor) -> tuple[list[float], list[Tensor | None]]:
-    """Dropout's probabilities and masks for the engine: nothing at all where no layer drops."""
-    dropped = [pair for layer in layers for pair in layer.dropped(x)]
-    if all(mask is None for _, mask in dropped):
+def _masks(chains: Sequence[Chain], x: Tensor) -> tuple[list[float], list[Tensor | None]]:
+    """Dropout's probabilities and masks for the engine, two a layer: nothing at all where no layer drops."""
+    masks = [
+        [_draw_mask(d, conv, x) for d, conv in zip(chain.drops, chain.convs, strict=True)] for chain in chains
+    ]
+    if all(mask is None for own in masks for mask in own):
         return [], []
-    return [p for p, _ in dropped], [mask for _, mask in dropped]
+    rates = [[drop.rate for drop in chain.drops] for chain in chains]
+    return [p for own in rates for p in [0.0, *own][-2:]], [m for own in masks for m in [None, *own][-2:]]
 
 
 def run_stage(
-    block: DenseBlock, x: Tensor, pool_norm: Any = None, kernel_size: Sequence[int] = (), conv: Any = None
+    chains: Sequence[Chain],
+    memory: str,
+    x: Tensor,
+    pool_norm: Any = None,
+    kernel_size: Sequence[int] = (),
+    conv: Any = None,
 ) -> Tensor:
-    """Runs a block that has no obstacle, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage."""
-    layers: list[Any] = list(block.values())
-    bottleneck = isinstance(layers[0], DenseLayer)
+    """Runs a block's layers, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage."""
+    bottleneck = len(chains[0].convs) == 2
     kernels = (1, 3) if bottleneck else (3,)
-    modules = [[getattr(layer, f"norm{i + 1}") for i in range(len(kernels))] for layer in layers]
-    convs = [getattr(layer, f"conv{i + 1}") for layer in layers for i in range(len(kernels))]
+    convs = [c for chain in chains for c in chain.convs]
     convs += [] if conv is None else [conv]
     channels, (x,), weights, result = prepare(
         "DenseBlock", [x], [p for c in convs for p in (c.weight, c.bias)]
     )
     parameters: list[Tensor | None] = []
     norms: list[Norm] = []
-    for i, name in enumerate(block):
-        own, pairs = [read_module(m) for m in modules[i]], weights[2 * len(kernels) * i :][: 2 * len(kernels)]
-        _check_layer(name, kernels, own, pairs, channels, x)
+    for i, chain in enumerate(chains):
+        own, pairs = (
+            [read_module(m) for m in chain.norms],
+            weights[2 * len(kernels) * i :][: 2 * len(kernels)],
+        )
+        _check_layer(chain.name, kernels, own, pairs, channels, x)
         for j, norm in enumerate(own):
             parameters += [norm.weight, norm.bias, *pairs[2 * j : 2 * j + 2]]
         norms += own
         channels += pairs[-2].shape[0]  # type: ignore[union-attr]
-    all_norms = [m for own in modules for m in own]
+    all_norms = [m for chain in chains for m in chain.norms]
     if pool_norm is not None:
         norm = read_module(pool_norm)
         check_norm("DenseBlock", [f"the following norm.{part}" for part in _TENSORS], norm, channels, x)
@@ -337,10 +354,10 @@ def run_stage(
         parameters += [norm.weight, norm.bias, *behind]
         norms.append(norm)
         all_norms.append(pool_norm)
-    drop, masks = _masks(layers, x)
+    drop, masks = _masks(chains, x)
     settings = Settings(
         bottleneck=bottleneck,
-        memory=layers[0].memory,
+        memory=memory,
         lowest=-1,
         eps=[norm.eps for norm in norms],
         batch_statistics=[norm.batch_statistics for norm in norms],
@@ -358,6 +375,9 @@ def run_stage(
     return out if conv is None or result is None else out.to(result)
 
 
+NAMES = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")
+
+
 class Transition(nn.Sequential):
     """norm-relu-conv(1x1)-pool(2x2 average); drop-in for torchvision's `_Transition`.
 
@@ -367,8 +387,6 @@ class Transition(nn.Sequential):
         bias: whether the convolution has a bias.
         spatial_dims: 1, 2 or 3.
     """
-
-    names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")
 
     def __init__(
         self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
@@ -388,24 +406,36 @@ class Transition(nn.Sequential):
         """Why the transition runs its submodules one by one at the moment, or None where it runs fused."""
         return transition_obstacle(self._modules)
 
-    def pooling(self, x: Tensor) -> tuple[int, ...] | None:
-        """The kernel size, where the pool can be taken before the convolution (an average: they commute); else None."""
+    def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
+        """The norm, the pool's kernel size and the convolution, where the pool can be taken first (an average: they commute)."""
+        if self.obstacle() is not None:
+            return None
         kernel = plain_avg_pool(self._modules["pool"], self._modules["norm"])
-        fits = kernel is not None and all(n >= k for n, k in zip(x.shape[2:], kernel, strict=False))
-        return kernel if fits else None
+        return None if kernel is None or not fits(x, kernel) else (self.norm, kernel, self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
         if not isinstance(x, Tensor) or self.obstacle() is not None:
             return super().forward(x)
+        if (passage := self.passage(x)) is not None:
+            return run_transition(x, *passage)
         conv: Any = self.conv
         norm = read_module(self.norm)
-        kernel = self.pooling(x)
-        if kernel is not None:
-            y, mean, var = pool.bn_relu_avg_pool("Transition", self.names[:4], x, norm, kernel)
-        else:
-            y, mean, var = dense_layer.bottleneck("Transition", self.names, [x], norm, conv.weight, conv.bias)
+        y, mean, var = dense_layer.bottleneck("Transition", NAMES, [x], norm, conv.weight, conv.bias)
         update_modules([(self.norm, mean, var)], x.numel() // x.shape[1])
-        last: Any = conv if kernel is not None else self._modules["pool"]
+        last: Any = self._modules["pool"]
         result: Tensor = last(y)
         return result
+
+
+def fits(x: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether a pool finds at least one window."""
+    return all(n >= k for n, k in zip(x.shape[2:], kernel, strict=False))
+
+
+def run_transition(x: Tensor, norm: Any, kernel: tuple[int, ...], conv: Any) -> Tensor:
+    """A transition by itself: BN-ReLU-average-pool, then the convolution."""
+    y, mean, var = pool.bn_relu_avg_pool("Transition", NAMES[:4], x, read_module(norm), kernel)
+    update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+    result: Tensor = conv(y)
+    return result

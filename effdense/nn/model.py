@@ -9,16 +9,27 @@ from torch import Tensor, nn
 
 from effdense import pool
 from effdense.batch_norm import read_module, update_modules
+from effdense.nn.foreign import ForeignBlock, ForeignTransition
 from effdense.nn.layers import DenseBlock, Transition, run_stage
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     CONVS,
     NORMS,
+    changed,
     global_hooks,
     module_obstacle,
     plain_max_pool,
 )
 from effdense.reference import channels_last
+
+_BLOCKS = (DenseBlock, ForeignBlock)
+_TRANSITIONS = (Transition, ForeignTransition)
+
+
+def _is_part(module: nn.Module, kinds: tuple[type, ...]) -> Any:
+    """Whether it is a block or transition, of our class or a foreign one, and nothing on it that a call would run."""
+    ours, foreign = kinds
+    return (type(module) is ours or isinstance(module, foreign)) and changed("", module, False) is None
 
 
 def _is(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -48,7 +59,7 @@ class DenseFeatures(nn.Sequential):
         if len(modules) < 2 or self.obstacle() is not None or not _is(self, (DenseFeatures,)):
             return None
         block, norm = modules[-2:]
-        fused = _is(block, (DenseBlock,)) and _is(norm, NORMS) and block.obstacle() is None
+        fused = _is_part(block, _BLOCKS) and _is(norm, NORMS) and block.obstacle() is None
         return (block, norm) if fused else None
 
     def pooled(self, input: Tensor) -> Tensor | None:
@@ -57,7 +68,8 @@ class DenseFeatures(nn.Sequential):
         if head is None:
             return None
         x = self._walk(input, list(self._modules.values())[:-2])
-        return run_stage(head[0], x, head[1], x.shape[2:]).flatten(1)
+        chains, memory = head[0].chains()
+        return run_stage(chains, memory, x, head[1], x.shape[2:]).flatten(1)
 
     def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
         while modules:
@@ -75,16 +87,15 @@ class DenseFeatures(nn.Sequential):
             out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
             update_modules([(norm, mean, var)], x.numel() // x.shape[1])
             return 3, out
-        if len(modules) > 1 and _is(first, (DenseBlock,)) and _is(modules[1], (Transition,)):
-            transition = modules[1]
-            clear = transition.obstacle() is None and first.obstacle() is None
-            kernel = transition.pooling(x) if clear else None
-            if kernel is not None:
-                return 2, run_stage(first, x, transition.norm, kernel, transition.conv)
+        if len(modules) > 1 and _is_part(first, _BLOCKS) and _is_part(modules[1], _TRANSITIONS):
+            passage = modules[1].passage(x) if first.obstacle() is None else None
+            if passage is not None:
+                chains, memory = first.chains()
+                return 2, run_stage(chains, memory, x, *passage)
         if (
             len(modules) > 1
             and _is(first, CONVS)
-            and (_stem(modules[1:]) is not None or isinstance(modules[1], DenseBlock))
+            and (_stem(modules[1:]) is not None or isinstance(modules[1], _BLOCKS))
         ):
             return 1, _conv_to_channels_last(first, x)
         return 1, first(x)

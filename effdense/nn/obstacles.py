@@ -28,12 +28,17 @@ def module_obstacle(
     if type(module) not in kinds:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         return f"{name} is {type(module).__name__}, not {wanted}"
+    return changed(name, module, kinds in (NORMS, CONVS), ignore_hooks)
+
+
+def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = False) -> str | None:
+    """Why calling `module` could do something else than its class, whichever that is. `weighted`: it has a weight and a bias."""
     state = module.__dict__
     if not ignore_hooks and any(state[hooks] for hooks in _HOOKS):
         return f"{name} has hooks"
     if "forward" in state:
         return f"{name}.forward was replaced"
-    for parameter in ("weight", "bias") if kinds in (NORMS, CONVS) else ():
+    for parameter in ("weight", "bias") if weighted else ():
         # Weight norm, pruning and the like put a tensor in its place; quantisation a subclass.
         tensor = state["_parameters"].get(parameter, module)
         if tensor is not None and type(tensor) is not nn.Parameter:
@@ -53,7 +58,7 @@ def _plain_conv(kernel: int, spatial: int) -> dict[str, Any]:
     }
 
 
-def _conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
+def conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
     """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size."""
     for attribute, value in _plain_conv(kernel, len(conv.kernel_size)).items():
         got = getattr(conv, attribute)
@@ -76,19 +81,19 @@ def chain_obstacle(
     """
     if not ignore_hooks and (reason := global_hooks()) is not None:
         return reason
-    dimensions = {}
+    spatial = {}
     for name, kernel in parts.items():
         kinds = CONVS if kernel else NORMS if name.startswith("norm") else ACTIVATIONS
         module = children.get(name)
         reason = module_obstacle(name, module, kinds, ignore_hooks)
         if reason is None and kernel:
-            reason = _conv_obstacle(name, module, kernel)
+            reason = conv_obstacle(name, module, kernel)
         if reason is not None:
             return reason
         if kinds is not ACTIVATIONS:
-            dimensions[name] = kinds.index(type(module)) + 1
-    if len(set(dimensions.values())) > 1:
-        return f"its submodules have different numbers of spatial dimensions: {dimensions}"
+            spatial[name] = kinds.index(type(module)) + 1
+    if len(set(spatial.values())) > 1:
+        return f"its submodules have different numbers of spatial dimensions: {spatial}"
     return None
 
 
@@ -106,12 +111,16 @@ def each(value: int | Iterable[int], spatial: int) -> tuple[int, ...]:
     return sizes * spatial if len(sizes) == 1 else sizes
 
 
-def plain_avg_pool(pool: Any, norm: Any) -> tuple[int, ...] | None:
+def dimensions(norm: Any) -> int:
+    """How many spatial dimensions a batch norm is for."""
+    return next(i for i, kind in enumerate(NORMS, start=1) if isinstance(norm, kind))
+
+
+def plain_avg_pool(pool: Any, norm: Any, ignore_hooks: bool = False) -> tuple[int, ...] | None:
     """The kernel size of an average pool over windows side by side, of norm's dimensions; None if it is not one."""
-    kind = AVG_POOLS[NORMS.index(type(norm))]
-    if module_obstacle("pool", pool, (kind,)) is not None or pool.ceil_mode:
+    spatial = dimensions(norm)
+    if module_obstacle("pool", pool, (AVG_POOLS[spatial - 1],), ignore_hooks) is not None or pool.ceil_mode:
         return None
-    spatial = NORMS.index(type(norm)) + 1
     kernel, stride, padding = (each(v, spatial) for v in (pool.kernel_size, pool.stride, pool.padding))
     plain = kernel == stride and not any(padding) and getattr(pool, "divisor_override", None) is None
     return kernel if plain else None
