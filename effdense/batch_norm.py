@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effdense.operators import operators
 from effdense.reference import accumulate_dtype
+from effdense.synchronize import group_of, join_coefficients, join_count
 
 
 class Norm(NamedTuple):
@@ -25,6 +26,7 @@ class Norm(NamedTuple):
     running_var: Tensor | None
     eps: float
     batch_statistics: bool  # normalise with the batch's statistics, else with the running ones
+    group: str = ""  # of processes whose batches are one batch; see synchronize.py
 
     def running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Running mean and variance, as copies: an update in place must not reach what a backward has saved."""
@@ -42,20 +44,42 @@ class Folded(NamedTuple):
     scale: Tensor
     shift: Tensor
     batch_statistics: bool
+    group: str
 
     def deferred(self, sum_d: Tensor, sum_dx: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The coefficients a, b of the part of the gradient that needs the whole batch: -(a + b * (x - mean))."""
         a, b = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
+        self.defer(sum_d, sum_dx, count, a, b)
+        return join_coefficients(self.group, a, b, count)
+
+    def defer(self, sum_d: Tensor, sum_dx: Tensor, count: int, a: Tensor, b: Tensor) -> None:
+        """Adds to a and b what one reader of `count` values defers; with a group, what `join_coefficients` takes."""
+        count = 1 if self.group else count
         operators(sum_d).defer(sum_d, sum_dx, self.rstd, self.scale, count, a, b)
-        return a, b
 
 
 def fold(
-    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, batch_statistics: bool
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch_statistics: bool,
+    group: str = "",
 ) -> Folded:
     """Folds statistics and affine parameters (of any dtype; None: 1 and 0) into scale and shift."""
     rstd, scale, shift = operators(mean).fold(mean, var, weight, bias, eps)
-    return Folded(mean, rstd, scale, shift, batch_statistics)
+    return Folded(mean, rstd, scale, shift, batch_statistics, group)
+
+
+def bn_relu_backward(grad: Tensor, x: Tensor, norm: Folded) -> tuple[Tensor, Tensor]:
+    """Turns grad, the gradient of relu(norm(x)), into the gradient of x, in place; sum d, sum d (x - mean)."""
+    ops, alone = operators(x), norm.batch_statistics and not norm.group
+    sum_d, sum_dx = ops.bn_relu_backward(grad, x, norm.scale, norm.shift, norm.mean, norm.rstd, alone)
+    if norm.group:
+        deferred = norm.deferred(sum_d, sum_dx, x.numel() // x.shape[1])
+        ops.take_gradient(x, norm.mean, *deferred, grad, grad)
+    return sum_d, sum_dx
 
 
 def recomputing() -> bool:
@@ -64,10 +88,16 @@ def recomputing() -> bool:
 
 
 def read_module(module: Any) -> Norm:
-    """An nn.BatchNorm, as it would run now."""
+    """An nn.BatchNorm or nn.SyncBatchNorm, as it would run now."""
     batch_statistics = module.training or (module.running_mean is None and module.running_var is None)
     return Norm(
-        module.weight, module.bias, module.running_mean, module.running_var, module.eps, batch_statistics
+        module.weight,
+        module.bias,
+        module.running_mean,
+        module.running_var,
+        module.eps,
+        batch_statistics,
+        group_of(module),
     )
 
 
@@ -81,19 +111,19 @@ class Update(NamedTuple):
     momentum: float
 
 
-def update_running_statistics(updates: Sequence[Update], count: int) -> None:
-    """running <- (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` values.
+def update_running_statistics(updates: Sequence[Update], count: int, biased: bool = True) -> None:
+    """running <- (1 - momentum) * running + momentum * batch, where variances that are `biased` are those of `count` values.
 
     Nothing for an empty batch. All at once: torch.compile takes tens of seconds over hundreds of small updates.
     """
-    unbiased = count / max(count - 1, 1)
+    unbiased = count / max(count - 1, 1) if biased else 1.0
     pairs = [
         (running, batch, 1 - u.momentum, u.momentum * factor)
         for u in updates
         for running, batch, factor in ((u.running_mean, u.mean, 1.0), (u.running_var, u.var, unbiased))
         if running is not None
     ]
-    if pairs and count > 0:
+    if pairs and (count > 0 or not biased):
         torch.ops.effdense.update_running_statistics(*map(list, zip(*pairs, strict=True)))
 
 
@@ -103,10 +133,11 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
         return
     updates: list[Update] = []
     counters: list[Tensor] = []
+    group = ""
     for module, mean, var in norms:
         if not module.training or not module.track_running_stats:
             continue
-        momentum = module.momentum
+        momentum, group = module.momentum, group_of(module)
         if module.num_batches_tracked is not None:
             counters.append(module.num_batches_tracked)
             if momentum is None:  # the average over all batches so far
@@ -114,7 +145,10 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
         updates.append(Update(module.running_mean, module.running_var, mean, var, momentum or 0.0))
     if counters:
         torch.ops.effdense.count_batches(counters)
-    update_running_statistics(updates, count)
+    if group and updates:
+        variances = torch.ops.effdense.joint_unbiased([u.var for u in updates], count, group)
+        updates = [u._replace(var=var) for u, var in zip(updates, variances, strict=True)]
+    update_running_statistics(updates, count, not group)
 
 
 _library = torch.library.Library("effdense", "FRAGMENT")
@@ -122,6 +156,7 @@ _library.define(
     "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()"
 )
 _library.define("count_batches(Tensor(a!)[] counters) -> ()")
+_library.define("joint_unbiased(Tensor[] variances, int count, str group) -> Tensor[]")
 
 
 @torch.library.impl(_library, "update_running_statistics", "CompositeExplicitAutograd")
@@ -137,6 +172,14 @@ def _count(counters: list[Tensor]) -> None:
     torch._foreach_add_(counters, 1)
 
 
+@torch.library.impl(_library, "joint_unbiased", "CompositeExplicitAutograd")
+def _joint_unbiased(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
+    """Unbiased variances of all processes' values, of which `count` are here."""
+    total = join_count(group, count, variances[0])
+    unbiased = total / (total - 1).clamp(min=1)
+    return [var * unbiased.to(var.dtype) for var in variances]
+
+
 @torch.library.register_fake("effdense::update_running_statistics")
 def _(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
     return None
@@ -145,3 +188,8 @@ def _(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[
 @torch.library.register_fake("effdense::count_batches")
 def _(counters: list[Tensor]) -> None:
     return None
+
+
+@torch.library.register_fake("effdense::joint_unbiased")
+def _(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
+    return [torch.empty_like(var) for var in variances]

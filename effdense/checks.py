@@ -91,7 +91,7 @@ def check_norm(op: str, names: Sequence[str], norm: Norm, channels: int, like: T
     """Checks the parameters and buffers of a batch normalisation of `channels` channels; `names` is what they are called."""
     for name, vector in zip(names, norm[:4], strict=True):
         check_vector(op, name, vector, channels, like, "the features' channels")
-    if norm.batch_statistics and like.shape[0] * like.shape[2:].numel() == 1:
+    if norm.batch_statistics and not norm.group and like.shape[0] * like.shape[2:].numel() == 1:
         raise ValueError(
             f"{op}: normalising with the batch's statistics (training) needs more than one value per channel, "
             f"got features of shape {tuple(like.shape)}"

@@ -154,6 +154,8 @@ def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
         for name, value in submodule.__dict__.items():
             if name.endswith("_hooks"):
                 memo[id(value)] = OrderedDict()
+            elif name == "process_group":
+                memo[id(value)] = None
         if id(submodule) in memo:
             continue
         for tensor in (*submodule._parameters.values(), *submodule._buffers.values()):
@@ -193,6 +195,10 @@ def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
     shape = (2, conv.in_channels, *(2,) * len(conv.kernel_size))
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     probe.train(training)
+    for norm in probe.modules():
+        if isinstance(norm, nn.SyncBatchNorm) and training:  # without the others, and on the CPU
+            norm.eval()
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
     torch.manual_seed(2)  # the same dropout both times
     y = probe([x] if ours in _LAYERS else x)
     # Before the backward: checkpointing updates them again there.

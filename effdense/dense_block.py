@@ -20,7 +20,8 @@ from effdense.reference import accumulate_dtype
 from effdense.stage import Parameters, Settings, Stage
 
 _SETTINGS = (
-    "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool"
+    "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool,"
+    " str group"
 )
 _library = torch.library.Library("effdense", "FRAGMENT")
 _library.define(
@@ -114,7 +115,7 @@ class StageNode(torch.autograd.Function):
         out, features, saved, vectors = torch.ops.effdense.dense_stage(
             x, parameters, running, drops, *settings
         )
-        return (out, vectors, saved, features) if settings[-1] else (features, vectors, saved)
+        return (out, vectors, saved, features) if Settings(*settings).pool else (features, vectors, saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -123,7 +124,7 @@ class StageNode(torch.autograd.Function):
         ctx.channels, ctx.count = x.shape[1], len(parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        features = output[-1] if ctx.settings[-1] else output[0]
+        features = output[-1] if Settings(*ctx.settings).pool else output[0]
         ctx.save_for_backward(features, output[2], output[1], *parameters, *drops)
 
     @staticmethod

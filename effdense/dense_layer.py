@@ -26,11 +26,12 @@ from effdense.autograd import (
     vector,
     without_autocast,
 )
-from effdense.batch_norm import Folded, Norm, fold
+from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold
 from effdense.checks import check_conv_weight, check_norm, check_vector
 from effdense.convolution import convolve, convolve_backward
 from effdense.operators import operators
 from effdense.reference import channels_last
+from effdense.synchronize import join_statistics
 
 
 def statistics(features: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def statistics(features: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor]:
         return norm.running(x.dtype)
     with torch.no_grad():
         mean, var = operators(x).channel_statistics(features)
-    return mean, var
+        return join_statistics(norm.group, mean, var, x.shape[0] * x.shape[2:].numel())
 
 
 def _bottleneck_backward(
@@ -103,40 +104,41 @@ class BottleneckNode(torch.autograd.Function):
         var: Tensor,
         eps: float,
         batch_statistics: bool,
+        group: str,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
         *features: Tensor,
     ) -> Tensor:
-        norm = fold(mean, var, eps, norm_weight, norm_bias, batch_statistics)
+        norm = fold(mean, var, eps, norm_weight, norm_bias, batch_statistics, group)
         return _bottleneck(features, norm, conv_weight, conv_bias, False)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        mean, var, ctx.eps, ctx.batch_statistics, *tensors = inputs
+        mean, var, ctx.eps, ctx.batch_statistics, ctx.group, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, var, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[5:]
         if grad_y is None:
-            return (None,) * len(needs)
+            return (None,) * len(ctx.needs_input_grad)
         mean, var, norm_weight, norm_bias, conv_weight, conv_bias, *features = ctx.saved_tensors
         with torch.no_grad(), without_autocast(grad_y):
-            norm = fold(mean, var, ctx.eps, norm_weight, norm_bias, ctx.batch_statistics)
+            norm = fold(mean, var, ctx.eps, norm_weight, norm_bias, ctx.batch_statistics, ctx.group)
             grads, grad_scale, grad_shift, grad_conv = _bottleneck_backward(
-                features, norm, conv_weight, grad_y, needs[8:], needs[4] or needs[5], needs[6]
+                features, norm, conv_weight, grad_y, needs[4:], needs[0] or needs[1], needs[2]
             )
             result = (
-                shaped(norm_weight, grad_scale) if needs[4] else None,
-                shaped(norm_bias, grad_shift) if needs[5] else None,
-                shaped(conv_weight, grad_conv) if needs[6] else None,
-                shaped(conv_bias, sum_per_channel(grad_y)) if needs[7] else None,
+                shaped(norm_weight, grad_scale) if needs[0] else None,
+                shaped(norm_bias, grad_shift) if needs[1] else None,
+                shaped(conv_weight, grad_conv) if needs[2] else None,
+                shaped(conv_bias, sum_per_channel(grad_y)) if needs[3] else None,
                 *grads,
             )
-        return (None,) * 4 + differentiable_once("cat_bn_relu_conv1x1", result)
+        return (None,) * 5 + differentiable_once("cat_bn_relu_conv1x1", result)
 
 
 class DenseLayerNode(torch.autograd.Function):
@@ -151,6 +153,7 @@ class DenseLayerNode(torch.autograd.Function):
         memory: str,
         eps: tuple[float, float],
         batch_statistics: tuple[bool, bool],
+        groups: tuple[str, str],
         mean1: Tensor,
         var1: Tensor,
         mean2: Tensor | None,
@@ -166,18 +169,20 @@ class DenseLayerNode(torch.autograd.Function):
         *features: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ops = operators(features[0])
-        norm1 = fold(mean1, var1, eps[0], norm1_weight, norm1_bias, batch_statistics[0])
+        norm1 = fold(mean1, var1, eps[0], norm1_weight, norm1_bias, batch_statistics[0], groups[0])
         y, mean, var = _bottleneck(features, norm1, conv1_weight, conv1_bias, batch_statistics[1])
         if mean2 is not None and var2 is not None:
             mean, var = mean2.clone(), var2.clone()  # an input may not be an output
-        norm2 = fold(mean, var, eps[1], norm2_weight, norm2_bias, batch_statistics[1])
+        else:
+            mean, var = join_statistics(groups[1], mean, var, y.numel() // y.shape[1])
+        norm2 = fold(mean, var, eps[1], norm2_weight, norm2_bias, batch_statistics[1], groups[1])
         z = torch.empty_like(y)
         ops.bn_relu(y, norm2.scale, norm2.shift, z)
         return convolve(z, conv2_weight, conv2_bias), mean, var, y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        memory, ctx.eps, ctx.batch_statistics, mean1, var1, _, _, *tensors = inputs
+        memory, ctx.eps, ctx.batch_statistics, ctx.groups, mean1, var1, _, _, *tensors = inputs
         _, mean2, var2, y = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean2, var2, y)
@@ -185,15 +190,15 @@ class DenseLayerNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_new: Tensor | None, *_: None) -> Any:
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         if grad_new is None:
             return (None,) * len(ctx.needs_input_grad)
         mean1, var1, mean2, var2, y, *tensors = ctx.saved_tensors
         weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias, *features = tensors
         ops = operators(features[0])
         with torch.no_grad(), without_autocast(grad_new):
-            norm1 = fold(mean1, var1, ctx.eps[0], weight1, bias1, ctx.batch_statistics[0])
-            norm2 = fold(mean2, var2, ctx.eps[1], weight2, bias2, ctx.batch_statistics[1])
+            norm1 = fold(mean1, var1, ctx.eps[0], weight1, bias1, ctx.batch_statistics[0], ctx.groups[0])
+            norm2 = fold(mean2, var2, ctx.eps[1], weight2, bias2, ctx.batch_statistics[1], ctx.groups[1])
             if y is None:
                 y = _bottleneck(features, norm1, conv1, conv1_bias, False)[0]
             z = torch.empty_like(y)
@@ -206,9 +211,7 @@ class DenseLayerNode(torch.autograd.Function):
             result: list[Tensor | None] = [None] * 6
             if need_dz:
                 grad_y = channels_last(grad_y)
-                sum_d, sum_dx = ops.bn_relu_backward(
-                    grad_y, y, norm2.scale, norm2.shift, norm2.mean, norm2.rstd, norm2.batch_statistics
-                )
+                sum_d, sum_dx = bn_relu_backward(grad_y, y, norm2)
                 del y
                 grads, grad_scale, grad_shift, grad_conv1 = _bottleneck_backward(
                     features, norm1, conv1, grad_y, needs[8:], needs[0] or needs[1], needs[2]
@@ -223,7 +226,7 @@ class DenseLayerNode(torch.autograd.Function):
                 ]
             else:
                 grads = [None] * len(features)
-        return (None,) * 7 + differentiable_once("DenseLayer", (*result, grad_conv2, grad_conv2_bias, *grads))
+        return (None,) * 8 + differentiable_once("DenseLayer", (*result, grad_conv2, grad_conv2_bias, *grads))
 
 
 def bottleneck(
@@ -243,7 +246,16 @@ def bottleneck(
     with without_autocast(x):
         mean, var = statistics(features, norm)
         y = BottleneckNode.apply(
-            mean, var, norm.eps, norm.batch_statistics, norm.weight, norm.bias, weight, bias, *features
+            mean,
+            var,
+            norm.eps,
+            norm.batch_statistics,
+            norm.group,
+            norm.weight,
+            norm.bias,
+            weight,
+            bias,
+            *features,
         )
     return y if result is None else y.to(result), mean, var
 
@@ -273,6 +285,7 @@ def dense_layer(
             memory,
             (norm1.eps, norm2.eps),
             (norm1.batch_statistics, norm2.batch_statistics),
+            (norm1.group, norm2.group),
             mean1,
             var1,
             *((None, None) if norm2.batch_statistics else norm2.running(x.dtype)),

@@ -39,6 +39,7 @@ from effdense.convolution import (
 )
 from effdense.reference import accumulate_dtype, channels_last
 from effdense.stage import POOL_PARAMETERS, Layer, Parameters, Settings, Stage, Vectors
+from effdense.synchronize import join_coefficients, join_statistics
 from effdense.workspace import on_large_pages
 
 
@@ -57,6 +58,13 @@ def _set(vectors: tuple[Tensor, Tensor], values: Parameters) -> None:
     for to, value in zip(vectors, values, strict=True):
         assert value is not None
         to.copy_(value)
+
+
+def _set_joint(
+    vectors: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor], group: str, of: Tensor
+) -> None:
+    """Sets mean and variance to those of all processes; `statistics` are those of the map `of`."""
+    _set(vectors, join_statistics(group, *statistics, of.shape[0] * of.shape[2:].numel()))
 
 
 def _bottleneck(
@@ -92,7 +100,7 @@ def _first_half(
         _drop_(y, mask, layer.keep[0])
         statistics = ops.channel_statistics([y]) if batch else None
     if batch:
-        _set(norms[layer.norm1 + 1], statistics)
+        _set_joint(norms[layer.norm1 + 1], statistics, stage.settings.group, y)
     return y, stage.norm2(layer, norms)
 
 
@@ -121,7 +129,8 @@ def forward(
         if not batch:
             _set(norms[i], running[2 * i : 2 * i + 2])
 
-    _set((mean[: x.shape[1]], var[: x.shape[1]]), ops.append_features(x, features[:, : x.shape[1]]))
+    first = mean[: x.shape[1]], var[: x.shape[1]]
+    _set_joint(first, ops.append_features(x, features[:, : x.shape[1]]), settings.group, x)
     size = workspace.size_of(x, stage.forward_scratch(ops))
     for layer in stage.layers:
         own = slice(layer.channels, layer.channels + layer.growth)
@@ -133,7 +142,7 @@ def forward(
             statistics = bn_relu_convolve(ops, *source, layer.conv2, layer.conv2_bias, new, scratch)
         if layer.masks[1] is not None:
             statistics = ops.channel_statistics([_drop_(new, layer.masks[1], layer.keep[1])])
-        _set((mean[own], var[own]), statistics)
+        _set_joint((mean[own], var[own]), statistics, settings.group, x)
     out = x.new_empty(0)
     if settings.pool:
         norm = stage.pool_norm(norms)
@@ -200,7 +209,8 @@ class _Backward:
         """The finished gradient of channels start..end."""
         of = slice(start, end)
         x, grad = self.features[:, of], self.grad_features[:, of]
-        self.ops.take_gradient(x, self.mean[of], self.a[of], self.b[of], grad, out)
+        a, b = join_coefficients(self.stage.settings.group, self.a[of], self.b[of], self.count)
+        self.ops.take_gradient(x, self.mean[of], a, b, grad, out)
         return out
 
     def _normalised(self, norm: Folded, sums: Sequence[Tensor], position: int) -> None:
@@ -211,7 +221,7 @@ class _Backward:
         """The same of a norm that reads a prefix, and its part of the deferred correction."""
         self._normalised(norm, sums, position)
         if norm.batch_statistics:
-            self.ops.defer(*sums, norm.rstd, norm.scale, self.count, self.a, self.b)
+            norm.defer(sums[0], sums[1], self.count, self.a, self.b)
 
     def pool(self, grad: Tensor) -> None:
         """Starts the gradient buffer: from the pool behind the block, or from the block's own gradient."""

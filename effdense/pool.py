@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effdense.autograd import differentiable_once, empty_channels_last, prepare, shaped, without_autocast
-from effdense.batch_norm import Folded, Norm, fold
+from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold
 from effdense.checks import check_norm
 from effdense.dense_layer import statistics
 from effdense.operators import operators
@@ -42,30 +42,31 @@ class AvgPoolNode(torch.autograd.Function):
         kernel_size: Sequence[int],
         eps: float,
         batch_statistics: bool,
+        group: str,
         mean: Tensor,
         var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         x: Tensor,
     ) -> Tensor:
-        norm = fold(mean, var, eps, weight, bias, batch_statistics)
+        norm = fold(mean, var, eps, weight, bias, batch_statistics, group)
         out: Tensor = operators(x).bn_relu_avg_pool(x, norm.scale, norm.shift, list(kernel_size))
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.kernel_size, ctx.eps, ctx.batch_statistics, *tensors = inputs
+        ctx.kernel_size, ctx.eps, *ctx.whose, mean, var, weight, bias, x = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(mean, var, weight, bias, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         mean, var, weight, bias, x = ctx.saved_tensors
         with torch.no_grad(), without_autocast(grad):
-            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, ctx.batch_statistics)
+            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.whose)
             grad_x = empty_channels_last(x, x.shape[1])
             sum_d, sum_dx = ops.bn_relu_avg_pool_backward(
                 grad, x, norm.scale, norm.shift, norm.mean, list(ctx.kernel_size), grad_x
@@ -74,7 +75,7 @@ class AvgPoolNode(torch.autograd.Function):
                 a, b = norm.deferred(sum_d, sum_dx, x.numel() // x.shape[1])
                 ops.take_gradient(x, norm.mean, a, b, grad_x, grad_x)
             result = _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
-        return (None,) * 5 + differentiable_once("bn_relu_avg_pool", result)
+        return (None,) * 6 + differentiable_once("bn_relu_avg_pool", result)
 
 
 class MaxPoolNode(torch.autograd.Function):
@@ -85,38 +86,36 @@ class MaxPoolNode(torch.autograd.Function):
         windows: tuple[Sequence[int], ...],
         eps: float,
         batch_statistics: bool,
+        group: str,
         mean: Tensor,
         var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         x: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        norm = fold(mean, var, eps, weight, bias, batch_statistics)
+        norm = fold(mean, var, eps, weight, bias, batch_statistics, group)
         out, where = operators(x).bn_relu_max_pool(x, norm.scale, norm.shift, *map(list, windows))
         return out, where
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.windows, ctx.eps, ctx.batch_statistics, *tensors = inputs
+        ctx.windows, ctx.eps, *ctx.whose, mean, var, weight, bias, x = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1], *tensors)
+        ctx.save_for_backward(output[1], mean, var, weight, bias, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         where, mean, var, weight, bias, x = ctx.saved_tensors
         with torch.no_grad(), without_autocast(grad):
-            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, ctx.batch_statistics)
+            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.whose)
             grad_x = empty_channels_last(x, x.shape[1])
             ops.max_pool_backward(grad, where, *map(list, ctx.windows), grad_x)
-            sum_d, sum_dx = ops.bn_relu_backward(
-                grad_x, x, norm.scale, norm.shift, norm.mean, norm.rstd, norm.batch_statistics
-            )
-            result = _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
-        return (None,) * 5 + differentiable_once("bn_relu_max_pool", result)
+            result = _gradients(needs, norm, bn_relu_backward(grad_x, x, norm), weight, bias, grad_x)
+        return (None,) * 6 + differentiable_once("bn_relu_max_pool", result)
 
 
 def _run(op: str, names: Sequence[str], node: Any, windows: Any, x: Tensor, norm: Norm) -> Any:
@@ -125,7 +124,8 @@ def _run(op: str, names: Sequence[str], node: Any, windows: Any, x: Tensor, norm
     check_norm(op, names, norm, channels, x)
     with without_autocast(x):
         mean, var = statistics([x], norm)
-        out = node.apply(windows, norm.eps, norm.batch_statistics, mean, var, norm.weight, norm.bias, x)
+        how = windows, norm.eps, norm.batch_statistics, norm.group
+        out = node.apply(*how, mean, var, norm.weight, norm.bias, x)
     return out, mean, var
 
 

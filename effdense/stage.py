@@ -32,6 +32,7 @@ class Settings(NamedTuple):
         float
     ]  # per layer: dropout after the bottleneck's first convolution, and after the layer; or nothing
     pool: list[int]  # kernel size of the pool behind the block; empty: none
+    group: str  # of processes whose batches are one batch for norms with the batch's statistics; see synchronize.py
 
     @property
     def step(self) -> int:
@@ -119,7 +120,8 @@ class Stage:
 
     def _fold(self, norm: int, weight: Tensor | None, bias: Tensor | None, norms: Vectors) -> Folded:
         s = self.settings
-        return fold(*norms[norm], s.eps[norm], weight, bias, s.batch_statistics[norm])
+        batch = s.batch_statistics[norm]
+        return fold(*norms[norm], s.eps[norm], weight, bias, batch, s.group if batch else "")
 
     def norm1(self, layer: Layer, norms: Vectors) -> Folded:
         """The layer's first norm, folded."""

@@ -24,10 +24,12 @@ from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,
     NORMS,
+    PROCESSES,
     chain_obstacle,
     global_hooks,
     module_obstacle,
     plain_avg_pool,
+    same_processes,
     transition_obstacle,
 )
 from effdense.nn.structure import NO_DROP, Chain, Drop
@@ -267,6 +269,8 @@ class DenseBlock(nn.ModuleDict):
                 reason = f"{name}: {inner}"
             if reason is None and layer.memory != layers[0].memory:
                 reason = f"{name}.memory is {layer.memory!r}, not {layers[0].memory!r} like the first layer's"
+            if reason is None and not same_processes((layers[0].norm1, layer.norm1)):
+                reason = f"{name}: {PROCESSES}"
             if reason is not None:
                 return reason
         return None
@@ -363,6 +367,7 @@ def run_stage(
         batch_statistics=[norm.batch_statistics for norm in norms],
         drop=drop,
         pool=list(kernel_size),
+        group=next((norm.group for norm in norms if norm.batch_statistics), ""),
     )
     running = [
         t for n in norms for t in ((None, None) if n.batch_statistics else (n.running_mean, n.running_var))

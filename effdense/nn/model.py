@@ -19,7 +19,9 @@ from effdense.nn.obstacles import (
     global_hooks,
     module_obstacle,
     plain_max_pool,
+    same_processes,
 )
+from effdense.nn.structure import Chain
 from effdense.reference import channels_last
 
 _BLOCKS = (DenseBlock, ForeignBlock)
@@ -60,7 +62,7 @@ class DenseFeatures(nn.Sequential):
             return None
         block, norm = modules[-2:]
         fused = _is_part(block, _BLOCKS) and _is(norm, NORMS) and block.obstacle() is None
-        return (block, norm) if fused else None
+        return (block, norm) if fused and _same_processes(block.chains()[0], norm) else None
 
     def pooled(self, input: Tensor) -> Tensor | None:
         """The global average [N, C] of relu of what forward gives, where there is a `head`."""
@@ -91,7 +93,8 @@ class DenseFeatures(nn.Sequential):
             passage = modules[1].passage(x) if first.obstacle() is None else None
             if passage is not None:
                 chains, memory = first.chains()
-                return 2, run_stage(chains, memory, x, *passage)
+                if _same_processes(chains, passage[0]):
+                    return 2, run_stage(chains, memory, x, *passage)
         if (
             len(modules) > 1
             and _is(first, CONVS)
@@ -99,6 +102,11 @@ class DenseFeatures(nn.Sequential):
         ):
             return 1, _conv_to_channels_last(first, x)
         return 1, first(x)
+
+
+def _same_processes(chains: list[Chain], norm: nn.Module) -> bool:
+    """Whether a norm behind a block takes the block's statistics."""
+    return same_processes((chains[0].norms[0], norm))
 
 
 def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:

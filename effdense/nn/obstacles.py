@@ -12,12 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from effdense.synchronize import processes_of
+
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+)  # the last for any number of dimensions
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 ACTIVATIONS = (nn.ReLU,)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PROCESSES = "its norms are synchronised over different processes, or some only"
 TRANSITION = {"norm": None, "relu": None, "conv": 1}
 
 
@@ -81,7 +89,8 @@ def chain_obstacle(
     """
     if not ignore_hooks and (reason := global_hooks()) is not None:
         return reason
-    spatial = {}
+    spatial: dict[str, int] = {}
+    norms: list[Any] = []
     for name, kernel in parts.items():
         kinds = CONVS if kernel else NORMS if name.startswith("norm") else ACTIVATIONS
         module = children.get(name)
@@ -90,11 +99,12 @@ def chain_obstacle(
             reason = conv_obstacle(name, module, kernel)
         if reason is not None:
             return reason
-        if kinds is not ACTIVATIONS:
+        norms += [module] if kinds is NORMS else []
+        if kinds is not ACTIVATIONS and type(module) is not nn.SyncBatchNorm:
             spatial[name] = kinds.index(type(module)) + 1
     if len(set(spatial.values())) > 1:
         return f"its submodules have different numbers of spatial dimensions: {spatial}"
-    return None
+    return None if same_processes(norms) else PROCESSES
 
 
 def transition_obstacle(children: Mapping[str, nn.Module | None], ignore_hooks: bool = False) -> str | None:
@@ -111,15 +121,23 @@ def each(value: int | Iterable[int], spatial: int) -> tuple[int, ...]:
     return sizes * spatial if len(sizes) == 1 else sizes
 
 
-def dimensions(norm: Any) -> int:
-    """How many spatial dimensions a batch norm is for."""
-    return next(i for i, kind in enumerate(NORMS, start=1) if isinstance(norm, kind))
+def dimensions(norm: Any) -> int | None:
+    """How many spatial dimensions a batch norm is for; None: any."""
+    return next((i for i, kind in enumerate(NORMS[:3], start=1) if isinstance(norm, kind)), None)
+
+
+def same_processes(norms: Iterable[nn.Module]) -> bool:
+    """Whether the batches of which norms take statistics are of the same processes (nn.SyncBatchNorm)."""
+    processes = [processes_of(norm) for norm in norms]
+    return all(p == processes[0] for p in processes)
 
 
 def plain_avg_pool(pool: Any, norm: Any, ignore_hooks: bool = False) -> tuple[int, ...] | None:
     """The kernel size of an average pool over windows side by side, of norm's dimensions; None if it is not one."""
-    spatial = dimensions(norm)
-    if module_obstacle("pool", pool, (AVG_POOLS[spatial - 1],), ignore_hooks) is not None or pool.ceil_mode:
+    if module_obstacle("pool", pool, AVG_POOLS, ignore_hooks) is not None or pool.ceil_mode:
+        return None
+    spatial = AVG_POOLS.index(type(pool)) + 1
+    if dimensions(norm) not in (None, spatial):
         return None
     kernel, stride, padding = (each(v, spatial) for v in (pool.kernel_size, pool.stride, pool.padding))
     plain = kernel == stride and not any(padding) and getattr(pool, "divisor_override", None) is None
@@ -128,11 +146,10 @@ def plain_avg_pool(pool: Any, norm: Any, ignore_hooks: bool = False) -> tuple[in
 
 def plain_max_pool(pool: Any, norm: Any) -> tuple[tuple[int, ...], ...] | None:
     """Kernel size, stride and padding of a max pool of norm's dimensions; None if it does more."""
-    spatial = NORMS.index(type(norm)) + 1
-    kind = MAX_POOLS[spatial - 1]
-    if module_obstacle("pool", pool, (kind,)) is not None or pool.ceil_mode or pool.return_indices:
+    if module_obstacle("pool", pool, MAX_POOLS) is not None or pool.ceil_mode or pool.return_indices:
         return None
-    if any(d != 1 for d in each(pool.dilation, spatial)):
+    spatial = MAX_POOLS.index(type(pool)) + 1
+    if dimensions(norm) not in (None, spatial) or any(d != 1 for d in each(pool.dilation, spatial)):
         return None
     kernel, stride, padding = (each(v, spatial) for v in (pool.kernel_size, pool.stride, pool.padding))
     return (kernel, stride, padding) if torch.Size(kernel).numel() <= 256 else None

@@ -17,11 +17,13 @@ from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,
     NORMS,
+    PROCESSES,
     changed,
     conv_obstacle,
     dimensions,
     global_hooks,
     plain_avg_pool,
+    same_processes,
 )
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -126,7 +128,7 @@ def read_layer(name: str, layer: nn.Module, everywhere: bool = False, hooks: boo
             )
     if not 1 <= len(convs) <= 2 or len(norms) != len(convs):
         raise Obstacle(f"{name} has {len(norms)} norms and {len(convs)} convolutions, not one or two of both")
-    spatial = {dimensions(n) for n in norms} | {CONVS.index(type(c)) + 1 for c in convs}
+    spatial = {dimensions(n) for n in norms} - {None} | {CONVS.index(type(c)) + 1 for c in convs}
     if len(spatial) > 1:
         raise Obstacle(f"{name}'s submodules have different numbers of spatial dimensions")
     for path, conv, kernel in zip(paths, convs, (1, 3)[-len(convs) :], strict=True):
@@ -170,6 +172,8 @@ def read_block(block: nn.Module, everywhere: bool = False, hooks: bool = True) -
             )
         if len(after.convs) != len(before.convs):
             raise Obstacle(f"{after.name} and {before.name} have different numbers of convolutions")
+    if not same_processes(norm for chain in chains for norm in chain.norms):
+        raise Obstacle(PROCESSES)
     return chains
 
 
@@ -187,7 +191,8 @@ def looks_like_block(module: nn.Module) -> bool:
 
 def kinds_of(module: nn.Module) -> tuple[type, ...]:
     """The classes of all submodules: what convert has compared, and what must not change after it."""
-    return tuple(type(m) for _, m in _walk("", module, False))
+    kinds = (type(m) for _, m in _walk("", module, False))
+    return tuple(nn.BatchNorm2d if kind in NORMS else kind for kind in kinds)  # they compute the same
 
 
 def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Any, tuple[int, ...], Any]:
@@ -203,6 +208,7 @@ def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Any, tuple[i
     if (reason := conv_obstacle("its convolution", conv, 1)) is not None:
         raise Obstacle(reason)
     kernel = plain_avg_pool(pool, norm, not hooks)
-    if type(conv) is not CONVS[dimensions(norm) - 1] or kernel is None:
+    spatial = CONVS.index(type(conv)) + 1
+    if kernel is None or len(kernel) != spatial or dimensions(norm) not in (None, spatial):
         raise Obstacle("its pool is not an average over windows side by side")
     return norm, kernel, conv
