@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effdense.operators import operators
 from effdense.reference import accumulate_dtype
-from effdense.synchronize import group_of, join_coefficients, join_count
+from effdense.synchronize import group_of, join_coefficients, joint_unbiased
 
 
 class Norm(NamedTuple):
@@ -146,7 +146,7 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
     if counters:
         torch.ops.effdense.count_batches(counters)
     if group and updates:
-        variances = torch.ops.effdense.joint_unbiased([u.var for u in updates], count, group)
+        variances = joint_unbiased(group, [u.var for u in updates], count)
         updates = [u._replace(var=var) for u, var in zip(updates, variances, strict=True)]
     update_running_statistics(updates, count, not group)
 
@@ -156,7 +156,6 @@ _library.define(
     "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()"
 )
 _library.define("count_batches(Tensor(a!)[] counters) -> ()")
-_library.define("joint_unbiased(Tensor[] variances, int count, str group) -> Tensor[]")
 
 
 @torch.library.impl(_library, "update_running_statistics", "CompositeExplicitAutograd")
@@ -172,14 +171,6 @@ def _count(counters: list[Tensor]) -> None:
     torch._foreach_add_(counters, 1)
 
 
-@torch.library.impl(_library, "joint_unbiased", "CompositeExplicitAutograd")
-def _joint_unbiased(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
-    """Unbiased variances of all processes' values, of which `count` are here."""
-    total = join_count(group, count, variances[0])
-    unbiased = total / (total - 1).clamp(min=1)
-    return [var * unbiased.to(var.dtype) for var in variances]
-
-
 @torch.library.register_fake("effdense::update_running_statistics")
 def _(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
     return None
@@ -188,8 +179,3 @@ def _(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[
 @torch.library.register_fake("effdense::count_batches")
 def _(counters: list[Tensor]) -> None:
     return None
-
-
-@torch.library.register_fake("effdense::joint_unbiased")
-def _(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
-    return [torch.empty_like(var) for var in variances]

@@ -42,6 +42,33 @@ def join_statistics(group: str, mean: Tensor, var: Tensor, count: int) -> tuple[
     """Mean and biased variance [C] over all processes; mean and var are those of `count` values here."""
     if not group:
         return mean, var
+    joint: tuple[Tensor, Tensor] = torch.ops.effdense.join_statistics(mean, var, count, group)
+    return joint
+
+
+def join_coefficients(group: str, a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The sums over all processes of a and b [C], divided by the number of all values, of which `count` are here."""
+    if not group:
+        return a, b
+    joint: tuple[Tensor, Tensor] = torch.ops.effdense.join_coefficients(a, b, count, group)
+    return joint
+
+
+def joint_unbiased(group: str, variances: list[Tensor], count: int) -> list[Tensor]:
+    """Unbiased variances of all processes' values, of which `count` are here, from biased ones."""
+    unbiased: list[Tensor] = torch.ops.effdense.joint_unbiased(variances, count, group)
+    return unbiased
+
+
+_library = torch.library.Library("effdense", "FRAGMENT")
+_PAIR = "(Tensor, Tensor)"
+_library.define(f"join_statistics(Tensor mean, Tensor var, int count, str group) -> {_PAIR}")
+_library.define(f"join_coefficients(Tensor a, Tensor b, int count, str group) -> {_PAIR}")
+_library.define("joint_unbiased(Tensor[] variances, int count, str group) -> Tensor[]")
+
+
+@torch.library.impl(_library, "join_statistics", "CompositeExplicitAutograd")
+def _join_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
     mine = torch.cat([mean, var, mean.new_full((1,), count)])
     processes = _processes(group)
     parts = [torch.empty_like(mine) for _ in range(processes.size())]
@@ -52,19 +79,28 @@ def join_statistics(group: str, mean: Tensor, var: Tensor, count: int) -> tuple[
     return joint, (weights * (variances + (means - joint) ** 2)).sum(0)
 
 
-def join_coefficients(group: str, a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The sum over all processes of a and b [C], which each made for one value, by the number of values, `count` here."""
-    if not group:
-        return a, b
+@torch.library.impl(_library, "join_coefficients", "CompositeExplicitAutograd")
+def _join_coefficients(a: Tensor, b: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
     joint = torch.cat([a, b, a.new_full((1,), count)])
     dist.all_reduce(joint, group=_processes(group))
     a, b, total = joint.split([len(a), len(b), 1])
     return a / total, b / total
 
 
-def join_count(group: str, count: int, like: Tensor) -> Tensor:
-    """The number of values of all processes, in float64 on the device of `like`."""
-    total = torch.full((), count, dtype=torch.float64, device=like.device)
-    if group:
-        dist.all_reduce(total, group=_processes(group))
-    return total
+@torch.library.impl(_library, "joint_unbiased", "CompositeExplicitAutograd")
+def _joint_unbiased(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
+    total = torch.full((), count, dtype=torch.float64, device=variances[0].device)
+    dist.all_reduce(total, group=_processes(group))
+    factor = total / (total - 1).clamp(min=1)
+    return [var * factor.to(var.dtype) for var in variances]
+
+
+@torch.library.register_fake("effdense::join_statistics")
+@torch.library.register_fake("effdense::join_coefficients")
+def _(one: Tensor, other: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(one), torch.empty_like(other)
+
+
+@torch.library.register_fake("effdense::joint_unbiased")
+def _(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
+    return [torch.empty_like(var) for var in variances]
