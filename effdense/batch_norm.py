@@ -84,17 +84,17 @@ class Update(NamedTuple):
 def update_running_statistics(updates: Sequence[Update], count: int) -> None:
     """running <- (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` values.
 
-    Nothing for an empty batch. All at once: torch.compile takes tens of seconds over hundreds of small updates.
+    Nothing for an empty batch. All at once: torch.compile takes tens of seconds over hundreds of small updates. What follows from
+    `count` is computed inside, so that torch.compile makes one graph for every batch size.
     """
-    unbiased = count / max(count - 1, 1)
-    pairs = [
-        (running, batch, 1 - u.momentum, u.momentum * factor)
+    parts = [
+        (running, batch, u.momentum, unbiased)
         for u in updates
-        for running, batch, factor in ((u.running_mean, u.mean, 1.0), (u.running_var, u.var, unbiased))
+        for running, batch, unbiased in ((u.running_mean, u.mean, False), (u.running_var, u.var, True))
         if running is not None
     ]
-    if pairs and count > 0:
-        torch.ops.effdense.update_running_statistics(*map(list, zip(*pairs, strict=True)))
+    if parts:
+        torch.ops.effdense.move_running_statistics(*map(list, zip(*parts, strict=True)), count)
 
 
 def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> None:
@@ -119,9 +119,24 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
 
 _library = torch.library.Library("effdense", "FRAGMENT")
 _library.define(
+    "move_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] momentum, bool[] unbiased, SymInt count)"
+    " -> ()"
+)
+_library.define(
     "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()"
 )
 _library.define("count_batches(Tensor(a!)[] counters) -> ()")
+
+
+@torch.library.impl(_library, "move_running_statistics", "CompositeExplicitAutograd")
+def _move(
+    running: list[Tensor], batch: list[Tensor], momentum: list[float], unbiased: list[bool], count: int
+) -> None:
+    if count == 0:
+        return
+    factor = count / max(count - 1, 1)
+    take = [m * factor if u else m for m, u in zip(momentum, unbiased, strict=True)]
+    torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], take)
 
 
 @torch.library.impl(_library, "update_running_statistics", "CompositeExplicitAutograd")
@@ -137,11 +152,8 @@ def _count(counters: list[Tensor]) -> None:
     torch._foreach_add_(counters, 1)
 
 
-@torch.library.register_fake("effdense::update_running_statistics")
-def _(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
-    return None
+for _name in ("move_running_statistics", "update_running_statistics", "count_batches"):
 
-
-@torch.library.register_fake("effdense::count_batches")
-def _(counters: list[Tensor]) -> None:
-    return None
+    @torch.library.register_fake(f"effdense::{_name}")
+    def _(*_: Any) -> None:
+        return None

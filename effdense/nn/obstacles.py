@@ -5,7 +5,6 @@ Every function returns the reason in words, or None.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,7 +16,6 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 ACTIVATIONS = (nn.ReLU,)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TRANSITION = {"norm": None, "relu": None, "conv": 1}
 
 
@@ -34,7 +32,8 @@ def module_obstacle(
 def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = False) -> str | None:
     """Why calling `module` could do something else than its class, whichever that is. `weighted`: it has a weight and a bias."""
     state = module.__dict__
-    if not ignore_hooks and any(state[hooks] for hooks in _HOOKS):
+    hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    if (hooked or state["_backward_hooks"] or state["_backward_pre_hooks"]) and not ignore_hooks:
         return f"{name} has hooks"
     if "forward" in state:
         return f"{name}.forward was replaced"
@@ -46,25 +45,19 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
     return None
 
 
-@functools.cache
-def _plain_conv(kernel: int, spatial: int) -> dict[str, Any]:
-    return {
-        "kernel_size": (kernel,) * spatial,
-        "stride": (1,) * spatial,
-        "padding": (kernel // 2,) * spatial,
-        "dilation": (1,) * spatial,
-        "groups": 1,
-        "padding_mode": "zeros",
-    }
+_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
     """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size."""
-    for attribute, value in _plain_conv(kernel, len(conv.kernel_size)).items():
-        got = getattr(conv, attribute)
-        if got != value:
-            return f"{name}.{attribute} is {got}, not {value}"
-    return None
+    spatial = len(conv.kernel_size)
+    ones = (1,) * spatial
+    plain = (kernel,) * spatial, ones, (kernel // 2,) * spatial, ones, 1, "zeros"
+    got = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    if got == plain:
+        return None
+    attribute, is_, wanted = next(t for t in zip(_CONV, got, plain, strict=True) if t[1] != t[2])
+    return f"{name}.{attribute} is {is_}, not {wanted}"
 
 
 def global_hooks() -> str | None:
