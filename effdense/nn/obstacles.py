@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,9 +40,14 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
         return f"{name}.forward was replaced"
     for parameter in ("weight", "bias") if weighted else ():
         # Weight norm, pruning and the like put a tensor in its place; quantisation a subclass.
-        tensor = state["_parameters"].get(parameter, module)
-        if tensor is not None and type(tensor) is not nn.Parameter:
-            return f"{name}.{parameter} is not a plain parameter"
+        # nn.DataParallel's replicas and torch.func.functional_call have plain tensors where their parameters were.
+        former = state.get("_former_parameters", {})
+        tensor = state["_parameters"].get(parameter, former.get(parameter, module))
+        if tensor is None or type(tensor) in (nn.Parameter, torch.Tensor):
+            continue
+        if type(tensor).__name__ == "DTensor":
+            return f"{name}.{parameter} is sharded; convert before fully_shard, in whose forward parameters are whole"
+        return f"{name}.{parameter} is not a plain parameter"
     return None
 
 
@@ -60,9 +66,25 @@ def conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
     return f"{name}.{attribute} is {is_}, not {wanted}"
 
 
-def global_hooks() -> str | None:
-    """Whether hooks are registered that every module would call."""
-    return "a global module hook is registered" if nn.modules.module._has_any_global_hook() else None
+def global_obstacle() -> str | None:
+    """Why nothing can run fused at the moment: hooks that every module would call, and what can take PyTorch's own operators only."""
+    if nn.modules.module._has_any_global_hook():
+        return "a global module hook is registered"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "torch.jit.trace wants PyTorch's own operators"
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "forward-mode derivatives and torch.func's transforms want PyTorch's own operators"
+    return None
+
+
+def refuse_scripting(module: nn.Module) -> None:
+    """What torch.jit.script calls first (`__prepare_scriptable__`)."""
+    raise TypeError(
+        f"torch.jit.script: {type(module).__name__} cannot be scripted; script what effdense.revert(model) gives back, or "
+        "use torch.jit.trace"
+    )
 
 
 def chain_obstacle(
@@ -72,7 +94,7 @@ def chain_obstacle(
 
     `parts` names the chain: each norm, relu (None) and convolution (its kernel size), by the name's beginning.
     """
-    if not ignore_hooks and (reason := global_hooks()) is not None:
+    if not ignore_hooks and (reason := global_obstacle()) is not None:
         return reason
     spatial = {}
     for name, kernel in parts.items():
