@@ -23,6 +23,7 @@ from effdense import batch_norm, check, dense_block, operators
 OPAQUE: dict[str, Callable[..., Any]] = {
     "dense_stage": dense_block._dense_stage,
     "dense_stage_backward": dense_block._dense_stage_backward,
+    "move_running_statistics": batch_norm._move,
     "update_running_statistics": batch_norm._update,
     "count_batches": batch_norm._count,
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effdense.operators import operators
 from effdense.reference import accumulate_dtype
-from effdense.synchronize import group_of, join_coefficients, joint_unbiased
+from effdense.synchronize import group_of, join_coefficients, joint_count
 
 
 class Norm(NamedTuple):
@@ -111,20 +111,20 @@ class Update(NamedTuple):
     momentum: float
 
 
-def update_running_statistics(updates: Sequence[Update], count: int, biased: bool = True) -> None:
-    """running <- (1 - momentum) * running + momentum * batch, where variances that are `biased` are those of `count` values.
+def update_running_statistics(updates: Sequence[Update], count: int, group: str = "") -> None:
+    """running <- (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` values, or of a group's.
 
-    Nothing for an empty batch. All at once: torch.compile takes tens of seconds over hundreds of small updates.
+    Nothing for an empty batch. All at once: torch.compile takes tens of seconds over hundreds of small updates. What follows from
+    `count` is computed inside, so that torch.compile makes one graph for every batch size.
     """
-    unbiased = count / max(count - 1, 1) if biased else 1.0
-    pairs = [
-        (running, batch, 1 - u.momentum, u.momentum * factor)
+    parts = [
+        (running, batch, u.momentum, unbiased)
         for u in updates
-        for running, batch, factor in ((u.running_mean, u.mean, 1.0), (u.running_var, u.var, unbiased))
+        for running, batch, unbiased in ((u.running_mean, u.mean, False), (u.running_var, u.var, True))
         if running is not None
     ]
-    if pairs and (count > 0 or not biased):
-        torch.ops.effdense.update_running_statistics(*map(list, zip(*pairs, strict=True)))
+    if parts:
+        torch.ops.effdense.move_running_statistics(*map(list, zip(*parts, strict=True)), count, group)
 
 
 def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> None:
@@ -145,17 +145,40 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
         updates.append(Update(module.running_mean, module.running_var, mean, var, momentum or 0.0))
     if counters:
         torch.ops.effdense.count_batches(counters)
-    if group and updates:
-        variances = joint_unbiased(group, [u.var for u in updates], count)
-        updates = [u._replace(var=var) for u, var in zip(updates, variances, strict=True)]
-    update_running_statistics(updates, count, not group)
+    update_running_statistics(updates, count, group)
 
 
 _library = torch.library.Library("effdense", "FRAGMENT")
 _library.define(
+    "move_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] momentum, bool[] unbiased, SymInt count,"
+    " str group) -> ()"
+)
+_library.define(
     "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()"
 )
 _library.define("count_batches(Tensor(a!)[] counters) -> ()")
+
+
+@torch.library.impl(_library, "move_running_statistics", "CompositeExplicitAutograd")
+def _move(
+    running: list[Tensor],
+    batch: list[Tensor],
+    momentum: list[float],
+    unbiased: list[bool],
+    count: int,
+    group: str,
+) -> None:
+    take = momentum
+    if group:  # the number of values is known to the device only
+        joint = joint_count(group, count, batch[0])
+        scale = joint / (joint - 1).clamp(min=1)
+        batch = [b * scale if u else b for b, u in zip(batch, unbiased, strict=True)]
+    elif count == 0:
+        return
+    else:
+        factor = count / max(count - 1, 1)
+        take = [m * factor if u else m for m, u in zip(momentum, unbiased, strict=True)]
+    torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], take)
 
 
 @torch.library.impl(_library, "update_running_statistics", "CompositeExplicitAutograd")
@@ -171,11 +194,8 @@ def _count(counters: list[Tensor]) -> None:
     torch._foreach_add_(counters, 1)
 
 
-@torch.library.register_fake("effdense::update_running_statistics")
-def _(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
-    return None
+for _name in ("move_running_statistics", "update_running_statistics", "count_batches"):
 
-
-@torch.library.register_fake("effdense::count_batches")
-def _(counters: list[Tensor]) -> None:
-    return None
+    @torch.library.register_fake(f"effdense::{_name}")
+    def _(*_: Any) -> None:
+        return None

@@ -126,7 +126,8 @@ def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
         return None
     lost = {name for name in set(dir(type(module))) - set(dir(ours)) - _INTERNAL if not name.startswith("_")}
     if lost:
-        return f"its class has more than a DenseNet's: {', '.join(sorted(lost))}"
+        more = ", …" if len(lost) > 5 else ""
+        return f"its class has more than a DenseNet's: {', '.join(sorted(lost)[:5])}{more}"
     if ours is Transition:
         return transition_obstacle(module._modules, ignore_hooks=True)
     if not issubclass(ours, _LAYERS):
@@ -336,6 +337,17 @@ class _Examiner:
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
+def _check_model(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{op}: {name or 'model'} is a {type(module).__name__}: its code is fixed already; "
+                "convert before torch.jit.trace"
+            )
+
+
 def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     """Makes the dense layers, blocks, transitions, stem and head of `model` run fused, in place.
 
@@ -354,10 +366,9 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
         The same model.
 
     Raises:
-        TypeError: model is not a module.  ValueError: there is no such memory mode.
+        TypeError: model is not a module, or has parts that torch.jit has compiled.  ValueError: there is no such memory mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_model("convert", model)
     check_memory("convert", memory)
     examine = _Examiner()
     for module, ours in [(m, ours) for _, m, ours, reason in examine.find(model) if reason is None]:
@@ -401,8 +412,7 @@ def report(model: nn.Module) -> Report:
 
     It looks at the model as it is now: a hook that was put on after `convert` shows.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_model("report", model)
     entries = Report()
     for name, module, ours, reason in _Examiner().find(model):
         converted = isinstance(module, (*_OURS, Foreign))

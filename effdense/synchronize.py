@@ -54,17 +54,17 @@ def join_coefficients(group: str, a: Tensor, b: Tensor, count: int) -> tuple[Ten
     return joint
 
 
-def joint_unbiased(group: str, variances: list[Tensor], count: int) -> list[Tensor]:
-    """Unbiased variances of all processes' values, of which `count` are here, from biased ones."""
-    unbiased: list[Tensor] = torch.ops.effdense.joint_unbiased(variances, count, group)
-    return unbiased
+def joint_count(group: str, count: int, like: Tensor) -> Tensor:
+    """The number of values of all processes, of which `count` are here, in float64 on the device of `like`."""
+    joint = torch.full((), count, dtype=torch.float64, device=like.device)
+    dist.all_reduce(joint, group=_processes(group))
+    return joint
 
 
 _library = torch.library.Library("effdense", "FRAGMENT")
 _PAIR = "(Tensor, Tensor)"
-_library.define(f"join_statistics(Tensor mean, Tensor var, int count, str group) -> {_PAIR}")
-_library.define(f"join_coefficients(Tensor a, Tensor b, int count, str group) -> {_PAIR}")
-_library.define("joint_unbiased(Tensor[] variances, int count, str group) -> Tensor[]")
+_library.define(f"join_statistics(Tensor mean, Tensor var, SymInt count, str group) -> {_PAIR}")
+_library.define(f"join_coefficients(Tensor a, Tensor b, SymInt count, str group) -> {_PAIR}")
 
 
 @torch.library.impl(_library, "join_statistics", "CompositeExplicitAutograd")
@@ -87,20 +87,7 @@ def _join_coefficients(a: Tensor, b: Tensor, count: int, group: str) -> tuple[Te
     return a / total, b / total
 
 
-@torch.library.impl(_library, "joint_unbiased", "CompositeExplicitAutograd")
-def _joint_unbiased(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
-    total = torch.full((), count, dtype=torch.float64, device=variances[0].device)
-    dist.all_reduce(total, group=_processes(group))
-    factor = total / (total - 1).clamp(min=1)
-    return [var * factor.to(var.dtype) for var in variances]
-
-
 @torch.library.register_fake("effdense::join_statistics")
 @torch.library.register_fake("effdense::join_coefficients")
 def _(one: Tensor, other: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(one), torch.empty_like(other)
-
-
-@torch.library.register_fake("effdense::joint_unbiased")
-def _(variances: list[Tensor], count: int, group: str) -> list[Tensor]:
-    return [torch.empty_like(var) for var in variances]

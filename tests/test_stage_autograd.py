@@ -326,6 +326,8 @@ def test_operators_that_move_statistics() -> None:
     buffers, values = [torch.rand(3), torch.rand(4).double()], [torch.rand(3), torch.rand(4).double()]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     update, count = torch.ops.effdense.update_running_statistics, torch.ops.effdense.count_batches
+    move, arguments = torch.ops.effdense.move_running_statistics, (buffers, values, [0.1, 0.5], [False, True])
+    torch.library.opcheck(move.default, (*arguments, 6, ""), test_utils=tests)
     torch.library.opcheck(update.default, (buffers, values, [0.9, 0.5], [0.1, 0.5]), test_utils=tests)
     torch.library.opcheck(count.default, ([torch.tensor(3), torch.tensor(0)],), test_utils=tests)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from effdense.nn.layers import fits, run_stage, run_transition
+from effdense.nn.obstacles import refuse_scripting
 from effdense.nn.structure import Chain, Obstacle, kinds_of, read_block, read_transition
 
 
@@ -22,6 +23,7 @@ class Foreign(nn.Module):
     kind: ClassVar[str]  # what a report calls it
     # The memory mode; whether a layer's rate of dropout is for all its convolutions; what kinds_of said to convert.
     _effdense: tuple[str, bool, tuple[type, ...]]
+    __prepare_scriptable__ = refuse_scripting
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By its own class: the subclass has no name that pickle could find."""

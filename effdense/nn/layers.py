@@ -26,9 +26,10 @@ from effdense.nn.obstacles import (
     NORMS,
     PROCESSES,
     chain_obstacle,
-    global_hooks,
+    global_obstacle,
     module_obstacle,
     plain_avg_pool,
+    refuse_scripting,
     same_processes,
     transition_obstacle,
 )
@@ -48,6 +49,7 @@ class _Layer(nn.Module):
 
     parts: ClassVar[Mapping[str, int | None]] = {}  # the chain of submodules; see chain_obstacle
     drop_rate: float
+    __prepare_scriptable__ = refuse_scripting
 
     @property
     def memory(self) -> str:
@@ -230,6 +232,8 @@ class DenseBlock(nn.ModuleDict):
         growth_rate, drop_rate, memory_efficient, memory, bias, dropout_after_bottleneck, spatial_dims: see DenseLayer.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __init__(
         self,
         num_layers: int,
@@ -257,7 +261,7 @@ class DenseBlock(nn.ModuleDict):
 
     def obstacle(self) -> str | None:
         """Why the block runs its layers one by one at the moment, or None where it runs as a whole."""
-        if (reason := global_hooks()) is not None:
+        if (reason := global_obstacle()) is not None:
             return reason
         layers: list[Any] = list(self.values())
         if not layers:
@@ -392,6 +396,8 @@ class Transition(nn.Sequential):
         bias: whether the convolution has a bias.
         spatial_dims: 1, 2 or 3.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2

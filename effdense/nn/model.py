@@ -16,9 +16,10 @@ from effdense.nn.obstacles import (
     CONVS,
     NORMS,
     changed,
-    global_hooks,
+    global_obstacle,
     module_obstacle,
     plain_max_pool,
+    refuse_scripting,
     same_processes,
 )
 from effdense.nn.structure import Chain
@@ -44,9 +45,11 @@ class DenseFeatures(nn.Sequential):
     What it does not know, and what carries hooks, it calls as nn.Sequential does.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def obstacle(self) -> str | None:
         """Why every submodule is called one by one at the moment, or None."""
-        return global_hooks()
+        return global_obstacle()
 
     def forward(self, input: Tensor) -> Tensor:
         """What the submodules make of `input`, one after the other."""
@@ -130,6 +133,8 @@ class DenseNet(nn.Module):
         features: gives [N, C, *spatial].
         classifier: takes [N, C].
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
         super().__init__()

@@ -5,12 +5,12 @@ Every function returns the reason in words, or None.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from effdense.synchronize import processes_of
 
@@ -24,7 +24,6 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 ACTIVATIONS = (nn.ReLU,)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PROCESSES = "its norms are synchronised over different processes, or some only"
 TRANSITION = {"norm": None, "relu": None, "conv": 1}
 
@@ -42,42 +41,58 @@ def module_obstacle(
 def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = False) -> str | None:
     """Why calling `module` could do something else than its class, whichever that is. `weighted`: it has a weight and a bias."""
     state = module.__dict__
-    if not ignore_hooks and any(state[hooks] for hooks in _HOOKS):
+    hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    if (hooked or state["_backward_hooks"] or state["_backward_pre_hooks"]) and not ignore_hooks:
         return f"{name} has hooks"
     if "forward" in state:
         return f"{name}.forward was replaced"
     for parameter in ("weight", "bias") if weighted else ():
         # Weight norm, pruning and the like put a tensor in its place; quantisation a subclass.
-        tensor = state["_parameters"].get(parameter, module)
-        if tensor is not None and type(tensor) is not nn.Parameter:
-            return f"{name}.{parameter} is not a plain parameter"
+        # nn.DataParallel's replicas and torch.func.functional_call have plain tensors where their parameters were.
+        former = state.get("_former_parameters", {})
+        tensor = state["_parameters"].get(parameter, former.get(parameter, module))
+        if tensor is None or type(tensor) in (nn.Parameter, torch.Tensor):
+            continue
+        if type(tensor).__name__ == "DTensor":
+            return f"{name}.{parameter} is sharded; convert before fully_shard, in whose forward parameters are whole"
+        return f"{name}.{parameter} is not a plain parameter"
     return None
 
 
-@functools.cache
-def _plain_conv(kernel: int, spatial: int) -> dict[str, Any]:
-    return {
-        "kernel_size": (kernel,) * spatial,
-        "stride": (1,) * spatial,
-        "padding": (kernel // 2,) * spatial,
-        "dilation": (1,) * spatial,
-        "groups": 1,
-        "padding_mode": "zeros",
-    }
+_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
     """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size."""
-    for attribute, value in _plain_conv(kernel, len(conv.kernel_size)).items():
-        got = getattr(conv, attribute)
-        if got != value:
-            return f"{name}.{attribute} is {got}, not {value}"
+    spatial = len(conv.kernel_size)
+    ones = (1,) * spatial
+    plain = (kernel,) * spatial, ones, (kernel // 2,) * spatial, ones, 1, "zeros"
+    got = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    if got == plain:
+        return None
+    attribute, is_, wanted = next(t for t in zip(_CONV, got, plain, strict=True) if t[1] != t[2])
+    return f"{name}.{attribute} is {is_}, not {wanted}"
+
+
+def global_obstacle() -> str | None:
+    """Why nothing can run fused at the moment: hooks that every module would call, and what can take PyTorch's own operators only."""
+    if nn.modules.module._has_any_global_hook():
+        return "a global module hook is registered"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "torch.jit.trace wants PyTorch's own operators"
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "forward-mode derivatives and torch.func's transforms want PyTorch's own operators"
     return None
 
 
-def global_hooks() -> str | None:
-    """Whether hooks are registered that every module would call."""
-    return "a global module hook is registered" if nn.modules.module._has_any_global_hook() else None
+def refuse_scripting(module: nn.Module) -> None:
+    """What torch.jit.script calls first (`__prepare_scriptable__`)."""
+    raise TypeError(
+        f"torch.jit.script: {type(module).__name__} cannot be scripted; script what effdense.revert(model) gives back, or "
+        "use torch.jit.trace"
+    )
 
 
 def chain_obstacle(
@@ -87,7 +102,7 @@ def chain_obstacle(
 
     `parts` names the chain: each norm, relu (None) and convolution (its kernel size), by the name's beginning.
     """
-    if not ignore_hooks and (reason := global_hooks()) is not None:
+    if not ignore_hooks and (reason := global_obstacle()) is not None:
         return reason
     spatial: dict[str, int] = {}
     norms: list[Any] = []

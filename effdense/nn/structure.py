@@ -21,7 +21,7 @@ from effdense.nn.obstacles import (
     changed,
     conv_obstacle,
     dimensions,
-    global_hooks,
+    global_obstacle,
     plain_avg_pool,
     same_processes,
 )
@@ -154,7 +154,7 @@ def layers_of(block: nn.Module) -> dict[str, nn.Module]:
 
 def read_block(block: nn.Module, everywhere: bool = False, hooks: bool = True) -> list[Chain]:
     """The chains of a dense block, or an Obstacle: layers of which each reads what the one before it reads and adds."""
-    if hooks and (reason := global_hooks()) is not None:
+    if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
     layers = layers_of(block)
     if len(block._modules) == 1:
@@ -197,7 +197,7 @@ def kinds_of(module: nn.Module) -> tuple[type, ...]:
 
 def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Any, tuple[int, ...], Any]:
     """Norm, the pool's kernel size and convolution of a norm, ReLUs, a 1x1 convolution and an average pool over windows side by side, in this order; else an Obstacle."""
-    if hooks and (reason := global_hooks()) is not None:
+    if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
     modules = [m for _, m in _walk("", module, hooks) if not _is_container(m)]
     leaves = [m for m in modules if type(m) not in (*ACTIVATIONS, nn.Identity)]
