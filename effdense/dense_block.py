@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from effdense.autograd import differentiable_once, empty_channels_last, without_autocast
 from effdense.engine import backward, empty_buffer, forward
@@ -170,10 +169,8 @@ def run(
     """
     tensors = (x, *parameters)
     needs = [t is not None and t.requires_grad for t in tensors]
-    # A node is also what refuses forward mode, where nothing need require a gradient.
-    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    if forward_mode or (torch.is_grad_enabled() and any(needs)):
-        lowest = -1 if needs[0] or not any(needs) else (needs.index(True) - 1) // settings.step
+    if torch.is_grad_enabled() and any(needs):
+        lowest = -1 if needs[0] else (needs.index(True) - 1) // settings.step
         settings = settings._replace(lowest=lowest)
         out, vectors, *_ = StageNode.apply(
             tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks

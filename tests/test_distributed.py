@@ -1,0 +1,124 @@
+"""Converted models in two processes: DistributedDataParallel and fully_shard, gradients against one process with the joined batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import effdense
+from benchmarks import models
+from effdense import dense_block
+from tests.processes import run_in_processes
+from tests.stages import assert_close
+
+PROCESSES = 2
+
+
+def make_net(training: bool = False) -> Any:
+    """In evaluation statistics are the running ones, and the joined batch's gradients the processes' mean."""
+    torch.manual_seed(0)
+    return models.DenseNet(4, (1, 1), 6, num_classes=5).double().train(training)
+
+
+def make_images() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=generator)
+
+
+def with_an_unused_layer(model: nn.Module) -> nn.Module:
+    model.unused = nn.Linear(2, 2)
+    return model
+
+
+def shard(model: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for block in (model.features.denseblock1, model.features.denseblock2):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+convert = effdense.convert
+WAYS: dict[str, Callable[[], nn.Module]] = {
+    "ddp": lambda: DistributedDataParallel(convert(make_net())),
+    "ddp, unused parameters": lambda: DistributedDataParallel(
+        with_an_unused_layer(convert(make_net())), find_unused_parameters=True
+    ),
+    "convert after ddp": lambda: convert(DistributedDataParallel(make_net())),
+    "fully_shard": lambda: shard(convert(make_net())),
+    "convert after fully_shard": lambda: convert(shard(make_net())),
+    "ddp, training": lambda: DistributedDataParallel(convert(make_net(True))),
+    "ddp, training, naive": lambda: DistributedDataParallel(make_net(True)),
+}
+
+
+class Run(NamedTuple):
+    gradients: list[Tensor | None]
+    buffers: list[Tensor]
+    stages: int  # dense blocks that ran fused in one step
+    report: str
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def run_all() -> dict[str, Run]:
+    runs, mine = {}, make_images().chunk(PROCESSES)[dist.get_rank()]
+    for way, make in WAYS.items():
+        model = make()
+        with mock.patch.object(dense_block, "run", wraps=dense_block.run) as run:
+            for _ in range(2):  # the second finds what the first has set up
+                run.reset_mock()
+                model.zero_grad()
+                loss_of(model, mine).backward()
+        grads = [p.grad for name, p in model.named_parameters() if "unused" not in name]
+        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+        runs[way] = Run(whole, list(model.buffers()), run.call_count, str(effdense.report(model)))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, Run]]:
+    return run_in_processes(run_all, PROCESSES)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "training" not in way])
+def test_gradients_are_those_of_the_joined_batch(way: str, runs: list[dict[str, Run]]) -> None:
+    single = make_net()
+    loss_of(single, make_images()).backward()
+    for run in runs:
+        assert run[way].stages == (0 if way == "convert after fully_shard" else 2)
+        assert_close(run[way].gradients, [p.grad for p in single.parameters()])
+
+
+def test_a_sharded_model_is_left_as_it_is(runs: list[dict[str, Run]]) -> None:
+    report = runs[0]["convert after fully_shard"].report
+    reason = "norm1.weight is sharded; convert before fully_shard, in whose forward parameters are whole"
+    assert f"features.denseblock1.denselayer1: not converted: {reason}" in report
+
+
+def test_training_is_that_of_the_naive_model(runs: list[dict[str, Run]]) -> None:
+    for run in runs:
+        ours, naive = run["ddp, training"], run["ddp, training, naive"]
+        assert (ours.stages, naive.stages) == (2, 0)
+        assert_close(ours.gradients + ours.buffers, naive.gradients + naive.buffers)
+
+
+def fail_in_one() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("no")
+    dist.barrier()
+
+
+def test_the_first_processs_error_is_the_one_that_is_raised() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)process 1:.*ValueError: no"):
+        run_in_processes(fail_in_one, PROCESSES)
