@@ -32,7 +32,7 @@ help:
 	@echo '    make test VENV=.venv-cuda TORCH="torch==2.14.1 torchvision==0.29.1"'
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(TESTS)
 
 demo: $(DEMO_STAMP)
 	$(BIN)/python -m benchmarks.demo
