@@ -19,9 +19,10 @@ TEST_STAMP := $(VENV)/.effdense-test
 DEMO_STAMP := $(VENV)/.effdense-bench
 LINT_STAMP := $(VENV)/.lint-$(firstword $(shell echo '$(LINT_TOOLS)' | cksum))
 
-.PHONY: help test demo lint format clean
+.PHONY: help torch test demo lint format clean
 
 help:
+	@echo 'make torch    install torch in $(VENV)'
 	@echo 'make test     install effdense in $(VENV) and run its tests'
 	@echo 'make demo     install effdense in $(VENV) and compare it with plain PyTorch on real images'
 	@echo 'make lint     check formatting, style and types'
@@ -31,8 +32,10 @@ help:
 	@echo 'PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH="$(TORCH)" can be set, e.g.'
 	@echo '    make test VENV=.venv-cuda TORCH="torch==2.14.1 torchvision==0.29.1"'
 
+torch: $(TORCH_STAMP)
+
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(TESTS)
 
 demo: $(DEMO_STAMP)
 	$(BIN)/python -m benchmarks.demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ from effdense import operators, reference
 from tests.cases import BACKENDS
 from tests.on_device import OnDevice
 from tests.simt.compiler import compile_operators, cuda_include
+
+# For what this process starts, pytest-xdist's workers above all: threads that wait leave the processor to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Nothing of it can run without.
 collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]

@@ -57,7 +57,7 @@ def assert_same_step(
         scale = a.grad.abs().max().item()
         assert (a.grad - b.grad).abs().max() <= tolerance * max(scale, 1.0), name
     for (name, a), b in zip(naive.named_buffers(), ours.buffers(), strict=True):
-        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=name)
+        assert torch.allclose(b, a, rtol=tolerance, atol=tolerance), name
 
 
 @pytest.mark.parametrize("memory", MEMORY)

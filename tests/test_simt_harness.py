@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.simt.compiler import ROOT, compile_for_cpu, compile_for_gpu, cuda_include
+from tests.simt.compiler import ROOT, SAMPLES, compile_for_gpu, compile_samples, cuda_include
 
-SAMPLES = ROOT / "tests" / "simt" / "samples"
 ORDERS = ["fwd", "rev", "20240229"]
 # The reports of ThreadSanitizer and AddressSanitizer end the process.
 SANITIZER_OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
@@ -43,23 +42,9 @@ Result = tuple[int, str]  # exit status, and what was printed
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Every variant of the samples is compiled once."""
-    built: dict[str, Path] = {}
-
-    def get(name: str, *flags: str) -> Path:
-        if name not in built:
-            output = tmp_path_factory.mktemp("simt") / name
-            built[name] = compile_for_cpu([SAMPLES / "driver.cpp"], output, *flags)
-        return built[name]
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def library(build: Callable[..., Path]) -> Callable[[str], Result]:
+def library() -> Callable[[str], Result]:
     """Runs a sample inside of this process, as a torch extension would."""
-    loaded = ctypes.CDLL(str(build("samples.so", "-shared")))
+    loaded = ctypes.CDLL(str(compile_samples("library", "-shared")))
 
     def run(sample: str) -> Result:
         words = [word.encode() for word in sample.split()]
@@ -71,13 +56,13 @@ def library(build: Callable[..., Path]) -> Callable[[str], Result]:
 
 
 @pytest.fixture(params=["ucontext", "address", "thread"])
-def variant(request: pytest.FixtureRequest, build: Callable[..., Path]) -> Callable[[str], Result]:
-    return executable(request.param, build)
+def variant(request: pytest.FixtureRequest) -> Callable[[str], Result]:
+    return executable(request.param)
 
 
-def executable(name: str, build: Callable[..., Path]) -> Callable[[str], Result]:
+def executable(name: str) -> Callable[[str], Result]:
     flags = ["-DSIMT_UCONTEXT"] if name == "ucontext" else [f"-fsanitize={name}", "-g1"]
-    program = build(name, "-O1", *flags)
+    program = compile_samples(name, "-O1", *flags)
 
     def run(sample: str) -> Result:
         environment = {**os.environ, **SANITIZER_OPTIONS}
@@ -150,7 +135,7 @@ def test_a_misuse_is_an_error_that_names_the_place(
     place, kernel, block = message.removeprefix("simt: ").split(": ")[:3]
     file, line = place.rsplit(":", 1)
     name = bug.split()[0]
-    assert Path(file).samefile(SAMPLES / "bugs.cu") and int(line) in lines_of(name)
+    assert (ROOT / file).samefile(SAMPLES / "bugs.cu") and int(line) in lines_of(name)
     assert f"{name}(" in kernel
     assert block.startswith("block (") and "thread (" in block
     # The launch was given up in the middle; the next one is as good as ever.
@@ -212,25 +197,21 @@ def test_a_broken_pipeline_gives_wrong_data(library: Callable[[str], Result], or
         ("static_shared_out_of_bounds", "WRITE of size 4"),
     ],
 )
-def test_address_sanitizer_finds_accesses_out_of_bounds(
-    build: Callable[..., Path], order: str, bug: str, report: str
-) -> None:
-    status, message = executable("address", build)(f"bug {bug}")
+def test_address_sanitizer_finds_accesses_out_of_bounds(order: str, bug: str, report: str) -> None:
+    status, message = executable("address")(f"bug {bug}")
     assert status not in (0, 2) and "AddressSanitizer" in message and report in message
     assert any(f"bugs.cu:{line}" in message for line in lines_of(bug)), message
 
 
 @pytest.mark.parametrize("bug", ["missing_barrier", "missing_barrier_that_works", "missing_syncwarp"])
-def test_thread_sanitizer_finds_missing_barriers(build: Callable[..., Path], order: str, bug: str) -> None:
-    status, message = executable("thread", build)(f"bug {bug}")
+def test_thread_sanitizer_finds_missing_barriers(order: str, bug: str) -> None:
+    status, message = executable("thread")(f"bug {bug}")
     assert status not in (0, 2) and "ThreadSanitizer: data race" in message
     assert any(f"bugs.cu:{line}" in message for line in lines_of(bug)), message
 
 
-def test_thread_sanitizer_finds_a_copy_into_a_stage_that_is_read(
-    build: Callable[..., Path], order: str
-) -> None:
-    status, message = executable("thread", build)("half 70 65 300 early_copy")
+def test_thread_sanitizer_finds_a_copy_into_a_stage_that_is_read(order: str) -> None:
+    status, message = executable("thread")("half 70 65 300 early_copy")
     assert status not in (0, 2) and "ThreadSanitizer: data race" in message and "cp_async" in message
 
 

@@ -5,6 +5,7 @@ The harness needs GCC's attributes noinit, naked and noipa: g++ 12 or later, no 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDES = [ROOT / "csrc" / "cuda", ROOT / "tests"]
+SAMPLES = ROOT / "tests" / "simt" / "samples"
 KERNELS = sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cu"))
 # -fno-strict-aliasing: kernels look at memory in pieces of 16 bytes, as nvcc lets them.
 # -Wa,--no-warn: the assembler would have .noinit, where __shared__ arrays go, take no space in the file.
@@ -44,7 +46,8 @@ def compile_for_cpu(sources: Sequence[Path], output: Path, *flags: str) -> Path:
 
     For AddressSanitizer or ThreadSanitizer (executables only): flags "-fsanitize=address" or "-fsanitize=thread".
     """
-    command = ["g++", *FLAGS, *flags, "-isystem", cuda_include()]
+    # Errors name files as seen from the repository's root, whichever clone the compiled file is from.
+    command = ["g++", *FLAGS, *flags, f"-ffile-prefix-map={ROOT}/=", "-isystem", cuda_include()]
     command += [f"-I{path}" for path in INCLUDES]
     _run([*command, "-x", "c++", *sources, "-o", output])
     return output
@@ -72,6 +75,13 @@ def compile_launchers(sanitizer: str) -> Path:
     return _linked(f"launchers-{sanitizer}", _objects(dict.fromkeys(sources, flags)), flags[-1])
 
 
+def compile_samples(variant: str, *flags: str) -> Path:
+    """The executable, or with -shared the library, that runs clean kernels and ones with planted bugs."""
+    made_of = [*sorted(SAMPLES.glob("*.c*")), *_headers()]
+    driver = SAMPLES / "driver.cpp"
+    return _once(f"samples-{variant}", made_of, flags, lambda to: compile_for_cpu([driver], to, *flags))
+
+
 def compile_for_gpu(source: Path, output: Path, architecture: str) -> Path:
     """An object file."""
     _run(
@@ -93,12 +103,14 @@ def compile_for_gpu(source: Path, output: Path, architecture: str) -> Path:
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effdense-simt"
 
 
+def _headers() -> list[Path]:
+    return sorted(path for folder in ("csrc", "tests/simt") for path in (ROOT / folder).rglob("*.*h"))
+
+
 def _object(source: Path, *flags: str) -> Path:
     """Compiled again when any header has changed, or a .cpp file of csrc/cuda, which operators.cpp includes."""
-    folders = ROOT / "csrc", ROOT / "tests" / "simt"
-    headers = [path for folder in folders for path in folder.rglob("*.*h")]
     included = (ROOT / "csrc" / "cuda").glob("*.cpp") if source.suffix == ".cpp" else ()
-    made_of = [source, *sorted(headers), *sorted(included)]
+    made_of = [source, *_headers(), *sorted(included)]
     return _once(f"{source.stem}.o", made_of, flags, lambda to: compile_for_cpu([source], to, *flags, "-c"))
 
 
@@ -117,13 +129,15 @@ def _once(name: str, made_of: Sequence[Path], flags: Sequence[str], make: Callab
     for file in made_of:
         digest.update(file.read_bytes())
     output = CACHE / digest.hexdigest()[:16] / name
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Made beside and moved: whoever tests at the same time sees all of it or nothing.
-        with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-            made = Path(folder) / name
-            make(made)
-            made.replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output.parent / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever tests at the same time waits for it
+        if not output.exists():
+            # Made beside and moved: who is killed leaves all of it or nothing.
+            with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+                made = Path(folder) / name
+                make(made)
+                made.replace(output)
     return output
 
 
