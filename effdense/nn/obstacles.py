@@ -17,7 +17,6 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 ACTIVATIONS = (nn.ReLU,)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TRANSITION = {"norm": None, "relu": None, "conv": 1}
 
 
@@ -34,7 +33,12 @@ def module_obstacle(
 def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = False) -> str | None:
     """Why calling `module` could do something else than its class, whichever that is. `weighted`: it has a weight and a bias."""
     state = module.__dict__
-    if not ignore_hooks and any(state[hooks] for hooks in _HOOKS):
+    if not ignore_hooks and (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return f"{name} has hooks"
     if "forward" in state:
         return f"{name}.forward was replaced"
@@ -60,9 +64,9 @@ def _plain_conv(kernel: int, spatial: int) -> dict[str, Any]:
 
 def conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
     """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size."""
-    for attribute, value in _plain_conv(kernel, len(conv.kernel_size)).items():
-        got = getattr(conv, attribute)
-        if got != value:
+    state = conv.__dict__
+    for attribute, value in _plain_conv(kernel, len(state["kernel_size"])).items():
+        if (got := state[attribute]) != value:
             return f"{name}.{attribute} is {got}, not {value}"
     return None
 
