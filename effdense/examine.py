@@ -121,7 +121,8 @@ class Examiner:
         """
         successors, behind = _successors(model), set[nn.Module]()
         inside: set[nn.Module] = set()
-        self.blocks = {type(m) for m in model.modules() if looks_like_block(m)} - {nn.Sequential}
+        blocks = (m for m in model.modules() if looks_like_block(m))
+        self.blocks = {m.original if isinstance(m, Foreign) else type(m) for m in blocks} - {nn.Sequential}
         for name, module in model.named_modules():
             if module in inside:
                 continue

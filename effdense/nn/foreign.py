@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
-from effdense.nn.structure import Chain, Obstacle, Passage, read_block, read_transition
+from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, read_block, read_transition
 
 
 class Foreign(nn.Module):
@@ -109,7 +109,8 @@ class ForeignTransition(Foreign):
             return run_transition(x, parts.norm, kernel, parts.conv)
         y = run_unpooled(x, parts.norm, parts.conv)
         for module in parts.behind:
-            y = module(y)
+            # Contiguous, so that on the CPU dropout draws what it would have drawn.
+            y = module(y.contiguous() if type(module) in DROPOUTS else y)
         return y
 
 

@@ -26,6 +26,7 @@ from effdense.nn.obstacles import (
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SILENT = (*ACTIVATIONS, nn.Identity)  # the forward may as well have functions in their place
+_WEIGHTED = (*NORMS, *CONVS)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -76,11 +77,13 @@ class Obstacle(Exception):
 
 
 def _check(name: str, module: nn.Module, hooks: bool) -> None:
-    weighted = isinstance(module, (*NORMS, *CONVS))
+    weighted = isinstance(module, _WEIGHTED)
     if (reason := changed(name, module, weighted, not hooks)) is not None:
         raise Obstacle(reason)
     if module._modules and not weighted and (own := [*module._parameters, *module._buffers]):
-        raise Obstacle(f"{name} has parameters or buffers of its own: {', '.join(own)}")
+        raise Obstacle(
+            f"{name}, {type(module).__name__}, has parameters or buffers of its own: {', '.join(own)}"
+        )
 
 
 def _walk(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, Any]]) -> None:
@@ -223,7 +226,7 @@ def _flatten(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, A
             continue
         if not passed:
             _check(path, child, hooks)
-        whole = passed or not child._modules or isinstance(child, (*NORMS, *CONVS))
+        whole = passed or not child._modules or isinstance(child, _WEIGHTED)
         if whole:
             found.append((path, child))
         passed = passed or (_flatten(path, child, hooks, found) if not whole else type(child) in CONVS)
