@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import effdense
-from tests import structures
+from benchmarks import structures
 from tests.conversions import ALLOWED, assert_same, assert_same_classes, randomised, unchanged
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
+from benchmarks import structures
 from effdense.nn.foreign import ForeignBlock
-from tests import structures
 from tests.conversions import (
     assert_same,
     assert_same_classes,
