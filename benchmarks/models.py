@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import nets
+
 # growth_rate, block_config, num_init_features (Huang et al., arXiv:1608.06993, table 1)
 IMAGENET_CONFIGS = {
     "densenet121": (32, (6, 12, 24, 16), 64),
@@ -261,6 +263,8 @@ def parse_impl(name: str) -> Impl:
 
 def default_sizes(name: str) -> tuple[int, int]:
     """Return the usual batch and image size of model `name`; ValueError when there is no such model here."""
+    if name in nets.NETS:
+        return nets.NETS[name].batch, nets.NETS[name].image_size
     return _spec(name).sizes
 
 
@@ -276,19 +280,24 @@ def build(
     """Build model `name` as implementation `impl`, with weights from the global random state.
 
     `name`: densenet121, 161, 169, 201, 264; densenet_bc_<depth>_<growth>; densenet_<depth>_<growth> (plain
-    layers, no compression); densenet_d2l; torchvision:NAME. Unless given, `image_channels` is 3 (1 for
+    layers, no compression); densenet_d2l; torchvision:NAME; one of nets.NETS, which takes its own channels and classes
+    and is not checkpointed. Unless given, `image_channels` is 3 (1 for
     densenet_d2l) and `num_classes` 1000 (10 for the models of small images). The same random state gives
     every `impl` the same weights, on every `device` (None: torch's default). `dtype` is that of the features, which
     effdense must have operators for. Raises ValueError for unknown names, RuntimeError where effdense would not
     run as named.
     """
-    parsed, spec = parse_impl(impl), _spec(name)
-    given = {"image_channels": image_channels, "num_classes": num_classes}
-    spec = dataclasses.replace(spec, **{key: value for key, value in given.items() if value is not None})
+    parsed = parse_impl(impl)
     compiled = parsed.base == "effdense" and _check_effdense(
         parsed, torch.empty(0, device=device, dtype=getattr(torch, dtype))
     )
-    model, label = _naive(spec, memory_efficient=parsed.base == "checkpoint")
+    given = {"image_channels": image_channels, "num_classes": num_classes}
+    given = {key: value for key, value in given.items() if value is not None}
+    efficient = parsed.base == "checkpoint"
+    if name in nets.NETS and not given and not efficient:
+        model, label = nets.build(name), nets.label(name)
+    else:
+        model, label = _naive(dataclasses.replace(_spec(name), **given), memory_efficient=efficient)
     if parsed.base == "checkpoint":
         label += ", checkpointed"
     elif parsed.base == "compile":
@@ -305,8 +314,15 @@ def build(
 
 def _spec(name: str) -> _Spec:
     origin, colon, plain_name = name.rpartition(":")
+    if name in nets.NETS:
+        raise ValueError(
+            f"model {name!r} is measured as it is: not checkpointed, with its own channels and classes"
+        )
     if colon and origin != "torchvision":
-        raise ValueError(f"model {name!r}: only torchvision:NAME is known, {origin}: is not (yet)")
+        known = f"torchvision:NAME, {', '.join(nets.NETS)}"
+        raise ValueError(
+            f"unknown model {name!r}{_did_you_mean(name, list(nets.NETS))}; of libraries there are {known}"
+        )
     if plain_name in IMAGENET_CONFIGS and name != "torchvision:densenet264":
         if colon and not _has_torchvision():
             raise ValueError(

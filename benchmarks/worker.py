@@ -132,7 +132,7 @@ class _Session:
             device=self._device.name,
             dtype=wanted.dtype,
         )
-        images, labels = (tensor.to(self._device.name) for tensor in _batch(wanted, built.model))
+        images, labels = (tensor.to(self._device.name) for tensor in batch_for(wanted, built.model))
         if models.parse_impl(impl).channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         step = _train_step if wanted.mode == "train" else _inference_step
@@ -165,7 +165,8 @@ class _Session:
         return {"peak_rss_bytes": peak_rss_bytes, **self._device.count(self._step)}
 
 
-def _batch(settings: Settings, model: Any) -> tuple[Any, Any]:
+def batch_for(settings: Settings, model: Any) -> tuple[Any, Any]:
+    """Return images and labels that suit the model."""
     import torch
 
     from benchmarks import data
@@ -177,12 +178,20 @@ def _batch(settings: Settings, model: Any) -> tuple[Any, Any]:
                 f"batch {settings.batch} is too large: the cut of Fashion-MNIST has {len(labels)} images"
             )
         return data.to_tensors(images[: settings.batch], labels[: settings.batch], settings.image_size)
-    parameters = list(model.parameters())  # the first is the stem's weight, the last the classifier's bias
-    channels, classes = parameters[0].shape[1], parameters[-1].numel()
+    stem = next(p for p in model.parameters() if p.dim() > 2)  # its first convolution's weight
+    classes = list(model.parameters())[-1].numel()  # the classifier's bias
     generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.batch, channels, settings.image_size, settings.image_size)
+    shape = (settings.batch, stem.shape[1], *(settings.image_size,) * (stem.dim() - 2))
     images = torch.randn(shape, generator=generator)
     return images, torch.randint(classes, (settings.batch,), generator=generator)
+
+
+def loss_of(outputs: Any, labels: Any) -> Any:
+    """Return the cross entropy; of a model that says something of every pixel, that of the averages."""
+    import torch
+
+    logits = outputs if outputs.dim() == 2 else outputs.flatten(2).mean(2)
+    return torch.nn.functional.cross_entropy(logits, labels)
 
 
 def _train_step(model: Any, images: Any, labels: Any, dtype: str) -> Callable[[], float]:
@@ -195,7 +204,7 @@ def _train_step(model: Any, images: Any, labels: Any, dtype: str) -> Callable[[]
     def step() -> float:
         optimizer.zero_grad(set_to_none=False)  # the gradients stay, as the optimizer's state does
         with _autocast(images, dtype):
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            loss = loss_of(model(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -211,7 +220,7 @@ def _inference_step(model: Any, images: Any, labels: Any, dtype: str) -> Callabl
 
     def step() -> float:
         with torch.inference_mode(), _autocast(images, dtype):
-            return torch.nn.functional.cross_entropy(model(images), labels).item()
+            return loss_of(model(images), labels).item()
 
     return step
 

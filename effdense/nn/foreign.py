@@ -7,13 +7,14 @@ something stands in the way, it is its own forward that runs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from effdense.nn.layers import fits, run_stage, run_transition
+from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
 from effdense.nn.obstacles import refuse_scripting
-from effdense.nn.structure import Chain, Obstacle, kinds_of, read_block, read_transition
+from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, read_block, read_transition
 
 
 class Foreign(nn.Module):
@@ -21,7 +22,8 @@ class Foreign(nn.Module):
 
     original: ClassVar[type]
     kind: ClassVar[str]  # what a report calls it
-    # The memory mode; whether a layer's rate of dropout is for all its convolutions; what kinds_of said to convert.
+    # The memory mode; whether a layer's rate of dropout is for all its convolutions; the classes of its submodules when it
+    # was compared.
     _effdense: tuple[str, bool, tuple[type, ...]]
     __prepare_scriptable__ = refuse_scripting
 
@@ -32,7 +34,7 @@ class Foreign(nn.Module):
         return _new, (base, self.original), *usual[2:]
 
     def read(self) -> Any:
-        """Its modules, for a stage; an Obstacle where it cannot run fused."""
+        """What a fused forward takes of it; an Obstacle where it cannot run fused."""
         raise NotImplementedError
 
     def obstacle(self) -> str | None:
@@ -43,10 +45,12 @@ class Foreign(nn.Module):
             return str(reason)
         return None
 
-    def check_kinds(self) -> None:
+    def check_kinds(self, kinds: Sequence[type]) -> None:
         """What was put in another's place may do something else, though the structure is the same."""
-        if kinds_of(self) != self._effdense[2]:
-            raise Obstacle("its submodules' classes are not those that effdense.convert has compared")
+        if tuple(kinds) != self._effdense[2]:
+            raise Obstacle(
+                "its submodules' classes are not those that effdense.convert has compared (revert and convert do again)"
+            )
 
 
 class ForeignBlock(Foreign):
@@ -56,50 +60,60 @@ class ForeignBlock(Foreign):
 
     def read(self) -> tuple[list[Chain], str]:
         """What run_stage takes of it."""
-        chains = read_block(self, self._effdense[1])
-        self.check_kinds()
+        chains, kinds = read_block(self, self._effdense[1])
+        self.check_kinds(kinds)
         return chains, self._effdense[0]
 
-    def chains(self) -> tuple[list[Chain], str]:
+    def chains(self) -> tuple[list[Chain], str] | None:
         """See DenseBlock."""
-        return self.read()
+        try:
+            return self.read()
+        except Obstacle:
+            return None
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""
-        if isinstance(x, Tensor) and not args and not kwargs:
-            try:
-                chains, memory = self.read()
-            except Obstacle:
-                pass
-            else:
-                return run_stage(chains, memory, x)
+        if isinstance(x, Tensor) and not args and not kwargs and (stage := self.chains()) is not None:
+            return run_stage(*stage, x)
         return super().forward(x, *args, **kwargs)
 
 
 class ForeignTransition(Foreign):
-    """A norm, ReLU, 1x1 convolution and average pool, recognised by structure.read_transition."""
+    """A norm, ReLU, 1x1 convolution and a pool, recognised by structure.read_transition."""
 
     kind = "Transition"
 
-    def read(self) -> tuple[Any, tuple[int, ...], Any]:
-        """See passage."""
-        passage = read_transition(self)
-        self.check_kinds()
+    def read(self) -> Passage:
+        """Its parts."""
+        passage, kinds = read_transition(self)
+        self.check_kinds(kinds)
         return passage
 
     def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
-        """The norm, the pool's kernel size and the convolution, where the pool can be taken first."""
+        """See Transition."""
         try:
-            passage = self.read()
+            parts = self.read()
         except Obstacle:
             return None
-        return passage if fits(x, passage[1]) else None
+        kernel = parts.kernel()
+        return None if kernel is None or not fits(x, kernel) else (parts.norm, kernel, parts.conv)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """[N, C, *spatial] -> [N, C', *spatial / the pool's kernel]."""
-        if isinstance(x, Tensor) and not args and not kwargs and (passage := self.passage(x)) is not None:
-            return run_transition(x, *passage)
-        return super().forward(x, *args, **kwargs)
+        """[N, C, *spatial] -> [N, C', what its pool makes of *spatial]."""
+        if not isinstance(x, Tensor) or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        try:
+            parts = self.read()
+        except Obstacle:
+            return super().forward(x)
+        kernel = parts.kernel()
+        if kernel is not None and fits(x, kernel):
+            return run_transition(x, parts.norm, kernel, parts.conv)
+        y = run_unpooled(x, parts.norm, parts.conv)
+        for module in parts.behind:
+            # Contiguous, so that on the CPU dropout draws what it would have drawn.
+            y = module(y.contiguous() if type(module) in DROPOUTS else y)
+        return y
 
 
 @functools.cache

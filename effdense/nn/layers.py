@@ -279,8 +279,10 @@ class DenseBlock(nn.ModuleDict):
                 return reason
         return None
 
-    def chains(self) -> tuple[list[Chain], str]:
-        """What run_stage takes of it, where there is no obstacle."""
+    def chains(self) -> tuple[list[Chain], str] | None:
+        """What run_stage takes of it; None where there is an obstacle."""
+        if self.obstacle() is not None:
+            return None
         layers: list[Any] = list(self.values())
         return [_chain(name, layer) for name, layer in zip(self, layers, strict=True)], layers[0].memory
 
@@ -289,8 +291,8 @@ class DenseBlock(nn.ModuleDict):
 
         Fused, the output is the block's feature buffer, in channels-last layout.
         """
-        if isinstance(init_features, Tensor) and self.obstacle() is None:
-            return run_stage(*self.chains(), init_features)
+        if isinstance(init_features, Tensor) and (stage := self.chains()) is not None:
+            return run_stage(*stage, init_features)
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -430,18 +432,21 @@ class Transition(nn.Sequential):
             return super().forward(x)
         if (passage := self.passage(x)) is not None:
             return run_transition(x, *passage)
-        conv: Any = self.conv
-        norm = read_module(self.norm)
-        y, mean, var = dense_layer.bottleneck("Transition", NAMES, [x], norm, conv.weight, conv.bias)
-        update_modules([(self.norm, mean, var)], x.numel() // x.shape[1])
         last: Any = self._modules["pool"]
-        result: Tensor = last(y)
+        result: Tensor = last(run_unpooled(x, self.norm, self.conv))
         return result
 
 
 def fits(x: Tensor, kernel: Sequence[int]) -> bool:
     """Whether a pool finds at least one window."""
     return all(n >= k for n, k in zip(x.shape[2:], kernel, strict=False))
+
+
+def run_unpooled(x: Tensor, norm: Any, conv: Any) -> Tensor:
+    """A transition's BN-ReLU-convolution, for a pool that cannot come first."""
+    y, mean, var = dense_layer.bottleneck("Transition", NAMES, [x], read_module(norm), conv.weight, conv.bias)
+    update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+    return y
 
 
 def run_transition(x: Tensor, norm: Any, kernel: tuple[int, ...], conv: Any) -> Tensor:

@@ -59,13 +59,13 @@ class DenseFeatures(nn.Sequential):
         return self._walk(input, list(self._modules.values()))
 
     def head(self) -> tuple[Any, Any] | None:
-        """The last block and the norm behind it, if they and a head's relu and global average pool can run together."""
+        """What run_stage takes of the last block, and the norm behind it, if they and a head's pool can run together."""
         modules: list[Any] = list(self._modules.values())
         if len(modules) < 2 or self.obstacle() is not None or not _is(self, (DenseFeatures,)):
             return None
         block, norm = modules[-2:]
-        fused = _is_part(block, _BLOCKS) and _is(norm, NORMS) and block.obstacle() is None
-        return (block, norm) if fused and _same_processes(block.chains()[0], norm) else None
+        stage = block.chains() if _is_part(block, _BLOCKS) and _is(norm, NORMS) else None
+        return None if stage is None or not _same_processes(stage[0], norm) else (stage, norm)
 
     def pooled(self, input: Tensor) -> Tensor | None:
         """The global average [N, C] of relu of what forward gives, where there is a `head`."""
@@ -73,8 +73,8 @@ class DenseFeatures(nn.Sequential):
         if head is None:
             return None
         x = self._walk(input, list(self._modules.values())[:-2])
-        chains, memory = head[0].chains()
-        return run_stage(chains, memory, x, head[1], x.shape[2:]).flatten(1)
+        (chains, memory), norm = head
+        return run_stage(chains, memory, x, norm, x.shape[2:]).flatten(1)
 
     def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
         while modules:
@@ -93,11 +93,11 @@ class DenseFeatures(nn.Sequential):
             update_modules([(norm, mean, var)], x.numel() // x.shape[1])
             return 3, out
         if len(modules) > 1 and _is_part(first, _BLOCKS) and _is_part(modules[1], _TRANSITIONS):
-            passage = modules[1].passage(x) if first.obstacle() is None else None
-            if passage is not None:
-                chains, memory = first.chains()
-                if _same_processes(chains, passage[0]):
-                    return 2, run_stage(chains, memory, x, *passage)
+            passage = modules[1].passage(x)
+            stage = first.chains() if passage is not None else None
+            if stage is not None and _same_processes(stage[0], passage[0]):
+                chains, memory = stage
+                return 2, run_stage(chains, memory, x, *passage)
         if (
             len(modules) > 1
             and _is(first, CONVS)

@@ -1,20 +1,20 @@
 """Dense blocks and transitions by their structure alone: whose they are and what their submodules are called is no matter.
 
 A layer's submodules, nested ones included, are its chain: norms, ReLUs, convolutions and dropouts in the order of
-registration. What the forward around them does is not looked at here: convert compares it on a probe.
+registration. What the forward around them does is not looked at here: convert compares it on a probe. A block is read
+before every forward, so a reader looks at every module once.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from effdense.nn.obstacles import (
     ACTIVATIONS,
-    AVG_POOLS,
     CONVS,
     NORMS,
     PROCESSES,
@@ -27,6 +27,9 @@ from effdense.nn.obstacles import (
 )
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_SILENT = (*ACTIVATIONS, nn.Identity)  # the forward may as well have functions in their place
+_WEIGHTED = (*NORMS, *CONVS)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Drop(NamedTuple):
@@ -58,84 +61,101 @@ class Chain(NamedTuple):
         return int(self.convs[-1].out_channels)
 
 
+class Passage(NamedTuple):
+    """A transition's norm and 1x1 convolution, and what it calls after them."""
+
+    norm: Any
+    conv: Any
+    behind: list[Any]
+
+    def kernel(self) -> tuple[int, ...] | None:
+        """The windows of an average pool that could come before the convolution as well, if that is all there is behind it now."""
+        active = [m for m in self.behind if not _is_idle(m)]
+        return plain_avg_pool(active[0], self.norm) if len(active) == 1 else None
+
+
 class Obstacle(Exception):
     """Why a module has not the structure, or cannot run fused at the moment."""
 
 
-def _walk(name: str, module: nn.Module, hooks: bool) -> Iterator[tuple[str, Any]]:
-    """Every module of a chain in its order, containers and what a norm has inside too; an Obstacle where one was changed."""
-    for child_name, child in module._modules.items():
-        if child is None:
-            continue
-        path = f"{name}.{child_name}" if name else child_name
-        _check(path, child, hooks)
-        yield path, child
-        if child._modules:
-            yield from _walk(path, child, hooks)
-
-
 def _check(name: str, module: nn.Module, hooks: bool) -> None:
-    weighted = isinstance(module, (*NORMS, *CONVS))
+    weighted = isinstance(module, _WEIGHTED)
     if (reason := changed(name, module, weighted, not hooks)) is not None:
         raise Obstacle(reason)
-    own = [*module._parameters, *module._buffers]
-    if own and module._modules and not weighted:
-        raise Obstacle(f"{name} has parameters or buffers of its own: {', '.join(own)}")
+    if module._modules and not weighted and (own := [*module._parameters, *module._buffers]):
+        raise Obstacle(
+            f"{name}, {type(module).__name__}, has parameters or buffers of its own: {', '.join(own)}"
+        )
 
 
-def _is_container(module: nn.Module) -> bool:
-    return bool(module._modules) and not isinstance(module, (*NORMS, *CONVS))
+def _kind(module: nn.Module) -> type:
+    """Its class, one for PyTorch's batch norms: they compute the same."""
+    kind = type(module)
+    return nn.BatchNorm2d if kind in NORMS else kind
 
 
-def _drop_of(module: Any) -> Drop:
-    rate = module.p if module.training else 0.0
-    return Drop(rate, type(module) is not nn.Dropout)
+def _walk(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, Any]]) -> None:
+    """Collects a module and all inside of it in their order; an Obstacle where one was changed."""
+    _check(name, module, hooks)
+    found.append((name, module))
+    for child_name, child in module._modules.items():
+        if child is not None:
+            _walk(f"{name}.{child_name}", child, hooks, found)
+
+
+def _is_idle(module: Any) -> bool:
+    """Whether it gives its input back at the moment."""
+    kind = type(module)
+    idle = kind is nn.Identity or (kind in DROPOUTS and not (module.training and module.p > 0))
+    return idle and changed("", module, False) is None
 
 
 def drop_attribute(layer: nn.Module) -> str | None:
     """The name under which a layer keeps the rate of a dropout that its forward makes itself."""
     for name, value in vars(layer).items():
-        if "drop" in name.lower() and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and "drop" in name.lower() and not isinstance(value, bool):
             return name
     return None
 
 
-def read_layer(name: str, layer: nn.Module, everywhere: bool = False, hooks: bool = True) -> Chain:
-    """The layer's chain, or an Obstacle. `everywhere`: a rate that it keeps is for all convolutions, not only the last."""
-    _check(name, layer, hooks)
+def _read_layer(found: list[tuple[str, Any]], everywhere: bool) -> Chain:
+    """The chain of a layer, which is the first of the modules `found`, or an Obstacle."""
+    name, layer = found[0]
     norms: list[Any] = []
     convs: list[Any] = []
     paths: list[str] = []
     drops: list[Drop] = []
+    spatial: set[int | None] = set()
     dropouts = False
-    for path, module in _walk(name, layer, hooks):
+    for path, module in found:
         kind = type(module)
-        if isinstance(module, NORMS):
-            norms.append(module)
-        elif kind in CONVS:
+        if kind in CONVS:
             convs.append(module)
             paths.append(path)
             drops.append(NO_DROP)
+            spatial.add(CONVS.index(kind) + 1)
             if len(convs) > len(norms):
                 raise Obstacle(f"{path} has no norm before it")
+        elif isinstance(module, NORMS):
+            norms.append(module)
+            spatial.add(dimensions(module))
         elif kind in DROPOUTS and convs:
             if drops[-1] != NO_DROP or len(norms) > len(convs):
                 raise Obstacle(f"{path} is a dropout that is not behind a convolution alone")
-            drops[-1], dropouts = _drop_of(module), True
-        elif kind not in ACTIVATIONS and kind is not nn.Identity and not _is_container(module):
+            drops[-1] = Drop(module.p if module.training else 0.0, kind is not nn.Dropout)
+            dropouts = True
+        elif kind not in _SILENT and not module._modules:
             raise Obstacle(
                 f"{path} is {kind.__name__}, not one of a dense layer's norms, ReLUs, convolutions or dropouts"
             )
     if not 1 <= len(convs) <= 2 or len(norms) != len(convs):
         raise Obstacle(f"{name} has {len(norms)} norms and {len(convs)} convolutions, not one or two of both")
-    spatial = {dimensions(n) for n in norms} - {None} | {CONVS.index(type(c)) + 1 for c in convs}
-    if len(spatial) > 1:
+    if len(spatial - {None}) > 1:
         raise Obstacle(f"{name}'s submodules have different numbers of spatial dimensions")
     for path, conv, kernel in zip(paths, convs, (1, 3)[-len(convs) :], strict=True):
         if (reason := conv_obstacle(path, conv, kernel)) is not None:
             raise Obstacle(reason)
-    attribute = drop_attribute(layer)
-    if attribute is not None and not dropouts and layer.training:
+    if layer.training and not dropouts and (attribute := drop_attribute(layer)) is not None:
         rate = Drop(float(getattr(layer, attribute)))
         drops = [rate if everywhere or i == len(convs) - 1 else NO_DROP for i in range(len(convs))]
     return Chain(name, norms, convs, drops)
@@ -147,23 +167,35 @@ def layers_of(block: nn.Module) -> dict[str, nn.Module]:
     prefix = ""
     if len(children) == 1:
         ((name, only),) = children.items()
-        if isinstance(only, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        if isinstance(only, _CONTAINERS) and not any(isinstance(m, CONVS) for m in only.children()):
             children, prefix = only._modules, f"{name}."
     return {prefix + name: layer for name, layer in children.items() if layer is not None}
 
 
-def read_block(block: nn.Module, everywhere: bool = False, hooks: bool = True) -> list[Chain]:
-    """The chains of a dense block, or an Obstacle: layers of which each reads what the one before it reads and adds."""
+def read_block(
+    block: nn.Module, everywhere: bool = False, hooks: bool = True
+) -> tuple[list[Chain], list[type]]:
+    """The chains of a dense block, or an Obstacle: layers of which each reads what the one before it reads and adds.
+
+    And the classes of all their modules. `everywhere`: a rate of dropout that a layer keeps is for all its convolutions, not
+    only the last.
+    """
     if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
-    layers = layers_of(block)
+    kinds: list[type] = []
     if len(block._modules) == 1:
         ((name, only),) = block._modules.items()
         if only is not None:
             _check(name, only, hooks)
-    chains = [read_layer(name, layer, everywhere, hooks) for name, layer in layers.items()]
-    if len(chains) < 2:
-        raise Obstacle("it has fewer than two layers")
+            kinds.append(type(only))
+    chains: list[Chain] = []
+    for name, layer in layers_of(block).items():
+        found: list[tuple[str, Any]] = []
+        _walk(name, layer, hooks, found)
+        kinds += [_kind(module) for _, module in found]
+        chains.append(_read_layer(found, everywhere))
+    if not chains:
+        raise Obstacle("it has no layers")
     for before, after in itertools.pairwise(chains):
         if after.channels != before.channels + before.growth:
             raise Obstacle(
@@ -174,7 +206,7 @@ def read_block(block: nn.Module, everywhere: bool = False, hooks: bool = True) -
             raise Obstacle(f"{after.name} and {before.name} have different numbers of convolutions")
     if not same_processes(norm for chain in chains for norm in chain.norms):
         raise Obstacle(PROCESSES)
-    return chains
+    return chains, kinds
 
 
 def looks_like_block(module: nn.Module) -> bool:
@@ -189,26 +221,52 @@ def looks_like_block(module: nn.Module) -> bool:
     return len(widths) > 1 and all(b[0] == a[0] + a[1] for a, b in steps)
 
 
-def kinds_of(module: nn.Module) -> tuple[type, ...]:
-    """The classes of all submodules: what convert has compared, and what must not change after it."""
-    kinds = (type(m) for _, m in _walk("", module, False))
-    return tuple(nn.BatchNorm2d if kind in NORMS else kind for kind in kinds)  # they compute the same
+def looks_like_transition(module: nn.Module) -> bool:
+    """Whether what comes behind a block is made of several modules with one convolution, of one pixel."""
+    convs = [m for m in module.modules() if isinstance(m, CONVS)]
+    return len(convs) == 1 and module is not convs[0] and set(convs[0].kernel_size) == {1}
 
 
-def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Any, tuple[int, ...], Any]:
-    """Norm, the pool's kernel size and convolution of a norm, ReLUs, a 1x1 convolution and an average pool over windows side by side, in this order; else an Obstacle."""
+def _flatten(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, Any]]) -> bool:
+    """Collects what a transition calls: up to its convolution one by one, whole after it; returns whether there was one."""
+    passed = False
+    for child_name, child in module._modules.items():
+        path = f"{name}.{child_name}" if name else child_name
+        if child is None:
+            continue
+        if not passed:
+            _check(path, child, hooks)
+        whole = passed or not child._modules or isinstance(child, _WEIGHTED)
+        if whole:
+            found.append((path, child))
+        passed = passed or (_flatten(path, child, hooks, found) if not whole else type(child) in CONVS)
+    return passed
+
+
+def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Passage, list[type]]:
+    """A norm, ReLUs, a 1x1 convolution and whatever comes behind them; or an Obstacle. And the classes of all its modules."""
     if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
-    modules = [m for _, m in _walk("", module, hooks) if not _is_container(m)]
-    leaves = [m for m in modules if type(m) not in (*ACTIVATIONS, nn.Identity)]
-    kinds = [NORMS, CONVS, AVG_POOLS]
-    if len(leaves) != 3 or not all(isinstance(m, kind) for m, kind in zip(leaves, kinds, strict=True)):
-        raise Obstacle("it is not a norm, a ReLU, a convolution and an average pool")
-    norm, conv, pool = leaves
-    if (reason := conv_obstacle("its convolution", conv, 1)) is not None:
-        raise Obstacle(reason)
-    kernel = plain_avg_pool(pool, norm, not hooks)
-    spatial = CONVS.index(type(conv)) + 1
-    if kernel is None or len(kernel) != spatial or dimensions(norm) not in (None, spatial):
-        raise Obstacle("its pool is not an average over windows side by side")
-    return norm, kernel, conv
+    found: list[tuple[str, Any]] = []
+    _flatten("", module, hooks, found)
+    norm: Any = None
+    for i, (path, part) in enumerate(found):
+        if type(part) in CONVS and norm is not None:
+            if (reason := conv_obstacle(path, part, 1)) is not None:
+                raise Obstacle(reason)
+            if dimensions(norm) not in (None, CONVS.index(type(part)) + 1):
+                raise Obstacle("its submodules have different numbers of spatial dimensions")
+            kinds = [_kind(m) for m in module.modules()]
+            return Passage(norm, part, [m for _, m in found[i + 1 :]]), kinds[1:]
+        if isinstance(part, NORMS) and norm is None:
+            norm = part
+            inside: list[tuple[str, Any]] = []
+            _walk(path, part, hooks, inside)
+            others = [(p, m) for p, m in inside[1:] if type(m) not in _SILENT]
+        else:
+            others = [(path, part)] if type(part) not in _SILENT else []
+        for other, m in others:
+            raise Obstacle(
+                f"{other} is {type(m).__name__}, not one of a norm, ReLU and convolution in this order"
+            )
+    raise Obstacle("it has no norm with a convolution behind it")

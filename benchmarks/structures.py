@@ -1,4 +1,4 @@
-"""Dense blocks as they are written elsewhere, in small: gpleiss's repository, d2l, tutorials, an own 1D one."""
+"""Dense blocks and nets as they are written elsewhere: gpleiss's repository, d2l, tutorials, an own 1D one. Small by default."""
 
 from __future__ import annotations
 
@@ -72,19 +72,29 @@ class StarTransition(nn.Sequential):
 class StarNet(nn.Module):
     """gpleiss's DenseNet for small images."""
 
-    def __init__(self, drop_rate: float = 0.0, efficient: bool = False) -> None:
+    def __init__(
+        self,
+        drop_rate: float = 0.0,
+        efficient: bool = False,
+        growth_rate: int = 4,
+        block_config: Sequence[int] = (3, 3),
+        num_init_features: int = 6,
+        bn_size: int = 3,
+        num_classes: int = 5,
+    ) -> None:
         super().__init__()
+        channels = num_init_features
         self.features = nn.Sequential()
-        self.features.add_module("conv0", nn.Conv2d(3, 6, kernel_size=3, padding=1, bias=False))
-        channels = 6
-        for i in range(2):
-            self.features.add_module(f"denseblock{i + 1}", StarBlock(3, channels, 4, 3, drop_rate, efficient))
-            channels += 12
-            if i == 0:
-                self.features.add_module("transition1", StarTransition(channels, channels // 2))
+        self.features.add_module("conv0", nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False))
+        for i, num_layers in enumerate(block_config):
+            block = StarBlock(num_layers, channels, growth_rate, bn_size, drop_rate, efficient)
+            self.features.add_module(f"denseblock{i + 1}", block)
+            channels += num_layers * growth_rate
+            if i != len(block_config) - 1:
+                self.features.add_module(f"transition{i + 1}", StarTransition(channels, channels // 2))
                 channels //= 2
         self.features.add_module("norm_final", nn.BatchNorm2d(channels))
-        self.classifier = nn.Linear(channels, 5)
+        self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.features(x), inplace=True)
@@ -114,17 +124,29 @@ class NetBlock(nn.Module):
         return x
 
 
-def d2l_net() -> nn.Module:
-    def transition(channels: int, width: int) -> nn.Module:
-        parts = nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, width, kernel_size=1)
-        return nn.Sequential(*parts, nn.AvgPool2d(kernel_size=2, stride=2))
-
+def d2l_net(
+    growth_rate: int = 4,
+    block_config: Sequence[int] = (3, 3),
+    channels: int = 6,
+    in_channels: int = 3,
+    num_classes: int = 5,
+) -> nn.Module:
     stem = nn.Sequential(
-        nn.Conv2d(3, 6, 7, stride=2, padding=3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        nn.Conv2d(in_channels, channels, 7, stride=2, padding=3),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
     )
-    blocks = NetBlock(3, 6, 4), transition(18, 9), NetBlock(3, 9, 4)
-    head = nn.BatchNorm2d(21), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(21, 5)
-    return nn.Sequential(stem, *blocks, *head)
+    blocks: list[nn.Module] = []
+    for i, num_convs in enumerate(block_config):
+        blocks.append(NetBlock(num_convs, channels, growth_rate))
+        channels += num_convs * growth_rate
+        if i != len(block_config) - 1:
+            parts = nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels // 2, kernel_size=1)
+            blocks.append(nn.Sequential(*parts, nn.AvgPool2d(kernel_size=2, stride=2)))
+            channels //= 2
+    head = nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(channels, num_classes)
+    return nn.Sequential(stem, *blocks, nn.BatchNorm2d(channels), nn.ReLU(), *head)
 
 
 class bn_relu_conv(nn.Module):
@@ -163,12 +185,24 @@ class dense_block(nn.Module):
         return x
 
 
-def tutorial_net(drop_rate: float = 0.2) -> nn.Module:
-    """A norm on the image, biases, no final norm."""
-    transition = nn.Sequential(bn_relu_conv(18, 9, 1, 0.0), nn.AvgPool2d(2))
-    stem = nn.BatchNorm2d(3), nn.Conv2d(3, 6, 7, stride=2, padding=3), nn.MaxPool2d(3, 2, 1)
-    blocks = dense_block(3, 6, 4, drop_rate), transition, dense_block(3, 9, 4, drop_rate)
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(21, 5))
+def tutorial_net(
+    drop_rate: float = 0.2,
+    growth_rate: int = 4,
+    block_config: Sequence[int] = (3, 3),
+    channels: int = 6,
+    num_classes: int = 5,
+) -> nn.Module:
+    """A norm on the image, biases, dropout behind the transitions' convolutions too, no final norm."""
+    parts: list[nn.Module] = [nn.BatchNorm2d(3), nn.Conv2d(3, channels, 7, stride=2, padding=3)]
+    parts.append(nn.MaxPool2d(3, 2, 1))
+    for i, num_layers in enumerate(block_config):
+        parts.append(dense_block(num_layers, channels, growth_rate, drop_rate))
+        channels += num_layers * growth_rate
+        if i != len(block_config) - 1:
+            conv = bn_relu_conv(channels, channels // 2, 1, drop_rate)
+            parts.append(nn.Sequential(conv, nn.AvgPool2d(2)))
+            channels //= 2
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 class RateLayer(nn.Module):
