@@ -77,13 +77,16 @@ def _why_wrong(index: int) -> str | None:
     return f"its kernels are wrong on {torch.cuda.get_device_name(index)}: {wrong}"
 
 
-@torch.compiler.assume_constant_result
 def usable(index: int) -> bool:
     """Whether the kernels run on card `index`; where not, says why at the first call. Milliseconds, once."""
     if index in _usable:
         return _usable[index]
     with _lock:
         return _usable[index] if index in _usable else _find_out(index)
+
+
+# torch.compiler.assume_constant_result, without the two seconds that importing torch._dynamo takes
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find_out(index: int) -> bool:
