@@ -27,6 +27,12 @@ def _compiled() -> None:
     assert effdense.build_info()["compiled"], effdense.build_info()["reason"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _autograd_has_run() -> None:
+    """Which tests a process gets first is chance; if opcheck's are, autograd refuses to run after a fork ever after."""
+    torch.zeros((), requires_grad=True).backward()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
