@@ -70,10 +70,8 @@ def global_obstacle() -> str | None:
     """Why nothing can run fused at the moment: hooks that every module would call, and what can take PyTorch's own operators only."""
     if nn.modules.module._has_any_global_hook():
         return "a global module hook is registered"
-    if torch.compiler.is_exporting():
-        return "torch.export wants PyTorch's own operators"
     if torch.compiler.is_compiling():
-        return None
+        return "torch.export wants PyTorch's own operators" if torch.compiler.is_exporting() else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace wants PyTorch's own operators"
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
