@@ -57,7 +57,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "torchvision's structure": lambda: effdense.convert(small_net()),
     "d2l's": lambda: effdense.convert(d2l_like().double()),
 }
-VECTOR = 256  # bytes: inductor makes a vector of a few channels earlier than eager does
+VECTORS = (
+    2 * 6 * 8
+)  # bytes: two vectors of the stem's channels, which inductor frees a moment later than eager does
 FORWARD, BACKWARD = {"dense_stage": 2}, {"dense_stage_backward": 2}
 
 
@@ -104,7 +106,7 @@ def test_by_inductor_with_the_memory_of_eager(training: bool) -> None:
 
     assert_close(run(compiled), run(ours), 1e-12)
     eager, peak = (peak_bytes(lambda model=model: run(model)) for model in (ours, compiled))
-    assert peak <= eager + VECTOR, (peak, eager)
+    assert peak <= eager + VECTORS, (peak, eager)
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "in place"])

@@ -111,14 +111,3 @@ def test_training_is_that_of_the_naive_model(runs: list[dict[str, Run]]) -> None
         ours, naive = run["ddp, training"], run["ddp, training, naive"]
         assert (ours.stages, naive.stages) == (2, 0)
         assert_close(ours.gradients + ours.buffers, naive.gradients + naive.buffers)
-
-
-def fail_in_one() -> None:
-    if dist.get_rank() == 1:
-        raise ValueError("no")
-    dist.barrier()
-
-
-def test_the_first_processs_error_is_the_one_that_is_raised() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)process 1:.*ValueError: no"):
-        run_in_processes(fail_in_one, PROCESSES)

@@ -274,7 +274,7 @@ def test_functional_call_runs_fused() -> None:
     )
 
 
-# ---- compiled, exported, checked
+# ---- compiled, checked
 
 
 @pytest.fixture
@@ -299,13 +299,6 @@ def test_compiled_as_one_graph(memory: str) -> None:
         assert_close(*results, 1e-12)
     with torch.no_grad():
         torch.testing.assert_close(compiled.eval()(x), ours.eval()(x))
-
-
-def test_export() -> None:
-    ours = converted(make_naive(tail="transition"), "balanced").eval()
-    x = make_input()
-    program = torch.export.export(ours, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x + 1), ours(x + 1))
 
 
 @pytest.mark.parametrize("memory", [*MEMORY, "inference"])

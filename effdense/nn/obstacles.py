@@ -79,7 +79,7 @@ def global_obstacle() -> str | None:
     if nn.modules.module._has_any_global_hook():
         return "a global module hook is registered"
     if torch.compiler.is_compiling():
-        return None
+        return "torch.export wants PyTorch's own operators" if torch.compiler.is_exporting() else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace wants PyTorch's own operators"
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
