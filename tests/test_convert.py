@@ -89,6 +89,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("memory, steps", [("balanced", 20), ("minimal", 3)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_train_like_the_naive_ones(name: str, memory: str, steps: int) -> None:
@@ -368,6 +369,7 @@ def test_wrong_arguments() -> None:
         effdense.report(nn.Module)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("memory", MEMORY)
 def test_the_twin_alone_trains_like_the_naive_model(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device without compiled operators."""

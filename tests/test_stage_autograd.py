@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from effdense import dense_block
-from tests.cases import rms
 from tests.stages import (
     CHANNELS,
     MEMORY,
     TAILS,
+    assert_as_exact,
     assert_close,
     converted,
     make_input,
@@ -295,6 +295,7 @@ def test_export() -> None:
     torch.testing.assert_close(program.module()(x + 1), ours(x + 1))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("memory", [*MEMORY, "inference"])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("plain", [False, True])
@@ -341,28 +342,10 @@ def results(model: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [y.detach(), *grads, *(b for b in model.buffers() if b.is_floating_point())]
 
 
-def assert_as_exact(runs: list[tuple[list[Tensor], list[Tensor], list[Tensor]]], dtype: torch.dtype) -> None:
-    """Ours, naive, exact, several times: the root of the mean square over all runs, result by result.
-
-    One run says little: a relu that rounding switches outweighs everything else in a vector of few elements.
-    """
-    for i, every in enumerate(zip(*(zip(*run, strict=True) for run in runs), strict=True)):
-        for a, b, _ in every:
-            assert a.dtype == b.dtype, i
-        ours, naive, size = (
-            rms(torch.cat([v.flatten() for v in values]))
-            for values in (
-                [a.double() - c for a, _, c in every],
-                [b.double() - c for _, b, c in every],
-                [c for _, _, c in every],
-            )
-        )
-        assert ours <= 2 * naive + torch.finfo(dtype).eps * size, f"{i}: {ours:.3g}, naive {naive:.3g}"
-
-
 RUNS = 5
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tail", TAILS)
