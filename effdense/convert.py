@@ -348,15 +348,25 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
         The same model.
 
     Raises:
-        TypeError: model is not a module.  ValueError: there is no such memory mode.
+        TypeError: model is not a module.  ValueError: there is no such memory mode. The model is then as it was, whatever
+            is raised.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     check_memory("convert", memory)
     examine = _Examiner()
-    for module, ours in [(m, ours) for _, m, ours, reason in examine.find(model) if reason is None]:
-        base = ours if not issubclass(ours, Foreign) else _foreign_base(ours)
-        _adopt(module, base, memory, examine.everywhere.get(module, False))
+    found = [(m, ours) for _, m, ours, reason in examine.find(model) if reason is None]
+    before = [(m, m.__class__, dict(vars(m))) for m, _ in found]
+    try:
+        for module, ours in found:
+            base = ours if not issubclass(ours, Foreign) else _foreign_base(ours)
+            _adopt(module, base, memory, examine.everywhere.get(module, False))
+    except BaseException:  # such as Ctrl-C: all or nothing
+        for module, kind, state in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(state)
+        raise
     return model
 
 

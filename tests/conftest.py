@@ -19,8 +19,21 @@ from tests.on_device import OnDevice
 from tests.simt.compiler import compile_operators, cuda_include
 
 FALLBACK = effdense.build_info()["reason"] == "EFFDENSE_FORCE_REFERENCE is set"
-WITHOUT_THE_EXTENSION = ("convert", "dense_block", "fallback", "model", "nn", "norms", "precision", "stage_autograd")
-WITHOUT_THE_EXTENSION += ("structures", "weights")
+WITHOUT_THE_EXTENSION = [
+    "convert",
+    "convert_again",
+    "dense_block",
+    "fallback",
+    "model",
+    "models",
+    "models_forward",
+    "nn",
+    "norms",
+    "precision",
+    "stage_autograd",
+    "structures",
+    "weights",
+]
 
 # Nothing of it can run without.
 collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
