@@ -1,5 +1,5 @@
-// A device that PyTorch knows nothing about: its name is taken (privateuse1), its memory is the host's, and it has no
-// kernels of its own. All that moves no data is here; every other operator is run on the CPU, on copies.
+// A device without kernels, of ours or PyTorch's: privateuse1, in the host's memory. What makes tensors and
+// views is here; everything else is run on the CPU, on copies.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -12,7 +12,6 @@
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
@@ -30,16 +29,21 @@ struct HostMemory final : c10::Allocator {
     return {context, context, cpu->raw_deleter(), c10::Device(kDevice, 0)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return c10::GetDefaultCPUAllocator()->raw_deleter(); }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
 };
 
 HostMemory memory;
 REGISTER_ALLOCATOR(kDevice, &memory);
+
 // One device with one stream, on which everything is done when a call returns.
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<kDevice> {
   c10::Device getDevice() const override { return {kDevice, 0}; }
   c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
+  c10::Stream getStream(c10::Device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, getDevice());
+  }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream(getDevice()); }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
@@ -67,7 +71,9 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional
 
 // The same memory as a tensor of the CPU.
 Tensor on_host(const Tensor& x) {
-  return !x.defined() || x.is_cpu() ? x : at::from_blob(x.data_ptr(), x.sizes(), x.strides(), x.options().device(at::kCPU));
+  return !x.defined() || x.is_cpu()
+             ? x
+             : at::from_blob(x.data_ptr(), x.sizes(), x.strides(), x.options().device(at::kCPU));
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
@@ -81,23 +87,24 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 // What the CPU is not asked for under its own name.
-Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::SymIntArrayRef stride,
-                   at::SymIntArrayRef padding, at::SymIntArrayRef dilation, bool transposed,
-                   at::SymIntArrayRef output_padding, c10::SymInt groups) {
+Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   at::SymIntArrayRef stride, at::SymIntArrayRef padding, at::SymIntArrayRef dilation,
+                   bool transposed, at::SymIntArrayRef output_padding, c10::SymInt groups) {
   const auto host_bias = bias.has_value() ? std::make_optional(on_host(*bias)) : std::nullopt;
   return at::convolution_symint(on_host(x), on_host(weight), host_bias, stride, padding, dilation, transposed,
                                 output_padding, groups)
       .to(kDevice);
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                        at::SymIntArrayRef stride, at::SymIntArrayRef padding,
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x,
+                                                        const Tensor& weight, at::SymIntArrayRef stride,
+                                                        at::SymIntArrayRef padding,
                                                         at::SymIntArrayRef dilation, bool transposed,
                                                         at::SymIntArrayRef output_padding, c10::SymInt groups,
                                                         std::array<bool, 3> mask) {
   auto [a, b, c] = at::convolution_backward_symint(on_host(grad), on_host(x), on_host(weight),
-                                                   c10::SymIntArrayRef({weight.sym_size(0)}), stride, padding, dilation,
-                                                   transposed, output_padding, groups, mask);
+                                                   c10::SymIntArrayRef({weight.sym_size(0)}), stride, padding,
+                                                   dilation, transposed, output_padding, groups, mask);
   const auto back = [](const Tensor& t) { return t.defined() ? t.to(kDevice) : t; };
   return {back(a), back(b), back(c)};
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effdense import dense_block
+from effdense import batch_norm, dense_block
 from tests.stages import (
     CHANNELS,
     MEMORY,
@@ -329,6 +329,14 @@ def test_operators_that_move_statistics() -> None:
     update, count = torch.ops.effdense.update_running_statistics, torch.ops.effdense.count_batches
     torch.library.opcheck(update.default, (buffers, values, [0.9, 0.5], [0.1, 0.5]), test_utils=tests)
     torch.library.opcheck(count.default, ([torch.tensor(3), torch.tensor(0)],), test_utils=tests)
+
+
+@pytest.mark.parametrize("update", [torch.ops.effdense.update_running_statistics, batch_norm._update])
+def test_a_norm_that_layers_share_moves_once_for_each(update: Callable[..., None]) -> None:
+    running, first, second = (torch.rand(3, dtype=torch.float64) for _ in range(3))
+    expected = (running * 0.9 + first * 0.1) * 0.9 + second * 0.1
+    update([running, running], [first, second], [0.9, 0.9], [0.1, 0.1])
+    torch.testing.assert_close(running, expected)
 
 
 # ---- exactness
