@@ -1,6 +1,6 @@
 """Fixtures of all tests: the operator backends, and the certainty that compiled code is what runs.
 
-With EFFDENSE_FORCE_REFERENCE=1 it is plain PyTorch, and what is run is whole models, layers and blocks alone.
+With EFFDENSE_FORCE_REFERENCE=1 it is plain PyTorch, and what is run is blocks and whole models.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ from tests.simt.compiler import compile_operators, cuda_include
 FALLBACK = effdense.build_info()["reason"] == "EFFDENSE_FORCE_REFERENCE is set"
 WITHOUT_THE_EXTENSION = [
     "convert",
-    "convert_again",
     "dense_block",
-    "fallback",
     "model",
-    "models",
     "models_forward",
-    "nn",
     "norms",
-    "precision",
     "stage_autograd",
     "structures",
-    "weights",
 ]
 
 # Nothing of it can run without.

@@ -106,6 +106,7 @@ def test_architectures_train_like_the_naive_ones(name: str, memory: str, steps: 
             optimizer.step()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
 def test_every_part_of_torchvisions_models_is_converted(name: str) -> None:
     model = models.build(name, "naive").model

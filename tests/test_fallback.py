@@ -22,7 +22,6 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(operators, "_COMPILED", {})
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_same_is_kept_for_the_backward(memory: str, plain: bool, twin: Callable[[], None]) -> None:

@@ -208,6 +208,7 @@ def test_the_tutorials_net(memory: str, dropped: str) -> None:
 # ---- traced
 
 
+@pytest.mark.compiled
 def test_a_whole_model_is_traced_and_compiled() -> None:
     model = models.DenseNet(4, (1, 1), 6, num_classes=5).double()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)

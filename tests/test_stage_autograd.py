@@ -269,6 +269,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize(
     "memory, backend", [("balanced", "aot_eager"), ("minimal", "aot_eager"), ("balanced", "inductor")]
