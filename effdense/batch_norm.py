@@ -181,9 +181,18 @@ def _move(
     torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], take)
 
 
+def _repeated(buffers: list[Tensor]) -> bool:
+    """Whether layers share a norm: its updates come one after the other, not all at once."""
+    return len({id(b) for b in buffers}) < len(buffers)
+
+
 @torch.library.impl(_library, "update_running_statistics", "CompositeExplicitAutograd")
 def _update(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
     with torch.no_grad():
+        if _repeated(running):
+            for r, b, k, t in zip(running, batch, keep, take, strict=True):
+                r.mul_(k).add_(b.to(r.dtype), alpha=t)
+            return
         torch._foreach_mul_(running, keep)
         scaled = torch._foreach_mul([b.to(r.dtype) for r, b in zip(running, batch, strict=True)], take)
         torch._foreach_add_(running, scaled)
@@ -191,7 +200,11 @@ def _update(running: list[Tensor], batch: list[Tensor], keep: list[float], take:
 
 @torch.library.impl(_library, "count_batches", "CompositeExplicitAutograd")
 def _count(counters: list[Tensor]) -> None:
-    torch._foreach_add_(counters, 1)
+    if _repeated(counters):
+        for counter in counters:
+            counter.add_(1)
+    else:
+        torch._foreach_add_(counters, 1)
 
 
 for _name in ("move_running_statistics", "update_running_statistics", "count_batches"):

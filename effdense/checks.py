@@ -7,6 +7,7 @@ ValueError. Nothing has been changed when one is raised. (csrc/checks.h guards t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def check_norm(op: str, names: Sequence[str], norm: Norm, channels: int, like: T
 
 def check_number(op: str, name: str, value: float) -> None:
     """Checks that a setting is a number."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,8 +116,21 @@ def _summary(arguments: argparse.Namespace) -> int:
     print(f"{arguments.model}, {table}")
     if arguments.json:
         content = {"model": arguments.model, **table.as_dict()}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            _write(json.dumps(content, indent=1) + "\n", arguments.json)
+        except OSError as error:
+            reason = error.strerror or error
+            print(f"effdense summary: {arguments.json} cannot be written: {reason}", file=sys.stderr)
+            return 2
     return 0
+
+
+def _write(text: str, path: Path) -> None:
+    """Beside `path` and moved there: it holds its old content or all of the new one."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        file.write_text(text)
+        file.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,6 +77,7 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
 
     Raises:
         TypeError: model is not a module, or has parts that torch.jit has compiled.  ValueError: there is no such memory mode.
+        The model is then as it was, whatever is raised.
     """
     _check_model("convert", model)
     check_memory("convert", memory)
@@ -86,7 +87,7 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     try:
         for module, ours in found:
             adopt(module, ours, memory, examine.everywhere.get(module, False))
-    except BaseException:
+    except BaseException:  # such as Ctrl-C: all or nothing
         for module, original, state in before:
             module.__class__ = original
             module.__dict__.clear()

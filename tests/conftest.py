@@ -1,9 +1,13 @@
-"""Fixtures of all tests: the operator backends, and the certainty that compiled code is what runs."""
+"""Fixtures of all tests: the operator backends, and the certainty that compiled code is what runs.
+
+With EFFDENSE_FORCE_REFERENCE=1 it is plain PyTorch, and what is run is blocks and whole models.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +21,33 @@ from tests.simt.compiler import compile_operators, cuda_include
 
 # For what this process starts, pytest-xdist's workers above all: threads that wait leave the processor to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+FALLBACK = effdense.build_info()["reason"] == "EFFDENSE_FORCE_REFERENCE is set"
+WITHOUT_THE_EXTENSION = [
+    "convert",
+    "dense_block",
+    "model",
+    "models_forward",
+    "norms",
+    "stage_autograd",
+    "structures",
+]
 
 # Nothing of it can run without.
 collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
+if FALLBACK:
+    kept = {f"test_{name}.py" for name in WITHOUT_THE_EXTENSION}
+    collect_ignore += [file.name for file in Path(__file__).parent.glob("test_*.py") if file.name not in kept]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled() -> None:
-    assert effdense.build_info()["compiled"], effdense.build_info()["reason"]
+    assert FALLBACK or effdense.build_info()["compiled"], effdense.build_info()["reason"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    without = [item for item in items if FALLBACK and item.get_closest_marker("compiled")]
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in without]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +57,7 @@ def _autograd_has_run() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiled: not run with EFFDENSE_FORCE_REFERENCE=1")
     config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch finds no GPU here (torch.cuda.is_available() is False)")
@@ -41,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _with_gpu(backends: Collection[str]) -> list[Any]:
     """And the GPU, where there is one, for what there are CUDA kernels for."""
+    if FALLBACK:
+        return ["fallback"]
     if "simt" in backends and torch.cuda.is_available():
         return [*backends, pytest.param("cuda", marks=pytest.mark.gpu)]
     return list(backends)
@@ -88,7 +114,7 @@ def any_ops(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def runs_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What effdense runs on in a test: its CPU kernels, its CUDA kernels on the CPU, or a GPU (where tensors are then made)."""
+    """What effdense runs on in a test: its CPU kernels, its CUDA kernels on the CPU, a GPU (where tensors are then made), or none."""
     if request.param == "simt":
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         monkeypatch.setitem(operators._COMPILED, "cpu", (request.getfixturevalue("simt"), dtypes))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import models
+from tests.cases import rms
 
 MEMORY = ["balanced", "minimal"]
 TAILS = ["block", "transition", "head"]
@@ -119,6 +120,25 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
         assert (a is None) == (b is None), i
         if a is not None:
             torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+def assert_as_exact(runs: list[tuple[list[Tensor], list[Tensor], list[Tensor]]], dtype: torch.dtype) -> None:
+    """Ours, naive, exact, several times: the root of the mean square over all runs, result by result.
+
+    One run says little: a relu that rounding switches outweighs everything else in a vector of few elements.
+    """
+    for i, every in enumerate(zip(*(zip(*run, strict=True) for run in runs), strict=True)):
+        for a, b, _ in every:
+            assert a.dtype == b.dtype, i
+        ours, naive, size = (
+            rms(torch.cat([v.flatten() for v in values]))
+            for values in (
+                [a.double() - c for a, _, c in every],
+                [b.double() - c for _, b, c in every],
+                [c for _, _, c in every],
+            )
+        )
+        assert ours <= 2 * naive + torch.finfo(dtype).eps * size, f"{i}: {ours:.3g}, naive {naive:.3g}"
 
 
 def assert_same(

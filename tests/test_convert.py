@@ -89,6 +89,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("memory, steps", [("balanced", 20), ("minimal", 3)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_train_like_the_naive_ones(name: str, memory: str, steps: int) -> None:
@@ -105,6 +106,7 @@ def test_architectures_train_like_the_naive_ones(name: str, memory: str, steps: 
             optimizer.step()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
 def test_every_part_of_torchvisions_models_is_converted(name: str) -> None:
     model = models.build(name, "naive").model
@@ -368,6 +370,7 @@ def test_wrong_arguments() -> None:
         effdense.report(nn.Module)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("memory", MEMORY)
 def test_the_twin_alone_trains_like_the_naive_model(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device without compiled operators."""

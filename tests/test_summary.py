@@ -131,6 +131,8 @@ def test_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (("densenet212", "--image-size", "64"), "unknown model 'densenet212', did you mean"),
         (("densenet121", "--image-size", "28"), "at least 29 pixels each way"),
         (("densenet121", "--image-size", "0"), "all positive"),
+        (("densenet121", "--image-size", "-64"), "all positive"),
+        (("densenet121", "--image-size", "64", "--batch", "0"), "all positive"),
     ],
 )
 def test_command_says_what_is_wrong(
@@ -139,6 +141,31 @@ def test_command_says_what_is_wrong(
     assert cli.main(["summary", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("effdense summary: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["missing/summary.json", "folder"])
+def test_a_file_that_cannot_be_written(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / where
+    arguments = ["densenet_bc_10_4", "--image-size", "8", "--json", str(file)]
+    assert cli.main(["summary", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"effdense summary: {file} cannot be written: ") and error.count("\n") == 1
+    assert [f.name for f in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "summary.json"
+    file.write_text("before")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["summary", "densenet_bc_10_4", "--image-size", "8", "--json", str(file)])
+    assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+    assert cli.main(["summary", "densenet_bc_10_4", "--image-size", "8", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["model"] == "densenet_bc_10_4" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_model_of_another_kind() -> None:

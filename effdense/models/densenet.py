@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
 from effdense import nn as dense
-from effdense.checks import check_memory, check_spatial_dims
+from effdense.checks import check_memory, check_number, check_spatial_dims
 from effdense.models.weights import load_published
 from effdense.nn.obstacles import AVG_POOLS, CONVS, MAX_POOLS, NORMS
 
@@ -24,7 +25,7 @@ IMAGENET = {
 
 
 def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"DenseNet: {name} must be a positive whole number, got {value!r}")
 
 
@@ -51,6 +52,7 @@ class DenseNet(dense.DenseNet):
         memory: "balanced" keeps each layer's bottleneck output for the backward, "minimal" computes it again.
 
     Raises:
+        TypeError: compression or drop_rate is not a number.
         ValueError: an argument makes no sense; in the forward, images of another form or too small for the poolings.
     """
 
@@ -72,9 +74,9 @@ class DenseNet(dense.DenseNet):
         bias: bool = False,
         memory: str = "balanced",
     ) -> None:
-        if not isinstance(block_config, Sequence) or not block_config:
+        if not isinstance(block_config, Sequence) or isinstance(block_config, str) or not block_config:
             raise ValueError(
-                f"DenseNet: block_config must be the blocks' numbers of layers, got {block_config!r}"
+                f"DenseNet: block_config must be a sequence of the blocks' numbers of layers, got {block_config!r}"
             )
         counts = {
             "growth_rate": growth_rate,
@@ -86,6 +88,8 @@ class DenseNet(dense.DenseNet):
         for name, value in counts.items():
             _check_count(name, value)
         check_spatial_dims("DenseNet", spatial_dims)
+        for name, number in (("compression", compression), ("drop_rate", drop_rate)):
+            check_number("DenseNet", name, number)
         if not 0 < compression <= 1:
             raise ValueError(f"DenseNet: compression must be above 0 and at most 1, got {compression!r}")
         if not 0 <= drop_rate <= 1:

@@ -26,8 +26,11 @@ def build(name: str, **options: Any) -> nn.Module:
         options: what the constructor takes.
 
     Raises:
+        TypeError: the name is no text.
         ValueError: there is no such model (the message has the nearest name), or its library is not installed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"build: name must be a str, got {type(name).__name__}")
     library, colon, other = name.partition(":")
     if colon and library in _LIBRARIES:
         module, function = _LIBRARIES[library]

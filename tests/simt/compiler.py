@@ -55,17 +55,29 @@ def compile_for_cpu(sources: Sequence[Path], output: Path, *flags: str) -> Path:
 
 def compile_operators() -> Path:
     """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU."""
+    flags, link = _of_torch()
+    flags += ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
+    # The bindings first: they take longest.
+    sources = {ROOT / "tests" / "simt" / "operators.cpp": flags} | {kernel: [] for kernel in KERNELS}
+    return _linked("operators.so", _objects(sources), *link)
+
+
+def compile_fake_device() -> Path:
+    """The library that makes a device of privateuse1 (tests/fake_device.cpp)."""
+    source = ROOT / "tests" / "fake_device.cpp"
+    compile_, link = _of_torch()
+    flags = [*FLAGS, "-O0", *compile_, *link]
+    return _once("fake_device.so", [source], flags, lambda to: _run(["g++", source, *flags, "-o", to]))
+
+
+def _of_torch() -> tuple[list[str], list[str]]:
+    """What a source that includes torch's headers is compiled and linked with."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    flags = ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
-    flags += [f"-isystem{path}" for path in include_paths()]
-    flags.append(f"-D_TORCH={torch.__version__}")
-    # The bindings first: they take longest.
-    sources = {ROOT / "tests" / "simt" / "operators.cpp": flags} | {kernel: [] for kernel in KERNELS}
     libraries = Path(torch.__file__).parent / "lib"
     link = ["-shared", f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
-    return _linked("operators.so", _objects(sources), *link)
+    return [*(f"-isystem{path}" for path in include_paths()), f"-D_TORCH={torch.__version__}"], link
 
 
 def compile_launchers(sanitizer: str) -> Path:
