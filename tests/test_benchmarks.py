@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import compare, data, demo, measure, models, plots
-from benchmarks.worker import ROOT, Settings, Worker, WorkerError
+from benchmarks.worker import ROOT, Settings, Worker, WorkerError, batch_for
 
 PARAMETERS = {  # of the papers and of torchvision
     "densenet121": 7_978_856,
@@ -128,7 +128,7 @@ def test_plain_layers_have_names_of_their_own_kind():
 def test_synthetic_images_have_the_models_channels(name, channels):
     with torch.device("meta"):
         model = models.build(name, "naive").model
-    images, labels = worker.batch_for(Settings(name, 3, 8), model)
+    images, labels = batch_for(Settings(name, 3, 8), model)
     assert images.shape == (3, channels, 8, 8) and labels.max() < 10
 
 
@@ -173,7 +173,10 @@ def test_every_implementation_starts_from_the_same_weights(name, impl):
         ("densenet_3_12", "the nearest depth is 7"),
         ("densenet_d2", "did you mean 'densenet_d2l'"),
         ("densenet169_tutorial", "cannot be measured yet"),
-        ("timm:densenet131", "did you mean 'timm:densenet121'.*torchvision:NAME, timm:densenet121, "),
+        (
+            "timm:densenet131",
+            "did you mean 'timm:densenet121'?; of libraries there are torchvision:NAME, timm:densenet121, ",
+        ),
         ("torchvision:densenet12", "did you mean 'torchvision:densenet121'"),
     ],
 )
