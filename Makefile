@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
-# What `make test` gives to pytest.
+# What `make test` gives to pytest, and what it installs effdense with: test,peers adds other libraries.
 TESTS ?=
+EXTRAS ?= test
 
 LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
@@ -15,7 +16,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o
 
 # Stamps: which torch is there, whether effdense is as its sources are, and with which extra.
 TORCH_STAMP := $(VENV)/.torch-$(firstword $(shell echo '$(TORCH)' | cksum))
-TEST_STAMP := $(VENV)/.effdense-test
+TEST_STAMP := $(VENV)/.effdense-$(EXTRAS)
 DEMO_STAMP := $(VENV)/.effdense-bench
 LINT_STAMP := $(VENV)/.lint-$(firstword $(shell echo '$(LINT_TOOLS)' | cksum))
 
@@ -30,7 +31,7 @@ help:
 	@echo 'make clean    remove what the above made, $(VENV) too'
 	@echo
 	@echo 'PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH="$(TORCH)" can be set, e.g.'
-	@echo '    make test VENV=.venv-cuda TORCH="torch==2.14.1 torchvision==0.29.1"'
+	@echo '    make test VENV=.venv-cuda TORCH="torch==2.14.1 torchvision==0.29.1" EXTRAS=test,peers'
 
 torch: $(TORCH_STAMP)
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from effdense import engine, operators
 from effdense.convert import convert, report
 from effdense.nn import DenseLayer, PlainDenseLayer
+from effdense.nn.foreign import ForeignBlock
 from effdense.stage import Settings
 
 MEMORY = ("naive", "checkpoint", "balanced", "minimal")
@@ -285,7 +286,8 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
         model: any module that `effdense.convert` could convert, or has converted.
         input_shape: of one batch, [N, C, *spatial].
         memory: "balanced" or "minimal" as in `effdense.convert`; "naive": its submodules one by one; "checkpoint": the
-            same with every layer's bottleneck (of a plain layer: all of it) computed again in the backward.
+            same with every layer's bottleneck (of a plain layer: all of it) computed again in the backward, for
+            blocks with torchvision's layers only.
 
     Raises:
         TypeError: model is not a module.
@@ -297,6 +299,10 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
     if not any(entry.converted for entry in report(bare)):
         raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
     for module in bare.modules() if memory == "checkpoint" else ():
+        if isinstance(module, ForeignBlock):
+            raise ValueError(
+                f'plan: memory="checkpoint" is not known of {module.original.__name__}, only of blocks with torchvision\'s layers'
+            )
         module.__class__ = _CHECKPOINTED.get(type(module), type(module))
     tensors, wanted = [*bare.parameters(), *bare.buffers()], [p for p in bare.parameters() if p.requires_grad]
     dtype = next((p.dtype for p in tensors if p.is_floating_point()), torch.float32)

@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from effdense.convert import convert
 from effdense.memory import bare_copy, check_input_shape
 from effdense.nn import DenseBlock, DenseFeatures, DenseNet, Transition
+from effdense.nn.foreign import ForeignBlock, ForeignTransition
 from effdense.nn.obstacles import CONVS
 
 SAVED = ("naive", "balanced", "minimal")
-_KINDS = ((DenseBlock, "Dense block"), (Transition, "Transition"), (CONVS, "Convolution"))
+_BLOCKS = (DenseBlock, ForeignBlock)
+_KINDS = (
+    (_BLOCKS, "Dense block"),
+    ((Transition, ForeignTransition), "Transition"),
+    (CONVS, "Convolution"),
+)
 
 
 class Row(NamedTuple):
@@ -75,7 +81,7 @@ def _places(model: Any) -> tuple[list[str], dict[nn.Module, int]]:
     names: list[str] = []
     places: dict[nn.Module, int] = {}
     children = list(model.features.children())
-    last = max(i for i, m in enumerate(children) if isinstance(m, DenseBlock))
+    last = max(i for i, m in enumerate(children) if isinstance(m, _BLOCKS))
     for module in children[: last + 1]:
         kind = next((name for kinds, name in _KINDS if isinstance(module, kinds)), None)
         if kind is None and "Pool" in type(module).__name__:

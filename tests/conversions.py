@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,11 @@ import effdense
 from tests.stages import assert_close
 
 ALLOWED = "not one of a dense layer's norms, ReLUs, convolutions or dropouts"
+
+
+def library(name: str) -> Any:
+    """A library of the extra "peers"; where it is missing, the test is skipped."""
+    return pytest.importorskip(name, reason=f"needs {name.partition('.')[0]}: make test EXTRAS=test,peers")
 
 
 def randomised(model: nn.Module) -> nn.Module:

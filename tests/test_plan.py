@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import effdense
-from benchmarks import models
+from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
 from effdense import cli, memory, operators
 
@@ -105,6 +105,16 @@ def test_so_is_that_of_the_others(name: str, batch: int, size: int, mode: str) -
     assert plan.total == pytest.approx(measured(model, x), rel=0.05), str(plan)
     converted = build(name, "effdense-balanced")
     assert effdense.plan(converted, x.shape, memory=mode).total == plan.total
+
+
+@pytest.mark.parametrize("mode", ["naive", "balanced", "minimal"])
+def test_so_is_that_of_other_libraries_blocks(mode: str) -> None:
+    model, x = structures.StarNet(0.0, False, 24, (3, 3, 3), 48, 4, 10), torch.randn(16, 3, 32, 32)
+    plan = effdense.plan(model, x.shape, memory=mode)
+    with pytest.raises(ValueError, match='memory="checkpoint" is not known of StarBlock, only of blocks'):
+        effdense.plan(model, x.shape, memory="checkpoint")
+    model = model if mode == "naive" else effdense.convert(model, memory=mode)
+    assert plan.total == pytest.approx(measured(model, x), rel=0.05), str(plan)
 
 
 def test_the_numbers_of_a_plan_add_up() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import structures
+from effdense.nn import structure
 from effdense.nn.foreign import ForeignBlock
 from tests.conversions import (
     assert_same,
@@ -183,6 +184,29 @@ def test_copies_work(how: str) -> None:
     assert str(effdense.report(other)) == str(effdense.report(model))
     assert type(other[1]) is type(model[1])
     assert_same(model, other, images_for(model), 1)
+
+
+def test_a_forward_looks_at_every_module_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = effdense.convert(structures.tutorial_net(0.0).double())
+    seen: list[nn.Module] = []
+    changed = structure.changed
+
+    def count(name: str, module: nn.Module, *rest: bool) -> str | None:
+        seen.append(module)
+        return changed(name, module, *rest)
+
+    monkeypatch.setattr(structure, "changed", count)
+    model(images_for(model, 32))
+    parts = {m for block in (model[3], model[5]) for m in list(block.modules())[1:]}
+    assert len(seen) == len(set(seen)) and set(seen) >= parts
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_foreign_block_is_compiled_whole(training: bool) -> None:
+    block = effdense.convert(structures.NetBlock(2, 6, 4)).train(training)
+    x = torch.randn(2, 6, 5, 5)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x))
 
 
 def test_its_own_class_stays_in_front_of_nothing() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import effdense
 from benchmarks import models as twins
+from benchmarks import structures
 from effdense import cli, models
 from effdense.summary import SAVED
 from tests.stages import kept_tensors
@@ -166,6 +167,18 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
     assert cli.main(["summary", "densenet_bc_10_4", "--image-size", "8", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["model"] == "densenet_bc_10_4" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+def test_other_libraries_blocks(efficient: bool) -> None:
+    ours = models.densenet_cifar(22, 12)
+    summary = effdense.summary(structures.StarNet(0.0, efficient, 12, (3, 3, 3), 24, 4, 10), (2, 3, 32, 32))
+    expected = effdense.summary(ours, (2, 3, 32, 32))
+    for row, other in zip(summary.rows, expected.rows, strict=True):
+        assert row[:-1] == other[:-1]
+        assert {k: row.saved[k] for k in ("balanced", "minimal")} == {
+            k: other.saved[k] for k in ("balanced", "minimal")
+        }
 
 
 def test_a_model_of_another_kind() -> None:

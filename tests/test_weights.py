@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from effdense import models
 from effdense.models import DenseNet, load_weights
+from tests.conversions import library
 from tests.stages import assert_close, kept_tensors
 
 State = dict[str, Tensor]
@@ -113,9 +114,8 @@ LIBRARIES: dict[str, tuple[str, Callable[[], tuple[nn.Module, DenseNet, int]]]] 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_weights_of_the_libraries_own_models(name: str) -> None:
-    library, pair = LIBRARIES[name]
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+    package, pair = LIBRARIES[name]
+    library(package)
     theirs, ours, dims = pair()
     theirs, ours = theirs.double(), ours.double()
     load_weights(ours, theirs.state_dict())
