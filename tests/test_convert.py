@@ -310,7 +310,7 @@ def quantise(layer: Any) -> None:
         (prune_old, "conv1.weight is not a plain parameter"),
         (spectral_norm_old, "conv2.weight is not a plain parameter"),
         (quantise, "conv1.weight is not a plain parameter"),
-        (replace_norm, "norm1 is GroupNorm, not BatchNorm1d or BatchNorm2d or BatchNorm3d"),
+        (replace_norm, "norm1 is GroupNorm, not BatchNorm1d or BatchNorm2d or BatchNorm3d or SyncBatchNorm"),
         (replace_activation, "relu2 is GELU, not ReLU"),
         (dilate, "conv2.padding is (2, 2), not (1, 1)"),
         (group, "conv2.groups is 2, not 1"),
