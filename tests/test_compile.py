@@ -68,17 +68,14 @@ def test_one_node_per_block_each_way_and_one_graph_for_every_batch_size(name: st
     """The second size makes a graph with a symbol in its place; no other does."""
     ours, recorder = NETS[name](), Recorder()
     compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend=recorder.backend)
-    for images in (4, 2, 3, 7):
+    for images in (4, 2, 3):
         x = make_images(images)
         assert_close(step(compiled, x, False), step(ours, x, False), 1e-12)
     assert recorder.graphs == [FORWARD, BACKWARD] * 2
     recorder.graphs.clear()
     with torch.no_grad():
-        for images in (4, 2, 3):
-            x = make_images(images)
-            assert_close([compiled.eval()(x)], [ours.eval()(x)], 1e-12)
-    assert recorder.graphs and all(graph == FORWARD for graph in recorder.graphs)
-    assert len(recorder.graphs) <= 2
+        assert_close([compiled.eval()(x)], [ours.eval()(x)], 1e-12)
+    assert recorder.graphs == [FORWARD]
 
 
 def test_a_dynamic_batch_is_one_graph_from_the_start() -> None:
@@ -111,16 +108,17 @@ def test_by_inductor_with_the_memory_of_eager(training: bool) -> None:
 
 @pytest.mark.parametrize("how", ["torch.compile", "in place"])
 def test_convert_after_compile_is_not_stale(how: str) -> None:
-    naive, recorder = small_net(), Recorder()
+    naive, recorder = d2l_like().double(), Recorder()
     model = copy.deepcopy(naive)
     if how == "in place":
         model.compile(fullgraph=True, backend=recorder.backend)
     else:
         model = torch.compile(model, fullgraph=True, backend=recorder.backend)
-    x = make_images()
+    x = make_images(2, 8)
     step(model, x, False), step(naive, x, False)
-    assert recorder.graphs == [{}, {}]
+    assert recorder.graphs and not any(recorder.graphs)
+    recorder.graphs.clear()
     assert effdense.convert(model) is model
     assert all(e.converted and e.reason is None for e in effdense.report(model))
     assert_close(step(model, x, False), step(naive, x, False))
-    assert recorder.graphs[2:] == [FORWARD, BACKWARD]
+    assert recorder.graphs[:2] == [FORWARD, BACKWARD]
