@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from effdense import cuda, reference
 from effdense._extension import build_info
 from effdense.check import check
-from effdense.memory import CATEGORIES, MEMORY, largest_batch, plan
+from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
 from effdense.models import build
 from effdense.nn.obstacles import CONVS
 from effdense.operators import operators
@@ -78,12 +79,21 @@ def _model_and_shape(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[in
     return model, (arguments.batch, conv.in_channels, arguments.image_size, arguments.image_size)
 
 
+def _plans(model: nn.Module, shape: Sequence[int]) -> list[Plan]:
+    """In every memory mode that can be planned for the model."""
+    plans = []
+    for memory in MEMORY:
+        with contextlib.suppress(NotCheckpointed):
+            plans.append(plan(model, shape, memory=memory))
+    return plans
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     try:
         model, shape = _model_and_shape(arguments)
-        plans = [plan(model, shape, memory=memory) for memory in MEMORY]
+        plans = _plans(model, shape)
         budget = arguments.budget
-        batches = [largest_batch(model, shape, budget, memory=memory) for memory in MEMORY] if budget else []
+        batches = [largest_batch(model, shape, budget, memory=p.memory) for p in plans] if budget else []
     except (ImportError, ValueError) as error:
         print(f"effdense plan: {error}", file=sys.stderr)
         return 2
@@ -102,8 +112,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     if budget:
         print(f"\nLargest batch within {budget / 2**20:.0f} MiB, all of that included:")
-        for memory, batch in zip(MEMORY, batches, strict=True):
-            print(f"{memory:<10}{batch or 'none':>12}")
+        for p, batch in zip(plans, batches, strict=True):
+            print(f"{p.memory:<10}{batch or 'none':>12}")
     return 0
 
 

@@ -205,6 +205,10 @@ def bare_copy(model: nn.Module) -> nn.Module:
     return bare_model
 
 
+class NotCheckpointed(ValueError):
+    """What memory="checkpoint" would be of other libraries' blocks is not known."""
+
+
 class _CheckpointedLayer(DenseLayer):
     """torchvision's memory_efficient=True: everything before the second norm is computed again."""
 
@@ -300,7 +304,7 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
         raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
     for module in bare.modules() if memory == "checkpoint" else ():
         if isinstance(module, ForeignBlock):
-            raise ValueError(
+            raise NotCheckpointed(
                 f'plan: memory="checkpoint" is not known of {module.original.__name__}, only of blocks with torchvision\'s layers'
             )
         module.__class__ = _CHECKPOINTED.get(type(module), type(module))

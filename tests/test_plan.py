@@ -225,6 +225,16 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Largest batch within 100 MiB" in out
 
 
+def test_command_on_another_librarys_net(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "build", lambda _: structures.StarNet())
+    command = ["plan", "--model", "timm:densenet", "--image-size", "32", "--batch", "8", "--budget", "1GiB"]
+    assert cli.main(command) == 0
+    first = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert [word for word in first if word in memory.MEMORY] == ["naive", "balanced", "minimal"] * 2
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [

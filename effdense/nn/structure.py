@@ -261,8 +261,9 @@ def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Passage, lis
         if isinstance(part, NORMS) and norm is None:
             norm = part
             inside: list[tuple[str, Any]] = []
-            _walk(path, part, hooks, inside)
-            others = [(p, m) for p, m in inside[1:] if type(m) not in _SILENT]
+            for child_name, child in part.named_children():
+                _walk(f"{path}.{child_name}", child, hooks, inside)
+            others = [(p, m) for p, m in inside if type(m) not in _SILENT]
         else:
             others = [(path, part)] if type(part) not in _SILENT else []
         for other, m in others:
