@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import site
 import subprocess
 import sys
@@ -172,8 +173,8 @@ def setup_py(before, *arguments, **environment):
 
 def required_torch(folder):
     (metadata,) = folder.rglob("METADATA")
-    (line,) = [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist: torch")]
-    return set(line.removeprefix("Requires-Dist: torch").split(","))
+    (versions,) = re.findall(r"^Requires-Dist: torch([<>].*)$", metadata.read_text(), re.MULTILINE)
+    return set(versions.split(","))
 
 
 NO_TORCH = "sys.modules['torch'] = None"

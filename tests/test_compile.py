@@ -14,9 +14,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import effdense
-from benchmarks import models
+from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
-from tests import structures
 from tests.stages import assert_close, step
 
 

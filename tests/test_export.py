@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from tests import structures
+from benchmarks import structures
 from tests.stages import assert_close
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import models as twins
-from tests import stages, structures
+from benchmarks import structures
+from tests import stages
+from tests.conversions import images_for, kinds, randomised, step
 from tests.stages import assert_close
-from tests.test_structures import images_for, kinds, randomised, step
 
 
 class InDimensions(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import models as twins
-from tests import structures
+from benchmarks import structures
 from tests.stages import assert_as_exact, assert_close, step, weights_of
 from tests.test_structures import images_for, randomised
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models
+from benchmarks import models, structures
 from effdense import dense_block
-from tests import structures
 from tests.stages import assert_close, assert_same
 
 NETS: dict[str, Callable[[], nn.Module]] = {

@@ -1,4 +1,4 @@
-"""convert and revert on dense blocks that are written another way than torchvision's (tests/structures.py)."""
+"""convert and revert on dense blocks that are written another way than torchvision's (benchmarks/structures.py)."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import models as naive
+from benchmarks.structures import growing_net
 from effdense.models import DenseNet
 from tests.processes import run_in_processes
-from tests.structures import growing_net
 
 PARTS = (3, 2)  # images of the two processes
 
