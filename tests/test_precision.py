@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import effdense
 from benchmarks import models as twins
 from benchmarks import structures
+from tests.conversions import images_for, randomised
 from tests.stages import assert_as_exact, assert_close, step, weights_of
-from tests.test_structures import images_for, randomised
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "bottleneck": lambda: twins.DenseNet(4, (2, 3), 6, num_classes=5, bn_size=2),
