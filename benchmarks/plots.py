@@ -1,4 +1,4 @@
-"""The pictures, in one style: readable in grey, axes with units, values or names written beside what is drawn."""
+"""The benchmarks' pictures, in the style of effdense.plots: values or names written beside what is drawn."""
 
 from __future__ import annotations
 
@@ -13,19 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
 
-MIB = 2**20
-PEER, OURS = "#c4c4c4", "#3b7cb5"  # told apart in grey too, and a black line is seen on both
-LINE = "#999999"  # PEER where it is a thin line
-STYLE = {
-    "figure.dpi": 150,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
+from effdense.plots import CURVES, LINE, MIB, OURS, PEER, STYLE
 
 
 def comparison(rows: Sequence[dict[str, Any]], title: str, path: str | Path) -> None:
@@ -153,13 +141,8 @@ def _time_scale(rows: Sequence[dict[str, Any]]) -> tuple[int, str]:
 
 
 def loss_curves(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
-    """Draw one curve per name; the first is a broad light band, so that curves on top of it stay visible."""
-    looks = [
-        {"color": PEER, "linewidth": 5},
-        {"color": OURS, "linewidth": 1.4},
-        {"color": "black", "linewidth": 1.0, "linestyle": (0, (2, 3))},
-    ]
-    for (name, values), look in zip(losses.items(), looks, strict=False):
+    """Draw one curve per name."""
+    for (name, values), look in zip(losses.items(), CURVES, strict=False):
         axes.plot(range(1, len(values) + 1), values, label=name, solid_capstyle="round", **look)
     axes.set(xlabel="training step", ylabel="cross entropy (nats)", ylim=(0, None))
     axes.margins(x=0.01)

@@ -18,9 +18,10 @@ from effdense import cuda, reference
 from effdense._extension import build_info
 from effdense.check import check
 from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
-from effdense.models import build
+from effdense.models import build, load_checkpoint
 from effdense.nn.obstacles import CONVS
 from effdense.operators import operators
+from effdense.reuse import feature_reuse
 from effdense.summary import summary
 
 
@@ -135,6 +136,41 @@ def _summary(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _no_plots(command: str) -> int:
+    print(f"effdense {command}: needs matplotlib: pip install matplotlib", file=sys.stderr)
+    return 2
+
+
+def _reuse(arguments: argparse.Namespace) -> int:
+    try:
+        from effdense import plots
+    except ImportError:
+        return _no_plots("reuse")
+    try:
+        blocks = feature_reuse(load_checkpoint(arguments.checkpoint, arguments.model))
+        title = f"feature reuse in {arguments.checkpoint}"
+        plots.reuse_picture(blocks, title, arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"effdense reuse: {error}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    try:
+        from effdense import plots
+    except ImportError:
+        return _no_plots("plot")
+    try:
+        plots.runs_picture({str(run): plots.read_run(run) for run in arguments.runs}, arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"effdense plot: {error}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
+
+
 def _write(text: str, path: Path) -> None:
     """Beside `path` and moved there: it holds its old content or all of the new one."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -166,6 +202,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     command.set_defaults(run=_summary)
+    command = commands.add_parser(
+        "reuse", help="draw how strongly each layer reads each earlier layer's features"
+    )
+    command.add_argument("checkpoint", type=Path, help="of effdense train, or a state_dict with --model")
+    command.add_argument("--model", help="as in plan, where the file does not say it")
+    command.add_argument("-o", "--output", type=Path, default="reuse.png", help="PNG (default: %(default)s)")
+    command.set_defaults(run=_reuse)
+    command = commands.add_parser("plot", help="draw loss, accuracy, memory and time of training runs")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of effdense train --out")
+    command.add_argument("-o", "--output", type=Path, default="runs.png", help="PNG (default: %(default)s)")
+    command.set_defaults(run=_plot)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

@@ -1,5 +1,6 @@
 """The DenseNets that people have, by constructor or by name, built from effdense.nn: they run fused without `convert`."""
 
+from effdense.models.checkpoints import load_checkpoint
 from effdense.models.densenet import (
     DenseNet,
     densenet121,
@@ -25,5 +26,6 @@ __all__ = [
     "densenet264",
     "densenet_cifar",
     "densenet_d2l",
+    "load_checkpoint",
     "load_weights",
 ]

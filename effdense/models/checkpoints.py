@@ -1,0 +1,70 @@
+"""Models from the files that `effdense train` writes."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from effdense.models.names import build
+from effdense.models.weights import load_weights
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    try:
+        written = io.BytesIO(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        content = torch.load(written, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged archive or pickle makes of it
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} must hold a checkpoint or a state_dict, it holds a {type(content).__name__}"
+        )
+    return content
+
+
+def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
+    """The number of classes and of the images' channels, as options of the model's constructor."""
+    weights = [t for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 1]
+    if not weights:
+        return {}
+    sizes = {} if weights[-1].dim() > 2 else {"num_classes": weights[-1].shape[0]}
+    library = name.partition(":")[0] if ":" in name else ""
+    channels = {"": "in_channels", "timm": "in_chans"}.get(library)
+    return {**sizes, channels: weights[0].shape[1]} if channels else sizes
+
+
+def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+    """Builds the model that a checkpoint of `effdense train` holds, with its weights.
+
+    Args:
+        path: such a file, or one with a state_dict alone.
+        name: of the model (see `build`), where the file does not say it.
+
+    Raises:
+        ValueError: the file cannot be read or does not say which model it holds, or that is another one.
+    """
+    content = _read(path)
+    said = content.get("model")
+    said = said if isinstance(said, str) else None
+    if name is None and said is None:
+        raise ValueError(f"{path} does not say which model it holds: name it (--model)")
+    if name and said and name != said:
+        raise ValueError(f"{path} holds model {said!r}, not {name!r}")
+    name = name or said or ""
+    state = content.get("state_dict", content)
+    options = content.get("options") if said else None
+    try:
+        model = build(name, **{**_sizes(name, state), **(options or {})})
+        return load_weights(model, state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold the weights of {name!r}: {error}") from error

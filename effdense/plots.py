@@ -1,0 +1,180 @@
+"""The pictures of the command line, and the style of all: readable in grey, axes with units, names beside what is drawn.
+
+Needs matplotlib, which effdense does without elsewhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from effdense.reuse import BlockReuse
+
+MIB = 2**20
+PEER, OURS = "#c4c4c4", "#3b7cb5"  # told apart in grey too, and a black line is seen on both
+LINE = "#999999"  # PEER where it is a thin line
+STYLE = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+# Curves that may lie on each other: the first is a broad light band, so that those on top of it stay visible.
+CURVES: list[dict[str, Any]] = [
+    {"color": PEER, "linewidth": 5},
+    {"color": OURS, "linewidth": 1.4},
+    {"color": "black", "linewidth": 1.0, "linestyle": (0, (2, 3))},
+    {"color": LINE, "linewidth": 1.4, "linestyle": "--"},
+    {"color": OURS, "linewidth": 1.0, "linestyle": ":"},
+    {"color": "black", "linewidth": 0.7},
+]
+_SHADES = LinearSegmentedColormap.from_list(
+    "effdense", ["#e9f0f6", OURS, "#0b2238"]
+)  # ever darker, in grey too
+_POINTS: dict[str, Any] = {"marker": "o", "markersize": 3.5}
+_COLUMNS = ("epoch", "split", "loss", "accuracy", "peak_bytes", "seconds")
+
+Curve = dict[float, float]  # value by epoch
+Run = dict[str, dict[str, Curve]]  # by column, then by split
+
+
+def reuse_picture(blocks: Sequence[BlockReuse], title: str, path: str | Path) -> None:
+    """Draw Huang et al.'s figure 5 (arXiv 1608.06993), a heat map per block, into the PNG at `path`.
+
+    What reads the whole block, a transition or the classifier, is the framed last column.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.1 + 2.9 * len(blocks), 3.6), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        panels = figure.subplots(1, len(blocks), squeeze=False)[0]
+        for axes, block in zip(panels, blocks, strict=True):
+            _heat_map(axes, block)
+        panels[0].set_ylabel("source layer")
+        shades = mpl.cm.ScalarMappable(cmap=_SHADES)
+        label = "mean absolute weight, of the largest\nin the layers, in the framed column"
+        figure.colorbar(shades, ax=panels, label=label, shrink=0.8, pad=0.02).outline.set_visible(False)
+        figure.savefig(path)
+
+
+def _heat_map(axes: Axes, block: BlockReuse) -> None:
+    layers = len(block.sources) - 1
+    shades = block.weights.clone()
+    for part in (shades[:, :layers], shades[:, layers:]):  # other kernels, another scale
+        part /= part.nan_to_num().max() if part.any() else 1.0
+    axes.imshow(shades.numpy(), cmap=_SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    step = math.ceil(layers / 8)
+    shown = range(step, layers + 1, step)
+    axes.set_yticks([0, *shown], ["input", *map(str, shown)])
+    axes.set_xticks([layer - 1 for layer in shown], [str(layer) for layer in shown])
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set(title=_last(block.block) or "dense block", xlabel="target layer")
+    if len(block.targets) > layers:
+        axes.add_patch(
+            Rectangle((layers - 0.5, -0.5), 1, layers + 1, fill=False, linewidth=0.8, clip_on=False)
+        )
+        axes.set_title(_last(block.targets[-1]), loc="right", fontsize="medium")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def read_run(run: str | Path) -> Run:
+    """Read what `effdense train --out RUN` has written to RUN/metrics.csv; or such a file itself.
+
+    Raises:
+        ValueError: there is none, it holds no rows or others; the message names file, line and column.
+    """
+    path = Path(run)
+    path = path / "metrics.csv" if path.is_dir() else path
+    curves: Run = {column: {} for column in _COLUMNS[2:]}
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path} has no column {', '.join(missing)}: no metrics of effdense train")
+            for row in reader:
+                for column in curves:
+                    _note(curves[column], row, column, f"{path}, line {reader.line_num}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not curves["loss"]:
+        raise ValueError(f"{path} has no rows yet")
+    return curves
+
+
+def _note(curves: dict[str, Curve], row: Mapping[str, str | None], column: str, where: str) -> None:
+    """Adds a row's value; of several rows of an epoch the last counts. A column may be empty."""
+    text = row[column]
+    if text == "":
+        return
+    try:
+        epoch, value = float(row["epoch"] or ""), float(text or "")
+    except ValueError:
+        found = {"epoch": row["epoch"], column: text}
+        raise ValueError(f"{where}: numbers were expected, got {found}") from None
+    curves.setdefault(row["split"] or "", {})[epoch] = value
+
+
+def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
+    """Draw loss, accuracy, peak memory and time of several runs over epochs into the PNG at `path`.
+
+    Memory and time are the training's, loss and accuracy the test's as well, with points.
+    """
+    training = {
+        column: [_training(run[column]) for run in runs.values()] for column in ("peak_bytes", "seconds")
+    }
+    slowest = max(
+        (s for curves in training["seconds"] for c in curves.values() for s in c.values()), default=0
+    )
+    minute, unit = (60, "min") if slowest >= 300 else (1, "s")
+    panels = (
+        ("loss", [run["loss"] for run in runs.values()], "cross entropy (nats)", 1.0),
+        ("accuracy", [run["accuracy"] for run in runs.values()], "accuracy (%)", 0.01),
+        ("memory", training["peak_bytes"], "peak (MiB)", MIB),
+        ("time", training["seconds"], f"per epoch ({unit})", minute),
+    )
+    looks = [CURVES[i % len(CURVES)] for i in range(len(runs))]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 5.6), layout="constrained")
+        for axes, (title, curves, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            for by_split, look in zip(curves, looks, strict=True):
+                _curves(axes, by_split, look, scale)
+            axes.set(title=title, ylabel=label, xlabel="epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if title != "accuracy":
+                axes.set_ylim(bottom=0)
+        handles = [Line2D([], [], label=name, **look) for name, look in zip(runs, looks, strict=True)]
+        handles.append(Line2D([], [], label="test", color="black", linestyle="", **_POINTS))
+        figure.legend(handles=handles, loc="outside upper left", ncols=4)
+        figure.savefig(path)
+
+
+def _training(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    return {"train": curves["train"]} if "train" in curves else {}
+
+
+def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], scale: float) -> None:
+    """Draw a line per split, with points where it is not the training's or has one epoch."""
+    for split, curve in curves.items():
+        epochs = sorted(curve)
+        values = [curve[epoch] / scale for epoch in epochs]
+        points = {} if split == "train" and len(epochs) > 1 else _POINTS
+        axes.plot(epochs, values, markevery=max(1, len(epochs) // 12), **points, **look)
