@@ -49,6 +49,7 @@ _SHADES = LinearSegmentedColormap.from_list(
 _POINTS: dict[str, Any] = {"marker": "o", "markersize": 3.5}
 _COLUMNS = ("epoch", "split", "loss", "accuracy", "peak_bytes", "seconds")
 
+
 Curve = dict[float, float]  # value by epoch
 Run = dict[str, dict[str, Curve]]  # by column, then by split
 
@@ -116,21 +117,21 @@ def read_run(run: str | Path) -> Run:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not curves["loss"]:
-        raise ValueError(f"{path} has no rows yet")
+        raise ValueError(f"{path} has no epochs yet")
     return curves
 
 
 def _note(curves: dict[str, Curve], row: Mapping[str, str | None], column: str, where: str) -> None:
-    """Adds a row's value; of several rows of an epoch the last counts. A column may be empty."""
-    text = row[column]
-    if text == "":
+    """Adds a row's value, if it is an epoch's. A column may be empty."""
+    text, split = row[column], row["split"] or ""
+    if text == "" or split == "step":
         return
     try:
         epoch, value = float(row["epoch"] or ""), float(text or "")
     except ValueError:
         found = {"epoch": row["epoch"], column: text}
         raise ValueError(f"{where}: numbers were expected, got {found}") from None
-    curves.setdefault(row["split"] or "", {})[epoch] = value
+    curves.setdefault(split, {})[epoch] = value
 
 
 def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
@@ -139,24 +140,23 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
     Memory and time are the training's, loss and accuracy the test's as well, with points.
     """
     training = {
-        column: [_training(run[column]) for run in runs.values()] for column in ("peak_bytes", "seconds")
+        column: [{"train": run[column].get("train", {})} for run in runs.values()]
+        for column in ("peak_bytes", "seconds")
     }
-    slowest = max(
-        (s for curves in training["seconds"] for c in curves.values() for s in c.values()), default=0
-    )
-    minute, unit = (60, "min") if slowest >= 300 else (1, "s")
+    longest = max((max(run["train"].values(), default=0) for run in training["seconds"]), default=0)
+    scale, unit = next(s for s in ((3600, "h"), (60, "min"), (1, "s")) if longest >= 5 * s[0] or s[0] == 1)
     panels = (
         ("loss", [run["loss"] for run in runs.values()], "cross entropy (nats)", 1.0),
         ("accuracy", [run["accuracy"] for run in runs.values()], "accuracy (%)", 0.01),
         ("memory", training["peak_bytes"], "peak (MiB)", MIB),
-        ("time", training["seconds"], f"per epoch ({unit})", minute),
+        ("time", training["seconds"], f"since the start ({unit})", scale),
     )
     looks = [CURVES[i % len(CURVES)] for i in range(len(runs))]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.6), layout="constrained")
-        for axes, (title, curves, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for axes, (title, curves, label, divisor) in zip(figure.subplots(2, 2).flat, panels, strict=True):
             for by_split, look in zip(curves, looks, strict=True):
-                _curves(axes, by_split, look, scale)
+                _curves(axes, by_split, look, divisor)
             axes.set(title=title, ylabel=label, xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if title != "accuracy":
@@ -167,14 +167,10 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
         figure.savefig(path)
 
 
-def _training(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    return {"train": curves["train"]} if "train" in curves else {}
-
-
-def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], scale: float) -> None:
+def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], divisor: float) -> None:
     """Draw a line per split, with points where it is not the training's or has one epoch."""
     for split, curve in curves.items():
         epochs = sorted(curve)
-        values = [curve[epoch] / scale for epoch in epochs]
+        values = [curve[epoch] / divisor for epoch in epochs]
         points = {} if split == "train" and len(epochs) > 1 else _POINTS
         axes.plot(epochs, values, markevery=max(1, len(epochs) // 12), **points, **look)

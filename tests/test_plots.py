@@ -19,8 +19,8 @@ def write(folder: Path, *rows: str) -> Path:
     return folder
 
 
-def test_the_last_row_of_an_epoch_counts_and_cells_may_be_empty(tmp_path: Path) -> None:
-    rows = ("1,5,train,2.5,.1,.1,30,1048576,9", "1,9,train,2.0,.2,.1,30,2097152,19", "1,9,test,1.5,.4,,,,2")
+def test_epochs_are_read_and_steps_are_not(tmp_path: Path) -> None:
+    rows = ("1,5,step,2.5,.1,.1,30,1048576,9", "1,9,train,2.0,.2,.1,30,2097152,19", "1,9,test,1.5,.4,,,,2")
     run = plots.read_run(write(tmp_path / "run", *rows))
     assert run["loss"] == {"train": {1.0: 2.0}, "test": {1.0: 1.5}}
     assert run["peak_bytes"] == {"train": {1.0: 2097152.0}}
@@ -40,7 +40,7 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert cli.main(["plot", str(write(tmp_path / "run", *rows))]) == 2
         return capsys.readouterr().err
 
-    assert "metrics.csv has no rows yet" in said()
+    assert "metrics.csv has no epochs yet" in said()
     assert "metrics.csv, line 2: numbers were expected, got {'epoch': '1', 'loss': 'x'}" in said(
         "1,2,train,x,.1,,,,"
     )
