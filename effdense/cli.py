@@ -22,6 +22,7 @@ from effdense.models import build
 from effdense.nn.obstacles import CONVS
 from effdense.operators import operators
 from effdense.summary import summary
+from effdense.train import command as train
 
 
 def _describe(device: torch.device) -> str:
@@ -166,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     command.set_defaults(run=_summary)
+    command = commands.add_parser("train", help="train a DenseNet on images; also under torchrun")
+    train.add_arguments(command)
+    command.set_defaults(run=train.run)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
