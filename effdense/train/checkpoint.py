@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,14 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to go on with")
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
+    except (
+        *(RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
+        *(EOFError, OSError, KeyError, ValueError),
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{path} is not a whole checkpoint ({path.stat().st_size} bytes): {reason}"
