@@ -23,6 +23,7 @@ from effdense.nn.obstacles import CONVS
 from effdense.operators import operators
 from effdense.reuse import feature_reuse
 from effdense.summary import summary
+from effdense.train import command as train
 
 
 def _describe(device: torch.device) -> str:
@@ -137,7 +138,7 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _no_plots(command: str) -> int:
-    print(f"effdense {command}: needs matplotlib: pip install matplotlib", file=sys.stderr)
+    print(f"effdense {command}: needs matplotlib: pip install 'effdense[train]'", file=sys.stderr)
     return 2
 
 
@@ -213,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of effdense train --out")
     command.add_argument("-o", "--output", type=Path, default="runs.png", help="PNG (default: %(default)s)")
     command.set_defaults(run=_plot)
+    command = commands.add_parser("train", help="train a DenseNet on images; also under torchrun")
+    train.add_arguments(command)
+    command.set_defaults(run=train.run)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

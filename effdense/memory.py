@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from effdense import engine, operators
 from effdense.convert import convert, report
-from effdense.nn import DenseLayer, PlainDenseLayer
 from effdense.nn.foreign import ForeignBlock
+from effdense.nn.plain import CHECKPOINTED
 from effdense.stage import Settings
 
 MEMORY = ("naive", "checkpoint", "balanced", "minimal")
@@ -209,27 +208,6 @@ class NotCheckpointed(ValueError):
     """What memory="checkpoint" would be of other libraries' blocks is not known."""
 
 
-class _CheckpointedLayer(DenseLayer):
-    """torchvision's memory_efficient=True: everything before the second norm is computed again."""
-
-    def _bottleneck(self, *features: Tensor) -> Tensor:
-        y: Tensor = checkpoint(super()._bottleneck, *features, use_reentrant=False, preserve_rng_state=False)
-        return y
-
-
-class _CheckpointedPlainLayer(PlainDenseLayer):
-    """The same of a layer without a bottleneck: all of it."""
-
-    def forward(self, *inputs: Any) -> Tensor:
-        """See PlainDenseLayer."""
-        features = inputs[0] if isinstance(inputs[0], (list, tuple)) else inputs
-        new: Tensor = checkpoint(super().forward, *features, use_reentrant=False, preserve_rng_state=False)
-        return new
-
-
-_CHECKPOINTED: dict[type, type] = {DenseLayer: _CheckpointedLayer, PlainDenseLayer: _CheckpointedPlainLayer}
-
-
 def _step(model: nn.Module, x: Tensor) -> None:
     """A forward and a backward, with a loss that keeps as much as the output."""
     losses = [y.square().sum() for y in tree_leaves(model(x)) if isinstance(y, Tensor) and y.requires_grad]
@@ -307,7 +285,7 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
             raise NotCheckpointed(
                 f'plan: memory="checkpoint" is not known of {module.original.__name__}, only of blocks with torchvision\'s layers'
             )
-        module.__class__ = _CHECKPOINTED.get(type(module), type(module))
+        module.__class__ = CHECKPOINTED.get(type(module), type(module))
     tensors, wanted = [*bare.parameters(), *bare.buffers()], [p for p in bare.parameters() if p.requires_grad]
     dtype = next((p.dtype for p in tensors if p.is_floating_point()), torch.float32)
     try:

@@ -1,0 +1,152 @@
+"""The command line of `effdense train`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effdense.train.settings import (
+    AMP,
+    AUGMENTATIONS,
+    DATA,
+    DROP_RATE,
+    IMPLS,
+    OPTIMIZERS,
+    RECIPES,
+    Recipe,
+    Settings,
+)
+
+STOPPED = 130  # a shell's status for Ctrl-C
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more was expected, got {text!r}")
+    return int(text)
+
+
+def _at_least_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of 0 or more was expected, got {text!r}")
+    return value
+
+
+def _size(text: str) -> int | None:
+    return None if text == "none" else _positive(text)
+
+
+def _drops(text: str) -> tuple[float, ...]:
+    drops = tuple(_at_least_zero(part) for part in text.split(",") if part)
+    if any(part >= 1 for part in drops):
+        raise argparse.ArgumentTypeError(
+            f"parts of the run between 0 and 1 were expected, such as 0.5,0.75, got {text!r}"
+        )
+    return drops
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `effdense train` takes."""
+    add = command.add_argument
+    add("--model", required=True, help="densenet_bc_100_12, densenet121, densenet_d2l, torchvision:NAME, …")
+    add("--data", required=True, choices=DATA, help="folder: of train and val, each with a folder a class")
+    add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints and metrics")
+    add("--data-root", type=Path, metavar="DIR", help="where the data are")
+    add("--impl", choices=IMPLS, default="effdense", help="what runs the model (default: %(default)s)")
+    add("--memory", choices=("balanced", "minimal"), default="balanced", help="of effdense.convert")
+    add("--limit-train", type=_positive, metavar="N", help="the first N images only, for trials")
+    add(
+        "--accumulate", type=_positive, default=1, metavar="N", help="a batch in N parts, one after the other"
+    )
+    add("--amp", choices=tuple(AMP), default="off", help="automatic mixed precision (default: %(default)s)")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and images")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--channels-last", action="store_true", help="the layout of weights and images")
+    add("--sync-bn", action="store_true", help="SyncBatchNorm, of several processes")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--workers", type=_positive, default=2, metavar="N", help="threads that read a folder's images")
+    add("--resume", action="store_true", help="go on from DIR/last.pt")
+    add("--save-steps", type=_positive, metavar="N", help="save every N steps, too")
+    add("--save-seconds", type=_at_least_zero, default=600.0, metavar="S", help="and every S seconds (600)")
+    add("--log-every", type=_positive, default=50, metavar="N", help="steps, to metrics.csv (%(default)s)")
+    recipe = command.add_argument_group("the recipe and its values, each of which can be set")
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), default="cifar", help="(default: %(default)s)")
+
+    def value(name: str, help: str, **form: Any) -> None:
+        recipe.add_argument(name, default=argparse.SUPPRESS, help=help, **form)
+
+    value("--epochs", "how many", type=_positive, metavar="N")
+    value("--batch-size", "images for one step, over all processes and parts", type=_positive, metavar="N")
+    value("--optimizer", "", choices=OPTIMIZERS)
+    value("--lr", "learning rate", type=_at_least_zero)
+    value("--momentum", "of sgd", type=_at_least_zero)
+    value("--nesterov", "of sgd", action=argparse.BooleanOptionalAction)
+    value("--weight-decay", "", type=_at_least_zero)
+    value("--drops", "when the learning rate falls, as parts of the run: 0.5,0.75", type=_drops)
+    value("--drop-factor", "what it is multiplied with then", type=_at_least_zero)
+    value("--augment", "crop-flip: of a border of 4; resized-crop: of 8%% to all", choices=AUGMENTATIONS)
+    value("--drop-rate", "dropout (cifar with --augment none: 0.2)", type=_at_least_zero)
+    value("--resize", "images, to NxN; or none", type=_size, metavar="N")
+    value("--pad", "images, with zeros to NxN; or none", type=_size, metavar="N")
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """The run that a command line describes."""
+    given = dict(vars(arguments))
+    name = given["recipe"]
+    changed = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
+    recipe = dataclasses.replace(RECIPES[name], **changed)
+    if recipe.augment == "none" and "drop_rate" not in given:
+        recipe = dataclasses.replace(recipe, drop_rate=DROP_RATE.get(name, recipe.drop_rate))
+    if recipe.nesterov and not recipe.momentum:
+        raise ValueError("--nesterov needs --momentum above 0")
+    given["device"] = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    others = {f.name: given[f.name] for f in dataclasses.fields(Settings) if f.name in given}
+    return Settings(**(others | {"recipe_name": name, "recipe": recipe}))
+
+
+def _train(settings: Settings) -> None:
+    from effdense.train.loop import Training
+    from effdense.train.processes import Processes
+
+    processes = Processes(settings.device)
+    try:
+        Training(settings, processes).run()
+    finally:
+        processes.leave()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains. Under torchrun its own record of the first process that fails is what it shows."""
+    from effdense.train.loop import Stopped
+
+    train: Any = _train
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        train = record(_train)
+    try:
+        train(read_settings(arguments))
+    except Stopped as stopped:
+        print(f"effdense train: stopped {stopped}", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        return STOPPED
+    except FloatingPointError as error:
+        print(f"effdense train: {error}", file=sys.stderr)
+        return 1
+    except (ImportError, OSError, ValueError) as error:
+        print(f"effdense train: {error}", file=sys.stderr)
+        return 2
+    return 0

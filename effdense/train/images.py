@@ -1,0 +1,198 @@
+"""The data sets: where images come from. In memory they are uint8 [N, C, H, W]; a folder's are read when they are wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from effdense.train import idx
+from effdense.train.settings import Settings
+
+# Mean and standard deviation of the training images, as fractions of 255; a folder's are ImageNet's.
+STATISTICS = {
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class Images(Protocol):
+    """Some images with labels int64 [N]."""
+
+    labels: Tensor
+
+    def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
+        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds."""
+        ...
+
+
+class DataSet(NamedTuple):
+    """What a run is trained and tested on."""
+
+    train: Images
+    test: Images
+    classes: int
+    channels: int
+    mean: Tensor
+    std: Tensor
+
+
+@dataclasses.dataclass
+class InMemory:
+    """Images uint8 [N, C, H, W] that are there as a whole."""
+
+    images: Tensor
+    labels: Tensor
+
+    def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
+        """See Images. Boxes are cut out by `cut`, on the device and after all else."""
+        return self.images[chosen]
+
+
+class Folder:
+    """The images of a folder with one folder a class, as torchvision's ImageFolder finds them; [3, size, size] each.
+
+    Args:
+        root: the folder.
+        size: to which the square in an image's middle is brought; None: all images have one size.
+        workers: how many threads read.
+        centre: what part of that square's sides is taken.
+    """
+
+    def __init__(self, root: Path, size: int | None, workers: int, centre: float = 1.0) -> None:
+        folder = _torchvision("folder").ImageFolder(str(root))
+        self.paths = [path for path, _ in folder.samples]
+        self.labels = torch.tensor([label for _, label in folder.samples])
+        self.classes: list[str] = folder.classes
+        self._size, self._centre = size, centre
+        self._threads = ThreadPoolExecutor(max(1, workers))
+        self._pil: Any = importlib.import_module("PIL.Image")
+        if size is None:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        def size(path: str) -> Any:
+            with self._pil.open(path) as image:
+                return image.size
+
+        for path, found in zip(self.paths, self._threads.map(size, self.paths), strict=True):
+            if found != (first := size(self.paths[0])):
+                raise ValueError(
+                    f"images of mixed sizes: {self.paths[0]} is {first[0]}x{first[1]}, {path} {found[0]}x{found[1]}; "
+                    "--resize brings them to one"
+                )
+
+    def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
+        """See Images."""
+        own: Sequence[Any] = [None] * len(chosen) if boxes is None else boxes.tolist()
+        paths = [self.paths[i] for i in chosen.tolist()]
+        return torch.stack(list(self._threads.map(self._read_one, paths, own)))
+
+    def _read_one(self, path: str, box: Any) -> Tensor:
+        try:
+            with self._pil.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files that are not whole
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if self._size is not None:
+            width, height = image.size
+            side = self._centre * min(width, height)
+            left, top, w, h = (width - side) / 2, (height - side) / 2, side, side
+            if box is not None:
+                left, top, w, h = pixels(box, width, height)
+            size = (self._size, self._size)
+            image = image.resize(size, self._pil.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return values.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """Left, top, width and height of a box (area, ratio, x, y) in an image; x and y are parts of the room that is left."""
+    area, ratio, x, y = box
+    w = min(float(width), (area * width * height * ratio) ** 0.5)
+    h = min(float(height), (area * width * height / ratio) ** 0.5)
+    return x * (width - w), y * (height - h), w, h
+
+
+def load(settings: Settings) -> DataSet:
+    """Reads the data set of a run, or finds the images.
+
+    Raises:
+        ImportError: it needs torchvision.
+        OSError: a file or folder is missing.
+        ValueError: the data are damaged, or too few.
+    """
+    if settings.data not in STATISTICS:
+        raise ValueError(f"data must be one of {', '.join(STATISTICS)}, got {settings.data!r}")
+    parts, classes = _read(settings)
+    for name, part in zip(("training", "test"), parts, strict=True):
+        if not len(part.labels):
+            raise ValueError(f"{settings.data}: there are no {name} images")
+        if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < classes:
+            found = f"{int(part.labels.min())} to {int(part.labels.max())}"
+            raise ValueError(f"{settings.data}: the {name} labels must be 0 to {classes - 1}, found {found}")
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in STATISTICS[settings.data])
+    return DataSet(*parts, classes, mean.shape[1], mean, std)
+
+
+def _read(settings: Settings) -> tuple[tuple[Images, Images], int]:
+    if settings.data == "fashion-mnist":
+        root = idx.find(settings.data_root)
+        gray = (idx.read_split(root, split) for split in ("train", "test"))
+        train, test = (InMemory(x.unsqueeze(1), y.long()) for x, y in gray)
+        return (train, test), idx.CLASSES
+    if settings.data == "folder":
+        return _read_folder(settings)
+    reader = getattr(_torchvision("cifar"), settings.data.upper())
+    root = settings.data_root or Path("data")
+    both = []
+    for training in (True, False):
+        try:
+            data = reader(str(root), train=training, download=True)
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(f"{settings.data} in {root} cannot be read: {error}") from error
+        both.append(InMemory(torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)))
+    return (both[0], both[1]), len(data.classes)
+
+
+def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
+    """DATA_ROOT/train and DATA_ROOT/val or DATA_ROOT/test."""
+    root = settings.data_root
+    if root is None:
+        raise ValueError("--data folder needs --data-root, a folder with train and val (or test) in it")
+    names = ["train", next((name for name in ("val", "test") if (root / name).is_dir()), "val")]
+    for name in names:
+        if not (root / name).is_dir():
+            raise FileNotFoundError(
+                f"no folder {root / name}: --data folder wants {root} to hold train and val (or test)"
+            )
+    size = settings.recipe.resize
+    crops = settings.recipe.augment == "resized-crop"
+    if crops and size is None:
+        raise ValueError("--augment resized-crop on a folder needs --resize, the size of what is cut out")
+    try:
+        train = Folder(root / names[0], size, settings.workers)
+        test = Folder(root / names[1], size, settings.workers, centre=0.875 if crops else 1.0)
+    except FileNotFoundError as error:  # a class's folder without images, in torchvision's words
+        raise ValueError(f"{root}: {error}") from error
+    if train.classes != test.classes:
+        differ = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(f"{root}: {names[0]} and {names[1]} have different classes: {', '.join(differ[:5])}")
+    return (train, test), len(train.classes)
+
+
+def _torchvision(module: str) -> Any:
+    try:
+        return importlib.import_module(f"torchvision.datasets.{module}")
+    except ImportError as error:
+        raise ImportError(
+            f"this data set is read by torchvision, which cannot be imported ({error}): pip install torchvision"
+        ) from error

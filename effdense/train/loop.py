@@ -1,0 +1,385 @@
+"""Training: one object with all of a run's state, which it saves as a whole and goes on from to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effdense.train import checkpoint, images, net
+from effdense.train.batches import Batches, draw
+from effdense.train.metrics import Display, Metrics, Row, peak_bytes
+from effdense.train.processes import Processes
+from effdense.train.settings import AMP, Recipe, Settings
+
+LAST, BEST = "last.pt", "best.pt"
+
+
+class Stopped(Exception):
+    """The user asked for an end; everything is saved."""
+
+
+class _Interrupt:
+    """Ctrl-C and SIGTERM are remembered until a step has ended; a second one ends the program at once."""
+
+    def __enter__(self) -> _Interrupt:
+        self.asked = False
+        here = threading.current_thread() is threading.main_thread()  # Python's rule for handlers
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if here}
+        for number in self._before:
+            signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Of the steps since some moment."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: float, correct: float, images: int, seconds: float) -> None:
+        self.loss += loss
+        self.correct += correct
+        self.images += images
+        self.seconds += seconds
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+class Training:
+    """A run: `Training(settings, processes).run()`.
+
+    Raises:
+        ImportError: the data set needs a library that is missing.
+        OSError: a file cannot be read or written.
+        ValueError: the settings make no sense, the data or the checkpoint are damaged.
+    """
+
+    _metrics: Metrics  # these two are the first process's
+    _display: Display
+    _interrupt: _Interrupt
+    _started: float
+    _saved_at: float
+
+    def __init__(self, settings: Settings, processes: Processes) -> None:
+        self.settings, self.processes, recipe = settings, processes, settings.recipe
+        if processes.first:
+            _check_folder(settings)
+        here = settings.resume and processes.first
+        saved = processes.from_first(checkpoint.load(settings.out / LAST) if here else None)
+        for turn in (True, False):  # the first process may have to fetch them
+            if processes.first == turn:
+                self.data = images.load(settings)
+            processes.sum([0.0])
+        there = len(self.data.train.labels)
+        self.count = min(settings.limit_train or there, there)
+        self._check_sizes()
+        self.steps = (
+            self.count // recipe.batch_size
+        )  # in an epoch; what is left over changes from epoch to epoch
+
+        torch.manual_seed(settings.seed)
+        self.model, self.options = net.build(settings, self.data.classes, self.data.channels, processes.count)
+        self.model.to(processes.device)
+        if settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = _optimizer(recipe, self.model)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "fp16")
+        torch.manual_seed(settings.seed + processes.rank)  # dropout is every process's own
+        random.seed(settings.seed + processes.rank)
+
+        self.epoch = self.step_in_epoch = self.step = 0  # done
+        self.best = -1.0
+        self.in_epoch, self.in_row = _Sums(), _Sums()
+        self.seconds = 0.0  # of former parts of the run
+        self._metrics_size = 0
+        if saved is not None:
+            self._restore(saved)
+        self._wrapped: Any = processes.wrap(self.model)
+        self._run: Any = torch.compile(self._wrapped) if settings.compile else self._wrapped
+        like = next(self.model.parameters())
+        self._batches = Batches(
+            self.data, recipe, net.input_channels(self.model), like, settings.channels_last
+        )
+
+    def _check_sizes(self) -> None:
+        recipe, count, parts = self.settings.recipe, self.processes.count, self.settings.accumulate
+        if count > self.count:
+            raise ValueError(f"there are more processes ({count}) than training images ({self.count})")
+        if recipe.batch_size > self.count:
+            raise ValueError(
+                f"--batch-size {recipe.batch_size} is more than there are training images, {self.count}"
+            )
+        own, rest = divmod(recipe.batch_size, parts * count)
+        if rest or own < 1:
+            raise ValueError(
+                f"--batch-size {recipe.batch_size} must be a multiple of --accumulate {parts} times {count} processes"
+            )
+        if own == 1 and not (self.settings.sync_bn and count > 1):
+            raise ValueError(
+                "batch norm needs two images or more at a time for its statistics, and --batch-size "
+                f"{recipe.batch_size} in {parts * count} parts leaves one; on several processes --sync-bn helps"
+            )
+
+    # --- state
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must be the same where the run goes on."""
+        sizes = {
+            "training images": self.count,
+            "classes": self.data.classes,
+            "processes": self.processes.count,
+        }
+        return self.settings.fixed() | sizes
+
+    def _state(self) -> dict[str, Any]:
+        cuda = self.processes.device.type == "cuda"
+        chance = {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "cuda": torch.cuda.get_rng_state(self.processes.device) if cuda else None,
+        }
+        return {
+            "model": self.settings.model,
+            "options": self.options,
+            "classes": self.data.classes,
+            "in_channels": net.input_channels(self.model),
+            "state_dict": self.model.state_dict(),
+            "recipe": {"name": self.settings.recipe_name, **dataclasses.asdict(self.settings.recipe)},
+            "settings": self._fixed(),
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "step": self.step,
+            "best": self.best,
+            "in_epoch": dataclasses.asdict(self.in_epoch),
+            "in_row": dataclasses.asdict(self.in_row),
+            "seconds": self._seconds(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": self.processes.gather(chance),
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        checkpoint.check_same(self.settings.out / LAST, saved["settings"], self._fixed())
+        self.model.load_state_dict(saved["state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        for name in ("epoch", "step_in_epoch", "step", "best", "seconds"):
+            setattr(self, name, saved[name])
+        self.in_epoch, self.in_row = _Sums(**saved["in_epoch"]), _Sums(**saved["in_row"])
+        self._metrics_size = saved["metrics_size"]
+        chance = saved["random"][self.processes.rank]
+        torch.set_rng_state(chance["torch"])
+        random.setstate(chance["python"])
+        if chance["cuda"] is not None and self.processes.device.type == "cuda":
+            torch.cuda.set_rng_state(chance["cuda"], self.processes.device)
+
+    def _save(self, *names: str) -> None:
+        state = self._state()
+        if self.processes.first:
+            state["metrics_size"] = self._metrics.size()
+            for name in names:
+                checkpoint.save(state, self.settings.out / name)
+        self._saved_at = time.monotonic()
+
+    def _seconds(self) -> float:
+        return self.seconds + time.monotonic() - self._started
+
+    # --- training
+
+    def run(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            Stopped: the user asked for an end, everything is saved.
+            FloatingPointError: the loss is not finite.
+        """
+        self._started = self._saved_at = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            self._interrupt = stack.enter_context(_Interrupt())
+            if self.processes.first:
+                self._metrics = stack.enter_context(
+                    contextlib.closing(Metrics(self.settings.out, self._metrics_size, self.step))
+                )
+                self._display = stack.enter_context(
+                    contextlib.closing(Display(self.settings.recipe.epochs, self.steps))
+                )
+            while self.epoch < self.settings.recipe.epochs:
+                self._train_epoch()
+                self._finish_epoch()
+
+    def _train_epoch(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.recipe.lr_in(self.epoch)
+        self._run.train()
+        parts = self._parts()
+        start = time.monotonic()
+        while self.step_in_epoch < self.steps:
+            stop, save = self._train_step(parts, start)
+            start = time.monotonic()
+            if stop:
+                self._save(LAST)
+                raise Stopped(
+                    f"after step {self.step}, in epoch {self.epoch + 1}; --resume goes on from there"
+                )
+            if save:
+                self._save(LAST)
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is left of the epoch, for this process: `accumulate` parts for a step."""
+        recipe = self.settings.recipe
+        draws = draw(self.count, recipe.augment, self.settings.seed, self.epoch)
+        steps = draws.order[: self.steps * recipe.batch_size].view(self.steps, self.settings.accumulate, -1)
+        own = [self.processes.share(part) for step in steps[self.step_in_epoch :] for part in step]
+        return self._batches.each(self.data.train, own, draws)
+
+    def _train_step(self, parts: Iterator[tuple[Tensor, Tensor]], start: float) -> tuple[bool, bool]:
+        """One step of the optimizer; whether the run is to be stopped, or to be saved.
+
+        All processes learn of loss, accuracy and these two in one exchange, before the weights move.
+        """
+        settings = self.settings
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        for last in [False] * (settings.accumulate - 1) + [True]:
+            x, labels = next(parts)
+            alone = contextlib.nullcontext() if last or self.processes.count == 1 else self._wrapped.no_sync()
+            with alone:
+                loss, hits = self._loss(self._run, x, labels)
+                self.scaler.scale(loss / settings.accumulate).backward()
+            loss_sum += loss.detach() * len(labels)
+            correct += hits
+        due = settings.save_steps and (self.step + 1) % settings.save_steps == 0
+        late = time.monotonic() - self._saved_at > settings.save_seconds
+        total, hit, stop, save = self.processes.sum(
+            [
+                loss_sum,
+                correct,
+                float(self._interrupt.asked),
+                float(bool(due) or (late and self.processes.first)),
+            ]
+        )
+        batch = settings.recipe.batch_size
+        if not math.isfinite(total):
+            raise FloatingPointError(self._diverged(total / batch))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.step_in_epoch += 1
+        for sums in (self.in_epoch, self.in_row):
+            sums.add(total, hit, batch, time.monotonic() - start)
+        if self.processes.first:
+            self._report()
+        return stop > 0, save > 0
+
+    def _loss(self, model: Any, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy, and how many scores are highest where they should be."""
+        dtype = AMP[self.settings.amp]
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            scores = model(x)
+            loss = F.cross_entropy(scores, labels)
+        return loss, (scores.argmax(1) == labels).sum()
+
+    def _diverged(self, loss: float) -> str:
+        last = self.settings.out / LAST
+        good = (
+            f"the last good checkpoint is {last}" if last.exists() else "no checkpoint has been written yet"
+        )
+        return f"the loss is {loss} at step {self.step + 1} (epoch {self.epoch + 1}); {good}"
+
+    def _report(self) -> None:
+        row = self._row("step", self.in_row)
+        self._display.show(row, self.step_in_epoch)
+        if self.step % self.settings.log_every == 0:
+            self._metrics.write(row)
+            self.in_row = _Sums()
+
+    def _row(self, split: str, sums: _Sums) -> Row:
+        return Row(
+            epoch=self.epoch + 1,
+            step=self.step,
+            split=split,
+            loss=sums.loss / sums.images,
+            accuracy=sums.correct / sums.images,
+            lr=self.optimizer.param_groups[0]["lr"],
+            images_per_second=sums.images / sums.seconds,
+            peak_bytes=peak_bytes(self.processes.device),
+            seconds=self._seconds(),
+        )
+
+    def _finish_epoch(self) -> None:
+        """Tests, reports and saves."""
+        tested = self._test()
+        better = tested.correct / tested.images > self.best
+        if self.processes.first:
+            train, test = self._row("train", self.in_epoch), self._row("test", tested)
+            self._metrics.write(train)
+            self._metrics.write(test)
+            self._display.line(train, test)
+        self.best = max(self.best, tested.correct / tested.images)
+        self.epoch, self.step_in_epoch, self.in_epoch = self.epoch + 1, 0, _Sums()
+        self._save(*([BEST] if better else []), LAST)  # killed in between, the epoch's end comes again
+
+    @torch.no_grad()
+    def _test(self) -> _Sums:
+        """Of the whole test set, which the processes share."""
+        start = time.monotonic()
+        self.processes.same_buffers(self.model)
+        self.model.eval()
+        numbers = self.processes.share(torch.arange(len(self.data.test.labels)))
+        size = max(1, self.settings.recipe.batch_size // (self.settings.accumulate * self.processes.count))
+        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        own = [part for part in numbers.split(size) if len(part)]
+        for x, labels in self._batches.each(self.data.test, own, None):
+            loss, hits = self._loss(self.model, x, labels)
+            loss_sum += loss * len(labels)
+            correct += hits
+        self.model.train()
+        total, hit = self.processes.sum([loss_sum, correct])
+        return _Sums(total, hit, len(self.data.test.labels), time.monotonic() - start)
+
+
+def _check_folder(settings: Settings) -> None:
+    """Refuses to train for hours towards a folder that takes nothing, or over another run."""
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.out):
+            pass
+    except OSError as error:
+        raise OSError(f"--out {settings.out} cannot be written: {error.strerror or error}") from error
+    if not settings.resume and (settings.out / LAST).exists():
+        raise ValueError(
+            f"--out {settings.out} holds a run: --resume goes on with it, another --out begins anew"
+        )

@@ -1,0 +1,56 @@
+"""The model of a run: built by its name for the data, and run as --impl says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from effdense import models
+from effdense.convert import convert
+from effdense.nn.obstacles import CONVS
+from effdense.nn.plain import run_plain
+from effdense.train.settings import Settings
+
+
+def build(
+    settings: Settings, classes: int, channels: int, processes: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with weights from the global random state, and the options that `effdense.models.build` had.
+
+    Args:
+        settings: the run's.
+        classes: how many the data have.
+        channels: of the data's images. torchvision's models have three whatever comes.
+        processes: of the run; SyncBatchNorm is for several.
+
+    Raises:
+        ValueError: there is no such model, or not with these options.
+    """
+    library = settings.model.partition(":")[0] if ":" in settings.model else ""
+    options: dict[str, Any] = {"num_classes": classes}
+    if library != "torchvision":
+        options["in_chans" if library == "timm" else "in_channels"] = channels
+    if settings.recipe.drop_rate:
+        options["drop_rate"] = settings.recipe.drop_rate
+    if library and settings.impl == "checkpoint":
+        options["memory_efficient"] = True
+    dtype = getattr(torch, settings.dtype)
+    try:
+        model = models.build(settings.model, **options).to(dtype)
+    except TypeError as error:
+        raise ValueError(f"model {settings.model!r} cannot be built with {options}: {error}") from error
+    if settings.sync_bn and processes > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if settings.impl == "effdense":
+        convert(model, memory=settings.memory)
+    elif not library:
+        run_plain(model, checkpointed=settings.impl == "checkpoint")
+    return model, options
+
+
+def input_channels(model: nn.Module) -> int:
+    """Of the images that a model takes."""
+    channels: int = next(m for m in model.modules() if isinstance(m, CONVS)).in_channels
+    return channels

@@ -1,0 +1,84 @@
+"""The processes of a run, as torchrun starts them: which one this is, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Processes:
+    """The run's processes; one where nothing else was started.
+
+    Args:
+        device: cpu, cuda or cuda:N. Of several processes each takes the GPU of its number on this machine.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = torch.device(device)
+        if self.count > 1 and self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {str(self.device)!r} cannot be used here: {error}") from error
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, whose gradients are then the processes' mean."""
+        if self.count == 1:
+            return model
+        return DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+
+    def share(self, numbers: Tensor) -> Tensor:
+        """This process's part of some images."""
+        return numbers.tensor_split(self.count)[self.rank]
+
+    def sum(self, values: Sequence[float | Tensor]) -> list[float]:
+        """The sums over all processes, which are then at the same place."""
+        mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.count > 1:
+            dist.all_reduce(mine)
+        sums: list[float] = mine.tolist()
+        return sums
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every process gives."""
+        if self.count == 1:
+            return [mine]
+        every: list[Any] = [None] * self.count
+        dist.all_gather_object(every, mine)
+        return every
+
+    def from_first(self, given: Any) -> Any:
+        """What the first process gives."""
+        every = [given]
+        if self.count > 1:
+            dist.broadcast_object_list(every)
+        return every[0]
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the first one's running statistics."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def leave(self) -> None:
+        """Ends what the constructor began."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,264 @@
+"""`effdense train`: what a run leaves behind, and that one that was cut off goes on to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import effdense
+from effdense.train import checkpoint, loop
+from effdense.train.settings import RECIPES
+from tests.training import (
+    BATCH,
+    STEPS,
+    TEST,
+    TRAIN,
+    arguments,
+    assert_same_end,
+    load,
+    rows,
+    train,
+    write_data,
+)
+
+CUT_OFF = STEPS + 3  # a step in the middle of the second epoch
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(root, out) == 0
+    return out
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Any) -> None:
+    """Calls `what` behind the forward of a step."""
+    original = loop.Training._loss
+
+    def loss(self: Any, model: Any, x: Any, labels: Any) -> Any:
+        result = original(self, model, x, labels)
+        return what(result) if self.step + 1 == step and self.model.training else result
+
+    monkeypatch.setattr(loop.Training, "_loss", loss)
+
+
+def test_metrics(whole: Path) -> None:
+    text = (whole / "metrics.csv").read_text()
+    assert text.startswith("epoch,step,split,loss,accuracy,lr,images_per_second,peak_bytes,seconds\n")
+    found = rows(whole)
+    epoch = ["step"] * STEPS + ["train", "test"]
+    assert [row["split"] for row in found] == 2 * epoch
+    assert [row["lr"] for row in found] == [0.1] * len(epoch) + [pytest.approx(0.01)] * len(epoch)
+    for number in (1, 2):
+        own = [row for row in found if row["epoch"] == str(number)]
+        steps = [row for row in own if row["split"] == "step"]
+        mean = next(row for row in own if row["split"] == "train")
+        for name in ("loss", "accuracy"):
+            assert mean[name] == pytest.approx(sum(row[name] for row in steps) / STEPS, rel=1e-12)
+
+
+def test_the_checkpoint_holds_the_model(whole: Path, root: Path) -> None:
+    saved = load(whole)
+    assert (saved["model"], saved["classes"], saved["in_channels"]) == ("densenet_bc_10_4", 10, 1)
+    assert saved["epoch"] == 2 and saved["recipe"]["name"] == "cifar" and saved["recipe"]["momentum"] == 0.9
+    model = effdense.models.build(saved["model"], **saved["options"])
+    effdense.models.load_weights(model, whole / "last.pt")
+    from effdense.train import idx
+
+    images, labels = idx.read_split(root, "test")
+    x = (images.unsqueeze(1) / 255 - 0.2860) / 0.3530
+    with torch.no_grad():
+        hits = (model.eval()(x).argmax(1) == labels).sum().item()
+    assert hits / TEST == rows(whole)[-1]["accuracy"]
+
+
+def test_best_is_the_epoch_with_the_best_test(whole: Path) -> None:
+    tests = [row for row in rows(whole) if row["split"] == "test"]
+    best = max(tests, key=lambda row: row["accuracy"])  # the first of them
+    assert str(load(whole, "best.pt")["epoch"]) == best["epoch"]
+
+
+def test_tensorboard_has_the_same(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    losses = [row["loss"] for row in rows(whole) if row["split"] == "step"]
+    assert [e.value for e in events.Scalars("loss/step")] == pytest.approx(losses, rel=1e-6)
+
+
+KILLED = """
+import os, signal, sys
+from effdense import cli
+from effdense.train import loop
+original = loop.Training._loss
+def loss(self, *arguments):
+    if self.step + 1 == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments)
+loop.Training._loss = loss
+cli.main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_of_an_epoch(whole: Path, root: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        KILLED.format(step=CUT_OFF),
+        *arguments(root, tmp_path, "--save-steps", "3"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert (
+        load(tmp_path)["step"] == 6 < len([r for r in rows(tmp_path) if r["split"] == "step"]) == CUT_OFF - 1
+    )
+    assert train(root, tmp_path, "--save-steps", "3", "--resume") == 0
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed(
+    number: int, whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, CUT_OFF, lambda result: os.kill(os.getpid(), number) or result)
+        assert train(root, tmp_path) == 130
+    assert f"stopped after step {CUT_OFF}, in epoch 2" in capsys.readouterr().err
+    assert load(tmp_path)["step"] == CUT_OFF
+    assert signal.getsignal(number) is not None and train(root, tmp_path, "--resume") == 0
+    assert_same_end(tmp_path, whole)
+
+
+def test_ended_between_test_and_checkpoint(
+    whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop.Training, "_save", lambda self, *names: names == ("best.pt", "last.pt") and 1 / 0)
+        train(root, tmp_path)
+    assert not (tmp_path / "last.pt").exists()
+    assert train(root, tmp_path) == 0
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_failed_save_leaves_the_one_before(root: Path, tmp_path: Path, capsys: Any) -> None:
+    assert train(root, tmp_path, "--epochs", "1") == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last\.pt cannot be written: .*; the one before it is as it was"):
+            checkpoint.save(load(tmp_path), tmp_path / "last.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} <= {"best.pt", "last.pt", "metrics.csv", "tensorboard"}
+
+
+def test_a_loss_that_is_nan(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    at_step(monkeypatch, CUT_OFF, lambda result: (result[0] * float("nan"), result[1]))
+    assert train(root, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert (
+        f"the loss is nan at step {CUT_OFF} (epoch 2); the last good checkpoint is {tmp_path}/last.pt"
+        in error
+    )
+    assert load(tmp_path)["step"] == STEPS
+
+
+@pytest.mark.parametrize("impl", ["naive", "checkpoint"])
+def test_implementations_train_the_same(impl: str, root: Path, tmp_path: Path) -> None:
+    short = ("--epochs", "1", "--dtype", "float64", "--drop-rate", "0")
+    assert train(root, tmp_path / "ours", *short, "--memory", "minimal") == 0
+    assert train(root, tmp_path / impl, *short, "--impl", impl) == 0
+    for ours, theirs in zip(rows(tmp_path / "ours"), rows(tmp_path / impl), strict=True):
+        if impl == "checkpoint" and ours["split"] == "test":
+            continue  # its running statistics move twice a step, as torchvision's do
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+
+
+def test_parts_of_a_batch_add_up(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evaluation, where statistics are not those of a part, the gradients of parts are the batch's."""
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: _all_eval(self))
+    short = ("--epochs", "1", "--dtype", "float64", "--drop-rate", "0", "--limit-train", str(2 * BATCH))
+    for parts in ("1", "3"):
+        assert train(root, tmp_path / parts, *short, "--accumulate", parts) == 0
+    for one, three in zip(rows(tmp_path / "1"), rows(tmp_path / "3"), strict=True):
+        assert one["loss"] == pytest.approx(three["loss"], rel=1e-9)
+
+
+def _all_eval(model: torch.nn.Module) -> torch.nn.Module:
+    for module in model.modules():
+        module.training = False
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--amp", "bf16"),
+        ("--amp", "fp16", "--impl", "naive"),
+        ("--channels-last",),
+        ("--optimizer", "adam", "--lr", "0.001", "--augment", "resized-crop"),
+        ("--recipe", "d2l", "--resize", "16"),
+        ("--recipe", "imagenet", "--resize", "16", "--pad", "32", "--impl", "naive"),
+    ],
+    ids=" ".join,
+)
+def test_options(
+    options: tuple[str, ...], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run, and go on to the bit from the middle of the second epoch."""
+    short = (*options, "--limit-train", str(2 * BATCH), "--batch-size", str(BATCH))
+    assert train(root, tmp_path / "whole", *short) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda result: os.kill(os.getpid(), signal.SIGINT) or result)
+        assert train(root, tmp_path / "parts", *short) == 130
+    assert train(root, tmp_path / "parts", *short, "--resume") == 0
+    assert_same_end(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_recipes_fall_where_they_say() -> None:
+    cifar, imagenet, d2l, tutorial = (RECIPES[name] for name in ("cifar", "imagenet", "d2l", "tutorial"))
+    changes = {
+        "cifar": [(0, 0.1), (149, 0.1), (150, 0.01), (224, 0.01), (225, 0.001), (299, 0.001)],
+        "imagenet": [(29, 0.1), (30, 0.01), (59, 0.01), (60, 0.001)],
+        "d2l": [(0, 0.1), (9, 0.1)],
+        "tutorial": [(0, 0.001), (39, 0.001)],
+    }
+    for name, points in changes.items():
+        assert [RECIPES[name].lr_in(epoch) for epoch, _ in points] == pytest.approx([lr for _, lr in points])
+    sgd = dataclasses.replace(tutorial, optimizer="sgd", drops=(0.5, 0.75))
+    assert [sgd.lr_in(e) / sgd.lr for e in (19, 20, 29, 30)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    assert (cifar.epochs, cifar.batch_size, cifar.momentum, cifar.nesterov, cifar.weight_decay) == (
+        *(300, 64, 0.9, True, 1e-4),
+    )
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.augment) == (90, 256, "resized-crop")
+    assert (d2l.epochs, d2l.batch_size, d2l.resize, d2l.momentum) == (10, 256, 96, 0)
+    assert (tutorial.optimizer, tutorial.lr, tutorial.batch_size) == ("adam", 0.001, 16)
+
+
+def test_dropout_where_there_is_no_augmentation(root: Path, tmp_path: Path) -> None:
+    command = arguments(root, tmp_path, "--augment", "none", "--epochs", "1", "--limit-train", str(BATCH))
+    command = [a for i, a in enumerate(command) if "--drop-rate" not in (a, command[i - 1])]
+    assert effdense.cli.main(command) == 0
+    assert load(tmp_path)["recipe"]["drop_rate"] == load(tmp_path)["options"]["drop_rate"] == 0.2
+
+
+assert TRAIN % BATCH == 0
