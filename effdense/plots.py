@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from effdense.reuse import BlockReuse
 
 MIB = 2**20
+SECONDS = {"s": 1, "min": 60, "h": 3600}
 PEER, OURS = "#c4c4c4", "#3b7cb5"  # told apart in grey too, and a black line is seen on both
 LINE = "#999999"  # PEER where it is a thin line
 STYLE = {
@@ -67,7 +68,7 @@ def reuse_picture(blocks: Sequence[BlockReuse], title: str, path: str | Path) ->
             _heat_map(axes, block)
         panels[0].set_ylabel("source layer")
         shades = mpl.cm.ScalarMappable(cmap=_SHADES)
-        label = "mean absolute weight, of the largest\nin the layers, in the framed column"
+        label = "mean absolute weight\n(1: the block's largest; framed: the column's)"
         figure.colorbar(shades, ax=panels, label=label, shrink=0.8, pad=0.02).outline.set_visible(False)
         figure.savefig(path)
 
@@ -144,12 +145,12 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
         for column in ("peak_bytes", "seconds")
     }
     longest = max((max(run["train"].values(), default=0) for run in training["seconds"]), default=0)
-    scale, unit = next(s for s in ((3600, "h"), (60, "min"), (1, "s")) if longest >= 5 * s[0] or s[0] == 1)
+    unit = "h" if longest >= 5 * 3600 else "min" if longest >= 5 * 60 else "s"
     panels = (
         ("loss", [run["loss"] for run in runs.values()], "cross entropy (nats)", 1.0),
         ("accuracy", [run["accuracy"] for run in runs.values()], "accuracy (%)", 0.01),
         ("memory", training["peak_bytes"], "peak (MiB)", MIB),
-        ("time", training["seconds"], f"since the start ({unit})", scale),
+        ("time", training["seconds"], f"since the start ({unit})", SECONDS[unit]),
     )
     looks = [CURVES[i % len(CURVES)] for i in range(len(runs))]
     with mpl.rc_context(STYLE):

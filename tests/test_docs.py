@@ -174,7 +174,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             started = get_args_parser().parse_args(arguments)
             if started.module:
                 check_module(started.training_script, started.training_script_args, monkeypatch)
-        case ["pip", "install", what]:
+        case ["pip", "install", what, *_]:
             extras = re.findall(r"\w+", what.partition("[")[2])
             project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
             known = re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE)
