@@ -132,6 +132,8 @@ def test_what_is_no_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert "unknown model 'densnet121', did you mean 'densenet121'" in said("--model", "densnet121")
     torch.save({**content, "options": {"depht": 3}}, checkpoint)
     assert re.search(r"does not hold the weights of 'densenet_bc_10_4': .*'depht'", said())
+    torch.save(models.build(NAME), checkpoint)
+    assert "last.pt is damaged or no checkpoint, or holds a whole model: save its state_dict" in said()
     torch.save([1], checkpoint)
     assert "must hold a checkpoint or a state_dict, it holds a list" in said()
     checkpoint.unlink()

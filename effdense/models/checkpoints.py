@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         content = torch.load(written, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose own advice is to run what is in the file
+        raise ValueError(
+            f"{path} is damaged or no checkpoint, or holds a whole model: save its state_dict"
+        ) from error
     except Exception as error:  # whatever a damaged archive or pickle makes of it
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
