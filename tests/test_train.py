@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import resource
 import signal
@@ -21,7 +22,6 @@ from tests.training import (
     BATCH,
     STEPS,
     TEST,
-    TRAIN,
     arguments,
     assert_same_end,
     load,
@@ -175,10 +175,8 @@ def test_a_loss_that_is_nan(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
     at_step(monkeypatch, CUT_OFF, lambda result: (result[0] * float("nan"), result[1]))
     assert train(root, tmp_path) == 1
     error = capsys.readouterr().err
-    assert (
-        f"the loss is nan at step {CUT_OFF} (epoch 2); the last good checkpoint is {tmp_path}/last.pt"
-        in error
-    )
+    good = f"the last good checkpoint is {tmp_path}/last.pt (step {STEPS})"
+    assert f"effdense train: the loss is nan at step {CUT_OFF}; {good}" in error
     assert load(tmp_path)["step"] == STEPS
 
 
@@ -261,4 +259,35 @@ def test_dropout_where_there_is_no_augmentation(root: Path, tmp_path: Path) -> N
     assert load(tmp_path)["recipe"]["drop_rate"] == load(tmp_path)["options"]["drop_rate"] == 0.2
 
 
-assert TRAIN % BATCH == 0
+def test_compile_takes_what_trains(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile then makes of it is test_compile's matter."""
+    given: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: given.append(model) or model)
+    assert train(root, tmp_path, "--epochs", "1", "--limit-train", str(BATCH), "--compile") == 0
+    assert [type(model).__name__ for model in given] == ["DenseNet"]
+
+
+def test_metrics_that_were_deleted(root: Path, tmp_path: Path) -> None:
+    """The rest of the run is written, and nothing else."""
+    short = ("--limit-train", str(BATCH))
+    assert train(root, tmp_path, *short) == 0
+    (tmp_path / "metrics.csv").unlink()
+    assert train(root, tmp_path, *short, "--resume") == 0
+    assert rows(tmp_path) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "160")
+    assert train(root, tmp_path, "--epochs", "1") == 0
+    shown = terminal.getvalue()
+    for part in (f"/{STEPS}", "epoch 1/1", "loss 2.", "accuracy 0.", "images/s", "peak ", " MiB"):
+        assert part in shown
+    assert capsys.readouterr().out.startswith("epoch 1/1: loss ")

@@ -27,7 +27,7 @@ def run(shared_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def said(capsys: Any, status: int = 2) -> str:
+def said(capsys: Any) -> str:
     error: str = capsys.readouterr().err
     lines = [line for line in error.splitlines() if "TensorBoard" not in line]
     assert len(lines) == 1 and lines[0].startswith("effdense train: "), error
@@ -77,6 +77,25 @@ def test_wrong_values(
     with pytest.raises(SystemExit, match="2"):
         train(shared_root, tmp_path, *options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "count, message",
+    [
+        (61, "there are more processes (61) than training images (60)"),
+        (5, "must be a multiple of --accumulate 1 times 5 processes"),
+        (12, "--batch-size 12 in 12 parts leaves one; on several processes --sync-bn helps"),
+    ],
+)
+def test_too_many_processes(
+    count: int, message: str, shared_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As the first of them sees it."""
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    for name in ("init_process_group", "all_reduce", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    assert train(shared_root, tmp_path) == 2
+    assert message in said(capsys)
 
 
 def truncate(path: Path) -> None:

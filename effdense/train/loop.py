@@ -111,7 +111,7 @@ class Training:
         )  # in an epoch; what is left over changes from epoch to epoch
 
         torch.manual_seed(settings.seed)
-        self.model, self.options = net.build(settings, self.data.classes, self.data.channels, processes.count)
+        self.model, self.options = net.build(settings, self.data.classes, self.data.channels)
         self.model.to(processes.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -127,7 +127,8 @@ class Training:
         self._metrics_size = 0
         if saved is not None:
             self._restore(saved)
-        self._wrapped: Any = processes.wrap(self.model)
+        self._saved_step = self.step
+        self._wrapped: Any = processes.wrap(self.model, settings.sync_bn)
         self._run: Any = torch.compile(self._wrapped) if settings.compile else self._wrapped
         like = next(self.model.parameters())
         self._batches = Batches(
@@ -207,12 +208,14 @@ class Training:
             torch.cuda.set_rng_state(chance["cuda"], self.processes.device)
 
     def _save(self, *names: str) -> None:
+        if not all(p.isfinite().all() for p in self.model.parameters()):  # the loss is seen a step later
+            raise FloatingPointError(self._diverged("the weights are not finite after step", self.step))
         state = self._state()
         if self.processes.first:
             state["metrics_size"] = self._metrics.size()
             for name in names:
                 checkpoint.save(state, self.settings.out / name)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.step
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._started
@@ -293,7 +296,7 @@ class Training:
         )
         batch = settings.recipe.batch_size
         if not math.isfinite(total):
-            raise FloatingPointError(self._diverged(total / batch))
+            raise FloatingPointError(self._diverged(f"the loss is {total / batch} at step", self.step + 1))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -312,12 +315,14 @@ class Training:
             loss = F.cross_entropy(scores, labels)
         return loss, (scores.argmax(1) == labels).sum()
 
-    def _diverged(self, loss: float) -> str:
-        last = self.settings.out / LAST
+    def _diverged(self, what: str, step: int) -> str:
+        last = f"{self.settings.out / LAST} (step {self._saved_step})"
         good = (
-            f"the last good checkpoint is {last}" if last.exists() else "no checkpoint has been written yet"
+            f"the last good checkpoint is {last}"
+            if self._saved_step
+            else "no checkpoint has been written yet"
         )
-        return f"the loss is {loss} at step {self.step + 1} (epoch {self.epoch + 1}); {good}"
+        return f"{what} {step}; {good}"
 
     def _report(self) -> None:
         row = self._row("step", self.in_row)

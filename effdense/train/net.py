@@ -14,16 +14,13 @@ from effdense.nn.plain import run_plain
 from effdense.train.settings import Settings
 
 
-def build(
-    settings: Settings, classes: int, channels: int, processes: int
-) -> tuple[nn.Module, dict[str, Any]]:
+def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, dict[str, Any]]:
     """The model with weights from the global random state, and the options that `effdense.models.build` had.
 
     Args:
         settings: the run's.
         classes: how many the data have.
         channels: of the data's images. torchvision's models have three whatever comes.
-        processes: of the run; SyncBatchNorm is for several.
 
     Raises:
         ValueError: there is no such model, or not with these options.
@@ -33,7 +30,7 @@ def build(
     if library != "torchvision":
         options["in_chans" if library == "timm" else "in_channels"] = channels
     if settings.recipe.drop_rate:
-        options["drop_rate"] = settings.recipe.drop_rate
+        options["proj_drop_rate" if library == "timm" else "drop_rate"] = settings.recipe.drop_rate
     if library and settings.impl == "checkpoint":
         options["memory_efficient"] = True
     dtype = getattr(torch, settings.dtype)
@@ -41,8 +38,6 @@ def build(
         model = models.build(settings.model, **options).to(dtype)
     except TypeError as error:
         raise ValueError(f"model {settings.model!r} cannot be built with {options}: {error}") from error
-    if settings.sync_bn and processes > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if settings.impl == "effdense":
         convert(model, memory=settings.memory)
     elif not library:

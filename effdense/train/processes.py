@@ -39,11 +39,18 @@ class Processes:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, whose gradients are then the processes' mean."""
+    def wrap(self, model: nn.Module, sync_bn: bool) -> nn.Module:
+        """The model, whose gradients are then the processes' mean, and with `sync_bn` whose statistics are of all their images.
+
+        The norms are exchanged afterwards, because DistributedDataParallel refuses synchronised ones on the CPU, where
+        effdense has them; parameters and buffers stay the same tensors.
+        """
         if self.count == 1:
             return model
-        return DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        if sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return wrapped
 
     def share(self, numbers: Tensor) -> Tensor:
         """This process's part of some images."""
