@@ -276,6 +276,14 @@ def test_metrics_that_were_deleted(root: Path, tmp_path: Path) -> None:
     assert rows(tmp_path) == []
 
 
+def test_a_new_head_on_frozen_features(whole: Path, root: Path, tmp_path: Path) -> None:
+    short = ("--epochs", "1", "--weights", str(whole / "best.pt"), "--freeze-features")
+    assert train(root, tmp_path, *short) == 0
+    before, after = load(whole, "best.pt")["state_dict"], load(tmp_path)["state_dict"]
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

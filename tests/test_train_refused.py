@@ -51,6 +51,8 @@ def said(capsys: Any) -> str:
         (("--data-root", "/nowhere"), "no folder /nowhere"),
         (("--data", "folder", "--data-root", "/nowhere"), "no folder /nowhere/train"),
         (("--resume",), "no checkpoint"),
+        (("--weights", "/nowhere.pt"), "/nowhere.pt"),
+        (("--weights", __file__), f"--weights {__file__} cannot be read"),
         (("--recipe", "tutorial", "--nesterov"), "--nesterov needs --momentum above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

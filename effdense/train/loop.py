@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,35 +17,12 @@ from torch import Tensor, nn
 
 from effdense.train import checkpoint, images, net
 from effdense.train.batches import Batches, draw
+from effdense.train.interrupt import Interrupt, Stopped
 from effdense.train.metrics import Display, Metrics, Row, peak_bytes
 from effdense.train.processes import Processes
 from effdense.train.settings import AMP, Recipe, Settings
 
 LAST, BEST = "last.pt", "best.pt"
-
-
-class Stopped(Exception):
-    """The user asked for an end; everything is saved."""
-
-
-class _Interrupt:
-    """Ctrl-C and SIGTERM are remembered until a step has ended; a second one ends the program at once."""
-
-    def __enter__(self) -> _Interrupt:
-        self.asked = False
-        here = threading.current_thread() is threading.main_thread()  # Python's rule for handlers
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if here}
-        for number in self._before:
-            signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(number, self._before[signal.Signals(number)])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -67,10 +42,11 @@ class _Sums:
 
 
 def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(trained, recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        model.parameters(),
+        trained,
         recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
@@ -89,7 +65,7 @@ class Training:
 
     _metrics: Metrics  # these two are the first process's
     _display: Display
-    _interrupt: _Interrupt
+    _interrupt: Interrupt
     _started: float
     _saved_at: float
 
@@ -231,7 +207,7 @@ class Training:
         """
         self._started = self._saved_at = time.monotonic()
         with contextlib.ExitStack() as stack:
-            self._interrupt = stack.enter_context(_Interrupt())
+            self._interrupt = stack.enter_context(Interrupt())
             if self.processes.first:
                 self._metrics = stack.enter_context(
                     contextlib.closing(Metrics(self.settings.out, self._metrics_size, self.step))
@@ -247,6 +223,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.recipe.lr_in(self.epoch)
         self._run.train()
+        if self.settings.freeze_features:
+            features: Any = self.model.features
+            features.eval()  # statistics stay, too
         parts = self._parts()
         start = time.monotonic()
         while self.step_in_epoch < self.steps:
