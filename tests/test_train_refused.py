@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from effdense import models
 from tests.training import TEST, TRAIN, load, train, write_data, write_idx
 
 SHORT = ("--epochs", "1", "--limit-train", "12")
@@ -79,6 +80,14 @@ def test_wrong_values(
     with pytest.raises(SystemExit, match="2"):
         train(shared_root, tmp_path, *options)
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_converted(
+    shared_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(models, "build", lambda name, **_: torch.nn.Sequential(torch.nn.Conv2d(1, 10, 28)))
+    assert train(shared_root, tmp_path) == 2
+    assert "nothing in model 'densenet_bc_10_4' can be converted; --impl naive trains it" in said(capsys)
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,8 @@ class Training:
         there = len(self.data.train.labels)
         self.count = min(settings.limit_train or there, there)
         self._check_sizes()
-        self.steps = (
-            self.count // recipe.batch_size
-        )  # in an epoch; what is left over changes from epoch to epoch
+        # In an epoch. The images that are left over are others in every epoch.
+        self.steps = self.count // recipe.batch_size
 
         torch.manual_seed(settings.seed)
         self.model, self.options = net.build(settings, self.data.classes, self.data.channels)
@@ -227,10 +226,8 @@ class Training:
             features: Any = self.model.features
             features.eval()  # statistics stay, too
         parts = self._parts()
-        start = time.monotonic()
         while self.step_in_epoch < self.steps:
-            stop, save = self._train_step(parts, start)
-            start = time.monotonic()
+            stop, save = self._train_step(parts)
             if stop:
                 self._save(LAST)
                 raise Stopped(
@@ -247,12 +244,12 @@ class Training:
         own = [self.processes.share(part) for step in steps[self.step_in_epoch :] for part in step]
         return self._batches.each(self.data.train, own, draws)
 
-    def _train_step(self, parts: Iterator[tuple[Tensor, Tensor]], start: float) -> tuple[bool, bool]:
+    def _train_step(self, parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[bool, bool]:
         """One step of the optimizer; whether the run is to be stopped, or to be saved.
 
         All processes learn of loss, accuracy and these two in one exchange, before the weights move.
         """
-        settings = self.settings
+        start, settings = time.monotonic(), self.settings
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         for last in [False] * (settings.accumulate - 1) + [True]:
@@ -263,15 +260,8 @@ class Training:
                 self.scaler.scale(loss / settings.accumulate).backward()
             loss_sum += loss.detach() * len(labels)
             correct += hits
-        due = settings.save_steps and (self.step + 1) % settings.save_steps == 0
-        late = time.monotonic() - self._saved_at > settings.save_seconds
         total, hit, stop, save = self.processes.sum(
-            [
-                loss_sum,
-                correct,
-                float(self._interrupt.asked),
-                float(bool(due) or (late and self.processes.first)),
-            ]
+            [loss_sum, correct, float(self._interrupt.asked), float(self._save_is_due())]
         )
         batch = settings.recipe.batch_size
         if not math.isfinite(total):
@@ -285,6 +275,11 @@ class Training:
         if self.processes.first:
             self._report()
         return stop > 0, save > 0
+
+    def _save_is_due(self) -> bool:
+        """Whether this process would save behind the present step."""
+        every, late = self.settings.save_steps, time.monotonic() - self._saved_at > self.settings.save_seconds
+        return late or (every is not None and (self.step + 1) % every == 0)
 
     def _loss(self, model: Any, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy, and how many scores are highest where they should be."""
