@@ -141,7 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         train(read_settings(arguments))
     except Stopped as stopped:
-        print(f"effdense train: stopped {stopped}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"effdense train: stopped {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
         return STOPPED

@@ -75,8 +75,8 @@ class Training:
             _check_folder(settings)
         here = settings.resume and processes.first
         saved = processes.from_first(checkpoint.load(settings.out / LAST) if here else None)
-        for turn in (True, False):  # the first process may have to fetch them
-            if processes.first == turn:
+        for turn in (True, False):  # the first process of a machine may have to fetch them
+            if processes.first_here == turn:
                 self.data = images.load(settings)
             processes.sum([0.0])
         there = len(self.data.train.labels)

@@ -22,9 +22,10 @@ class Processes:
     def __init__(self, device: str) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self._here = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device(device)
         if self.count > 1 and self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            self.device = torch.device("cuda", self._here)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -38,6 +39,11 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
+
+    @property
+    def first_here(self) -> bool:
+        """Whether this is its machine's first."""
+        return self._here == 0
 
     def wrap(self, model: nn.Module, sync_bn: bool) -> nn.Module:
         """The model, whose gradients are then the processes' mean, and with `sync_bn` whose statistics are of all their images.
