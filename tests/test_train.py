@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import resource
 import signal
@@ -21,7 +22,6 @@ from tests.training import (
     BATCH,
     STEPS,
     TEST,
-    TRAIN,
     arguments,
     assert_same_end,
     load,
@@ -146,15 +146,24 @@ def test_stopped_and_resumed(
     assert_same_end(tmp_path, whole)
 
 
-def test_ended_between_test_and_checkpoint(
-    whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ended_between_two_checkpoints(
+    whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(loop.Training, "_save", lambda self, *names: names == ("best.pt", "last.pt") and 1 / 0)
-        train(root, tmp_path)
-    assert not (tmp_path / "last.pt").exists()
-    assert train(root, tmp_path) == 0
+    """The second epoch's best.pt is written, and its last.pt cannot be: its end comes again."""
+    original = checkpoint.save
+
+    def full(state: dict[str, Any], path: Path) -> None:
+        if state["epoch"] == 2 and path.name == "last.pt":
+            raise OSError(f"{path} cannot be written")
+        original(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        assert train(root, tmp_path) == 2
+    assert "last.pt cannot be written" in capsys.readouterr().err and load(tmp_path)["epoch"] == 1
+    assert train(root, tmp_path, "--resume") == 0
     assert_same_end(tmp_path, whole)
+    assert load(tmp_path, "best.pt")["epoch"] == load(whole, "best.pt")["epoch"]
 
 
 def test_a_failed_save_leaves_the_one_before(root: Path, tmp_path: Path, capsys: Any) -> None:
@@ -175,10 +184,8 @@ def test_a_loss_that_is_nan(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
     at_step(monkeypatch, CUT_OFF, lambda result: (result[0] * float("nan"), result[1]))
     assert train(root, tmp_path) == 1
     error = capsys.readouterr().err
-    assert (
-        f"the loss is nan at step {CUT_OFF} (epoch 2); the last good checkpoint is {tmp_path}/last.pt"
-        in error
-    )
+    good = f"the last good checkpoint is {tmp_path}/last.pt (step {STEPS})"
+    assert f"effdense train: the loss is nan at step {CUT_OFF}; {good}" in error
     assert load(tmp_path)["step"] == STEPS
 
 
@@ -213,10 +220,10 @@ def _all_eval(model: torch.nn.Module) -> torch.nn.Module:
     "options",
     [
         ("--amp", "bf16"),
-        ("--amp", "fp16", "--impl", "naive"),
+        ("--amp", "fp16", "--impl", "naive", "--batch-size", "4", "--limit-train", "8"),
         ("--channels-last",),
         ("--optimizer", "adam", "--lr", "0.001", "--augment", "resized-crop"),
-        ("--recipe", "d2l", "--resize", "16"),
+        ("--recipe", "d2l", "--resize", "16", "--dtype", "float64"),
         ("--recipe", "imagenet", "--resize", "16", "--pad", "32", "--impl", "naive"),
     ],
     ids=" ".join,
@@ -225,7 +232,7 @@ def test_options(
     options: tuple[str, ...], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They run, and go on to the bit from the middle of the second epoch."""
-    short = (*options, "--limit-train", str(2 * BATCH), "--batch-size", str(BATCH))
+    short = ("--limit-train", str(2 * BATCH), *options)
     assert train(root, tmp_path / "whole", *short) == 0
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda result: os.kill(os.getpid(), signal.SIGINT) or result)
@@ -261,4 +268,43 @@ def test_dropout_where_there_is_no_augmentation(root: Path, tmp_path: Path) -> N
     assert load(tmp_path)["recipe"]["drop_rate"] == load(tmp_path)["options"]["drop_rate"] == 0.2
 
 
-assert TRAIN % BATCH == 0
+def test_compile_takes_what_trains(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile then makes of it is test_compile's matter."""
+    given: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: given.append(model) or model)
+    assert train(root, tmp_path, "--epochs", "1", "--limit-train", str(BATCH), "--compile") == 0
+    assert [type(model).__name__ for model in given] == ["DenseNet"]
+
+
+def test_metrics_that_were_deleted(root: Path, tmp_path: Path) -> None:
+    """The rest of the run is written, and nothing else."""
+    short = ("--limit-train", str(BATCH))
+    assert train(root, tmp_path, *short) == 0
+    (tmp_path / "metrics.csv").unlink()
+    assert train(root, tmp_path, *short, "--resume") == 0
+    assert rows(tmp_path) == []
+
+
+def test_a_new_head_on_frozen_features(whole: Path, root: Path, tmp_path: Path) -> None:
+    short = ("--epochs", "1", "--weights", str(whole / "best.pt"), "--freeze-features")
+    assert train(root, tmp_path, *short) == 0
+    before, after = load(whole, "best.pt")["state_dict"], load(tmp_path)["state_dict"]
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "160")
+    assert train(root, tmp_path, "--epochs", "1") == 0
+    shown = terminal.getvalue()
+    for part in (f"/{STEPS}", "epoch 1/1", "loss 2.", "accuracy 0.", "images/s", "peak ", " MiB"):
+        assert part in shown
+    assert capsys.readouterr().out.startswith("epoch 1/1: loss ")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from effdense import models
 from tests.training import TEST, TRAIN, load, train, write_data, write_idx
 
 SHORT = ("--epochs", "1", "--limit-train", "12")
@@ -27,7 +28,7 @@ def run(shared_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def said(capsys: Any, status: int = 2) -> str:
+def said(capsys: Any) -> str:
     error: str = capsys.readouterr().err
     lines = [line for line in error.splitlines() if "TensorBoard" not in line]
     assert len(lines) == 1 and lines[0].startswith("effdense train: "), error
@@ -51,6 +52,8 @@ def said(capsys: Any, status: int = 2) -> str:
         (("--data-root", "/nowhere"), "no folder /nowhere"),
         (("--data", "folder", "--data-root", "/nowhere"), "no folder /nowhere/train"),
         (("--resume",), "no checkpoint"),
+        (("--weights", "/nowhere.pt"), "/nowhere.pt"),
+        (("--weights", __file__), f"--weights {__file__} cannot be read"),
         (("--recipe", "tutorial", "--nesterov"), "--nesterov needs --momentum above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -77,6 +80,33 @@ def test_wrong_values(
     with pytest.raises(SystemExit, match="2"):
         train(shared_root, tmp_path, *options)
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_converted(
+    shared_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(models, "build", lambda name, **_: torch.nn.Sequential(torch.nn.Conv2d(1, 10, 28)))
+    assert train(shared_root, tmp_path) == 2
+    assert "nothing in model 'densenet_bc_10_4' can be converted; --impl naive trains it" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "count, message",
+    [
+        (61, "there are more processes (61) than training images (60)"),
+        (5, "must be a multiple of --accumulate 1 times 5 processes"),
+        (12, "--batch-size 12 in 12 parts leaves one; on several processes --sync-bn helps"),
+    ],
+)
+def test_too_many_processes(
+    count: int, message: str, shared_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As the first of them sees it."""
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    for name in ("init_process_group", "all_reduce", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    assert train(shared_root, tmp_path) == 2
+    assert message in said(capsys)
 
 
 def truncate(path: Path) -> None:

@@ -64,6 +64,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--data-root", type=Path, metavar="DIR", help="where the data are")
     add("--impl", choices=IMPLS, default="effdense", help="what runs the model (default: %(default)s)")
     add("--memory", choices=("balanced", "minimal"), default="balanced", help="of effdense.convert")
+    add("--weights", type=Path, metavar="FILE", help="begin with a checkpoint's, but with a new classifier")
+    add("--freeze-features", action="store_true", help="train the classifier only")
     add("--limit-train", type=_positive, metavar="N", help="the first N images only, for trials")
     add(
         "--accumulate", type=_positive, default=1, metavar="N", help="a batch in N parts, one after the other"
@@ -129,7 +131,7 @@ def _train(settings: Settings) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains. Under torchrun its own record of the first process that fails is what it shows."""
-    from effdense.train.loop import Stopped
+    from effdense.train.interrupt import Stopped
 
     train: Any = _train
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -139,7 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         train(read_settings(arguments))
     except Stopped as stopped:
-        print(f"effdense train: stopped {stopped}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"effdense train: stopped {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
         return STOPPED

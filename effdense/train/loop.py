@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,35 +17,12 @@ from torch import Tensor, nn
 
 from effdense.train import checkpoint, images, net
 from effdense.train.batches import Batches, draw
+from effdense.train.interrupt import Interrupt, Stopped
 from effdense.train.metrics import Display, Metrics, Row, peak_bytes
 from effdense.train.processes import Processes
 from effdense.train.settings import AMP, Recipe, Settings
 
 LAST, BEST = "last.pt", "best.pt"
-
-
-class Stopped(Exception):
-    """The user asked for an end; everything is saved."""
-
-
-class _Interrupt:
-    """Ctrl-C and SIGTERM are remembered until a step has ended; a second one ends the program at once."""
-
-    def __enter__(self) -> _Interrupt:
-        self.asked = False
-        here = threading.current_thread() is threading.main_thread()  # Python's rule for handlers
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if here}
-        for number in self._before:
-            signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(number, self._before[signal.Signals(number)])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -67,10 +42,11 @@ class _Sums:
 
 
 def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(trained, recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        model.parameters(),
+        trained,
         recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
@@ -89,7 +65,7 @@ class Training:
 
     _metrics: Metrics  # these two are the first process's
     _display: Display
-    _interrupt: _Interrupt
+    _interrupt: Interrupt
     _started: float
     _saved_at: float
 
@@ -99,19 +75,18 @@ class Training:
             _check_folder(settings)
         here = settings.resume and processes.first
         saved = processes.from_first(checkpoint.load(settings.out / LAST) if here else None)
-        for turn in (True, False):  # the first process may have to fetch them
-            if processes.first == turn:
+        for turn in (True, False):  # the first process of a machine may have to fetch them
+            if processes.first_here == turn:
                 self.data = images.load(settings)
             processes.sum([0.0])
         there = len(self.data.train.labels)
         self.count = min(settings.limit_train or there, there)
         self._check_sizes()
-        self.steps = (
-            self.count // recipe.batch_size
-        )  # in an epoch; what is left over changes from epoch to epoch
+        # In an epoch. The images that are left over are others in every epoch.
+        self.steps = self.count // recipe.batch_size
 
         torch.manual_seed(settings.seed)
-        self.model, self.options = net.build(settings, self.data.classes, self.data.channels, processes.count)
+        self.model, self.options = net.build(settings, self.data.classes, self.data.channels)
         self.model.to(processes.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -127,7 +102,8 @@ class Training:
         self._metrics_size = 0
         if saved is not None:
             self._restore(saved)
-        self._wrapped: Any = processes.wrap(self.model)
+        self._saved_step = self.step
+        self._wrapped: Any = processes.wrap(self.model, settings.sync_bn)
         self._run: Any = torch.compile(self._wrapped) if settings.compile else self._wrapped
         like = next(self.model.parameters())
         self._batches = Batches(
@@ -207,12 +183,14 @@ class Training:
             torch.cuda.set_rng_state(chance["cuda"], self.processes.device)
 
     def _save(self, *names: str) -> None:
+        if not all(p.isfinite().all() for p in self.model.parameters()):  # the loss is seen a step later
+            raise FloatingPointError(self._diverged("the weights are not finite after step", self.step))
         state = self._state()
         if self.processes.first:
             state["metrics_size"] = self._metrics.size()
             for name in names:
                 checkpoint.save(state, self.settings.out / name)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.step
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._started
@@ -228,7 +206,7 @@ class Training:
         """
         self._started = self._saved_at = time.monotonic()
         with contextlib.ExitStack() as stack:
-            self._interrupt = stack.enter_context(_Interrupt())
+            self._interrupt = stack.enter_context(Interrupt())
             if self.processes.first:
                 self._metrics = stack.enter_context(
                     contextlib.closing(Metrics(self.settings.out, self._metrics_size, self.step))
@@ -244,11 +222,12 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.recipe.lr_in(self.epoch)
         self._run.train()
+        if self.settings.freeze_features:
+            features: Any = self.model.features
+            features.eval()  # statistics stay, too
         parts = self._parts()
-        start = time.monotonic()
         while self.step_in_epoch < self.steps:
-            stop, save = self._train_step(parts, start)
-            start = time.monotonic()
+            stop, save = self._train_step(parts)
             if stop:
                 self._save(LAST)
                 raise Stopped(
@@ -265,12 +244,12 @@ class Training:
         own = [self.processes.share(part) for step in steps[self.step_in_epoch :] for part in step]
         return self._batches.each(self.data.train, own, draws)
 
-    def _train_step(self, parts: Iterator[tuple[Tensor, Tensor]], start: float) -> tuple[bool, bool]:
+    def _train_step(self, parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[bool, bool]:
         """One step of the optimizer; whether the run is to be stopped, or to be saved.
 
         All processes learn of loss, accuracy and these two in one exchange, before the weights move.
         """
-        settings = self.settings
+        start, settings = time.monotonic(), self.settings
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         for last in [False] * (settings.accumulate - 1) + [True]:
@@ -281,19 +260,12 @@ class Training:
                 self.scaler.scale(loss / settings.accumulate).backward()
             loss_sum += loss.detach() * len(labels)
             correct += hits
-        due = settings.save_steps and (self.step + 1) % settings.save_steps == 0
-        late = time.monotonic() - self._saved_at > settings.save_seconds
         total, hit, stop, save = self.processes.sum(
-            [
-                loss_sum,
-                correct,
-                float(self._interrupt.asked),
-                float(bool(due) or (late and self.processes.first)),
-            ]
+            [loss_sum, correct, float(self._interrupt.asked), float(self._save_is_due())]
         )
         batch = settings.recipe.batch_size
         if not math.isfinite(total):
-            raise FloatingPointError(self._diverged(total / batch))
+            raise FloatingPointError(self._diverged(f"the loss is {total / batch} at step", self.step + 1))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -304,6 +276,11 @@ class Training:
             self._report()
         return stop > 0, save > 0
 
+    def _save_is_due(self) -> bool:
+        """Whether this process would save behind the present step."""
+        every, late = self.settings.save_steps, time.monotonic() - self._saved_at > self.settings.save_seconds
+        return late or (every is not None and (self.step + 1) % every == 0)
+
     def _loss(self, model: Any, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy, and how many scores are highest where they should be."""
         dtype = AMP[self.settings.amp]
@@ -312,12 +289,14 @@ class Training:
             loss = F.cross_entropy(scores, labels)
         return loss, (scores.argmax(1) == labels).sum()
 
-    def _diverged(self, loss: float) -> str:
-        last = self.settings.out / LAST
+    def _diverged(self, what: str, step: int) -> str:
+        last = f"{self.settings.out / LAST} (step {self._saved_step})"
         good = (
-            f"the last good checkpoint is {last}" if last.exists() else "no checkpoint has been written yet"
+            f"the last good checkpoint is {last}"
+            if self._saved_step
+            else "no checkpoint has been written yet"
         )
-        return f"the loss is {loss} at step {self.step + 1} (epoch {self.epoch + 1}); {good}"
+        return f"{what} {step}; {good}"
 
     def _report(self) -> None:
         row = self._row("step", self.in_row)

@@ -53,7 +53,8 @@ class Metrics:
 
     def __init__(self, folder: Path, size: int, step: int) -> None:
         path = folder / "metrics.csv"
-        self._file = path.open("r+" if size and path.exists() else "w", newline="")
+        size = min(size, path.stat().st_size) if path.exists() else 0
+        self._file = path.open("r+" if size else "w", newline="")
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
         self._csv = csv.writer(self._file, lineterminator="\n")

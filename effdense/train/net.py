@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
@@ -9,31 +10,31 @@ from torch import nn
 
 from effdense import models
 from effdense.convert import convert
+from effdense.nn.classes import OURS
+from effdense.nn.foreign import Foreign
 from effdense.nn.obstacles import CONVS
 from effdense.nn.plain import run_plain
 from effdense.train.settings import Settings
 
 
-def build(
-    settings: Settings, classes: int, channels: int, processes: int
-) -> tuple[nn.Module, dict[str, Any]]:
+def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, dict[str, Any]]:
     """The model with weights from the global random state, and the options that `effdense.models.build` had.
 
     Args:
         settings: the run's.
         classes: how many the data have.
         channels: of the data's images. torchvision's models have three whatever comes.
-        processes: of the run; SyncBatchNorm is for several.
 
     Raises:
-        ValueError: there is no such model, or not with these options.
+        OSError: --weights cannot be opened.
+        ValueError: there is no such model, or not with these options; the weights do not fit.
     """
     library = settings.model.partition(":")[0] if ":" in settings.model else ""
     options: dict[str, Any] = {"num_classes": classes}
     if library != "torchvision":
         options["in_chans" if library == "timm" else "in_channels"] = channels
     if settings.recipe.drop_rate:
-        options["drop_rate"] = settings.recipe.drop_rate
+        options["proj_drop_rate" if library == "timm" else "drop_rate"] = settings.recipe.drop_rate
     if library and settings.impl == "checkpoint":
         options["memory_efficient"] = True
     dtype = getattr(torch, settings.dtype)
@@ -41,10 +42,22 @@ def build(
         model = models.build(settings.model, **options).to(dtype)
     except TypeError as error:
         raise ValueError(f"model {settings.model!r} cannot be built with {options}: {error}") from error
-    if settings.sync_bn and processes > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if settings.weights is not None and not settings.resume:
+        try:
+            models.load_weights(model, settings.weights, strip_classifier=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"--weights {settings.weights} cannot be read: {reason}") from error
+    if settings.freeze_features:
+        if not isinstance(features := getattr(model, "features", None), nn.Module):
+            raise ValueError(f"--freeze-features: model {settings.model!r} has no part called features")
+        features.requires_grad_(False)
     if settings.impl == "effdense":
         convert(model, memory=settings.memory)
+        if not any(isinstance(module, (*OURS, Foreign)) for module in model.modules()):
+            raise ValueError(
+                f"--impl effdense: nothing in model {settings.model!r} can be converted; --impl naive trains it as it is"
+            )
     elif not library:
         run_plain(model, checkpointed=settings.impl == "checkpoint")
     return model, options

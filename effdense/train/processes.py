@@ -22,9 +22,10 @@ class Processes:
     def __init__(self, device: str) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self._here = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device(device)
         if self.count > 1 and self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            self.device = torch.device("cuda", self._here)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -39,11 +40,23 @@ class Processes:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, whose gradients are then the processes' mean."""
+    @property
+    def first_here(self) -> bool:
+        """Whether this is its machine's first."""
+        return self._here == 0
+
+    def wrap(self, model: nn.Module, sync_bn: bool) -> nn.Module:
+        """The model, whose gradients are then the processes' mean, and with `sync_bn` whose statistics are of all their images.
+
+        The norms are exchanged afterwards, because DistributedDataParallel refuses synchronised ones on the CPU, where
+        effdense has them; parameters and buffers stay the same tensors.
+        """
         if self.count == 1:
             return model
-        return DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        if sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return wrapped
 
     def share(self, numbers: Tensor) -> Tensor:
         """This process's part of some images."""

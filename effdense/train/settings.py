@@ -83,6 +83,8 @@ class Settings:
     impl: str = "effdense"
     memory: str = "balanced"
     data_root: Path | None = None
+    weights: Path | None = None  # to begin with; the classifier is new
+    freeze_features: bool = False
     limit_train: int | None = None
     accumulate: int = 1  # parts of a batch, one after the other
     amp: str = "off"
@@ -100,6 +102,16 @@ class Settings:
 
     def fixed(self) -> dict[str, Any]:
         """What has to stay the same for `resume`, in plain types: all that decides about the losses."""
-        names = ("model", "data", "limit_train", "accumulate", "amp", "dtype", "sync_bn", "seed")
+        names = (
+            "model",
+            "data",
+            "freeze_features",
+            "limit_train",
+            "accumulate",
+            "amp",
+            "dtype",
+            "sync_bn",
+            "seed",
+        )
         recipe = dataclasses.asdict(self.recipe)
         return {name: getattr(self, name) for name in names} | recipe | {"drops": list(self.recipe.drops)}
