@@ -76,8 +76,8 @@ def reuse_picture(blocks: Sequence[BlockReuse], title: str, path: str | Path) ->
 def _heat_map(axes: Axes, block: BlockReuse) -> None:
     layers = len(block.sources) - 1
     shades = block.weights.clone()
-    for part in (shades[:, :layers], shades[:, layers:]):  # other kernels, another scale
-        part /= part.nan_to_num().max() if part.any() else 1.0
+    for part in shades.split(layers, 1):  # the last column has other kernels, so another scale
+        part /= part.nan_to_num().max().clamp(min=1e-30)
     axes.imshow(shades.numpy(), cmap=_SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     step = math.ceil(layers / 8)
     shown = range(step, layers + 1, step)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import models as twins
 from benchmarks import structures
-from effdense import cli, convert, models
+from effdense import cli, convert, models, plots
 from effdense.reuse import feature_reuse
 
 
@@ -63,9 +63,11 @@ def test_other_peoples_nets_converted_or_not(build: Any) -> None:
         assert torch.equal(a.weights.nan_to_num(-1), b.weights.nan_to_num(-1))
 
 
-def test_a_block_alone_has_no_last_target() -> None:
+def test_a_block_alone_has_no_last_target(tmp_path: Path) -> None:
     (only,) = feature_reuse(tiny(2).features.denseblock1)  # type: ignore[union-attr, arg-type]
     assert only.block == "" and only.targets == ["denselayer1", "denselayer2"]
+    plots.reuse_picture([only], "title", tmp_path / "block.png")
+    assert (tmp_path / "block.png").stat().st_size > 0
 
 
 def test_twins_and_ours_agree() -> None:
