@@ -16,18 +16,21 @@ from effdense.nn.structure import Obstacle, read_block
 
 
 class BlockReuse(NamedTuple):
-    """A dense block's weights; `block` is its name in model.named_modules()."""
+    """A dense block's weights.
+
+    block: its name in model.named_modules().  sources: "input", then the layers' names.  targets: the layers' names, then the
+    transition's or classifier's that reads the whole block, if there is one.  weights: [sources, targets] float64, NaN where a
+    target does not read a source.
+    """
 
     block: str
-    sources: list[str]  # "input", then the layers' names
-    targets: list[
-        str
-    ]  # the layers' names, then what reads the whole block: a transition or classifier's name
-    weights: Tensor  # [sources, targets] float64; NaN where a target does not read a source
+    sources: list[str]
+    targets: list[str]
+    weights: Tensor
 
 
 def _reader(modules: dict[str, Any], block: str, channels: int) -> str | None:
-    """The first convolution or linear map behind the block with as many inputs as it has outputs."""
+    """The first convolution or linear map behind the block, if it has as many inputs as the block has outputs."""
     names = list(modules)
     behind = names[names.index(block) + 1 :]
     for name in behind:
