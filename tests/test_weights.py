@@ -52,6 +52,7 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
     "gpleiss": renamed((r"features\.norm5", "features.norm_final")),
     "MONAI": renamed((INNER, r"\1.layers.\2."), (r"^classifier\.", "class_layers.out.")),
     "DataParallel": renamed((r"^", "module.")),
+    "compiled": renamed((r"^", "module._orig_mod.")),
     "timm's checkpoint": lambda state: {"state_dict": state, "epoch": 3},
     "torchvision's checkpoint": lambda state: {"model": state, "epoch": 3},
 }

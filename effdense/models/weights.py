@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # What differs from torchvision's keys, and what it becomes.
 _KEYS = (
-    (re.compile(r"^module\."), ""),  # nn.DataParallel, DistributedDataParallel
+    (re.compile(r"^(module\.|_orig_mod\.)+"), ""),  # nn.DataParallel, DistributedDataParallel; torch.compile
     (re.compile(r"(denselayer\d+)\.layers\."), r"\1."),  # MONAI
     (re.compile(r"^class_layers\.out\."), "classifier."),  # MONAI
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\."), r"\1\2."),  # torchvision's published files
