@@ -141,7 +141,8 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
         if module.num_batches_tracked is not None:
             counters.append(module.num_batches_tracked)
             if momentum is None:  # the average over all batches so far
-                momentum = 1.0 / (float(module.num_batches_tracked) + 1)
+                uses = sum(c is module.num_batches_tracked for c in counters)  # layers may share a norm
+                momentum = 1.0 / (float(module.num_batches_tracked) + uses)
         updates.append(Update(module.running_mean, module.running_var, mean, var, momentum or 0.0))
     if counters:
         torch.ops.effdense.count_batches(counters)

@@ -72,6 +72,8 @@ def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
     """Why a module is not made like ours, or None."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    if type(module).__call__ is not nn.Module.__call__:
+        return "its class has a __call__ of its own"
     own = [*module._parameters, *module._buffers]
     if own:
         return f"it has parameters or buffers of its own: {', '.join(own)}"
@@ -188,7 +190,7 @@ class Examiner:
             type(module),
             *sorted(attributes.items()),
             *children,
-            module if ours is ForeignBlock else None,
+            module if issubclass(ours, Foreign) else None,
         )
         if key not in self.known:
             # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.

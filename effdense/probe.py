@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from effdense.nn import DenseBlock, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
-from effdense.nn.foreign import ForeignBlock, ForeignTransition
-from effdense.nn.structure import DROPOUTS, drop_attribute, layers_of
+from effdense.nn.foreign import ForeignTransition
+from effdense.nn.structure import DROPOUTS, drop_attributes
 
 
 def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
@@ -52,10 +52,10 @@ def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
                     tensor.sub_(1)
                 if tensor.dim() > 1:
                     tensor.mul_(4 / tensor[0].numel() ** 0.5)
-    for layer in layers_of(probe).values() if ours is ForeignBlock else ():
-        if (attribute := drop_attribute(layer)) is not None:
-            setattr(layer, attribute, 0.5)
     for submodule in probe.modules():
+        if not isinstance(submodule, DROPOUTS):
+            for attribute in drop_attributes(submodule):
+                setattr(submodule, attribute, 0.5)
         if isinstance(submodule, DROPOUTS) and submodule.p == 0:
             submodule.p = 0.5
     return probe
@@ -69,21 +69,26 @@ def _first_conv(module: nn.Module) -> Any:
 
 
 def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
-    """Output, buffers and gradients of one step on a small random input."""
+    """Output, buffers and gradients of one step on a small random input of unequal sizes."""
     conv = _first_conv(probe)
     generator = torch.Generator().manual_seed(1)
     size = 4 if ours in (Transition, ForeignTransition) else 2  # a pool's windows must fit
-    shape = (2, conv.in_channels, *(size,) * len(conv.kernel_size))
+    shape = (2, conv.in_channels, *(size,) * (len(conv.kernel_size) - 1), size + 1)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-    probe.train(training)
+    probe.train(training).zero_grad()
     torch.manual_seed(2)  # the same dropout both times
     with _alone(probe):
         y = probe([x] if ours in LAYERS else x)
-    # Before the backward: checkpointing updates them again there.
-    buffers = [b.clone() for b in probe.buffers()]
-    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    grads = torch.autograd.grad((y * weights).sum(), [x, *probe.parameters()], materialize_grads=True)
+        # Before the backward: checkpointing updates them again there.
+        buffers = [b.clone() for b in probe.buffers()]
+        weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        (y * weights).sum().backward()
+    grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *probe.parameters()))
     return [y.detach(), *buffers, *grads]
+
+
+def _autocasts() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 @contextlib.contextmanager
@@ -112,11 +117,15 @@ def difference(module: nn.Module, ours: type, everywhere: bool = False) -> str |
         theirs = _bare_copy(module, ours)
         mine = copy.deepcopy(theirs)
         adopt(mine, ours, "balanced", everywhere)
+        outside, inside = _autocasts(), list[Any]()
+        _first_conv(theirs).register_forward_pre_hook(lambda *_: inside.append(_autocasts()))
         for training in (True, False):
             # Where theirs is checkpointed, its backward has moved the statistics once more.
             for buffer, moved_once in zip(theirs.buffers(), mine.buffers(), strict=True):
                 buffer.copy_(moved_once)
             expected, got = (_run(probe, training, ours) for probe in (theirs, mine))
+            if any(autocasts != outside for autocasts in inside):
+                return "its forward switches autocast"
             if expected[0].shape != got[0].shape:
                 return f"its forward gives {tuple(expected[0].shape)} on a probe, not {tuple(got[0].shape)}"
             if not all(_close(a, b) for a, b in zip(got, expected, strict=True)):

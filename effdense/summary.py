@@ -124,7 +124,7 @@ class _Kept:
 def _kept(model: Any, shape: Sequence[int], memory: str) -> list[int]:
     """Bytes kept by every row. "naive": hooks make every module call its submodules."""
     names, places = _places(model)
-    x = torch.empty(tuple(shape), dtype=model.classifier.weight.dtype, device="meta")
+    x = torch.empty(tuple(shape), dtype=next(model.parameters()).dtype, device="meta")
     kept, children = _Kept(model, x, len(names)), list(model.features.children())
     if memory == "naive":
         for module in model.modules():
@@ -166,7 +166,7 @@ def _sizes(model: Any, shape: Sequence[int]) -> tuple[list[tuple[int, ...]], lis
 
     for module in row_of:
         module.register_forward_hook(hook)
-    model.eval()(torch.empty(tuple(shape), dtype=model.classifier.weight.dtype, device="meta"))
+    model.eval()(torch.empty(tuple(shape), dtype=next(model.parameters()).dtype, device="meta"))
     return sizes, work
 
 

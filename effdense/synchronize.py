@@ -38,7 +38,9 @@ def _processes(group: str) -> Any:
 
 def processes_of(norm: nn.Module) -> Any:
     """Whose batches a norm's statistics are of, for comparison with another norm's."""
-    return (True, norm.process_group) if isinstance(norm, nn.SyncBatchNorm) else (False, None)
+    if not isinstance(norm, nn.SyncBatchNorm) or (not norm.training and norm.running_mean is None):
+        return False, None
+    return True, norm.process_group
 
 
 def join_statistics(group: str, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
@@ -161,9 +162,9 @@ def test_a_submodule_of_another_kind_though_the_structure_fits_runs(module: nn.M
     ours = effdense.convert(copy.deepcopy(naive))
     for block in (naive, ours):
         block.net[1][1] = module
-    changed = "its submodules' classes are not those that effdense.convert has compared"
-    assert changed in ours.obstacle() or isinstance(module, nn.Dropout)
-    assert changed in effdense.convert(ours, memory="minimal").obstacle() or isinstance(module, nn.Dropout)
+    changed = r"effdense.convert has (not )?compared"
+    for again in (lambda: ours, lambda: effdense.convert(ours, memory="minimal")):
+        assert re.search(changed, again().obstacle()) or isinstance(module, nn.Dropout)
     x = torch.randn(2, 6, 5, 5)
     for block in (naive.eval(), ours.eval()):
         assert torch.equal(block(x), naive(x))

@@ -186,3 +186,10 @@ def test_a_model_of_another_kind() -> None:
         effdense.summary(nn.Sequential(nn.Conv2d(3, 4, 1)), (1, 3, 8, 8))
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         effdense.summary("densenet121", (1, 3, 8, 8))
+
+
+def test_another_classifier() -> None:
+    model = models.densenet_cifar(10, 4)
+    expected = effdense.summary(model, (1, 3, 8, 8)).total
+    model.classifier = torch.nn.Sequential(torch.nn.Dropout(), model.classifier)
+    assert effdense.summary(model, (1, 3, 8, 8)).total[:4] == expected[:4]

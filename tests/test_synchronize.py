@@ -177,7 +177,8 @@ def _everything() -> dict[str, Any]:
 def _mixed(group: Any) -> list[str | None]:
     """What is said of a block with one norm of another group, and with one that is not synchronised."""
     reasons = []
-    for other in (nn.SyncBatchNorm(6, process_group=group), nn.BatchNorm2d(6)):
+    local = nn.SyncBatchNorm(6, track_running_stats=False).eval()  # of this process's batch alone
+    for other in (nn.SyncBatchNorm(6, process_group=group), nn.BatchNorm2d(6), local):
         block: Any = nn.SyncBatchNorm.convert_sync_batchnorm(effdense.nn.DenseBlock(2, 4, 1, 6, 0.0))
         block.denselayer1.norm2 = other
         reasons.append(block.obstacle())

@@ -52,6 +52,7 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
     "gpleiss": renamed((r"features\.norm5", "features.norm_final")),
     "MONAI": renamed((INNER, r"\1.layers.\2."), (r"^classifier\.", "class_layers.out.")),
     "DataParallel": renamed((r"^", "module.")),
+    "compiled": renamed((r"^", "module._orig_mod.")),
     "timm's checkpoint": lambda state: {"state_dict": state, "epoch": 3},
     "torchvision's checkpoint": lambda state: {"model": state, "epoch": 3},
 }
@@ -158,6 +159,11 @@ WRONG: dict[str, tuple[Callable[[State], Any], type[Exception], str]] = {
         ValueError,
         "'net' is OrderedDict; a checkpoint may hold them as 'state_dict'",
     ),
+    "quantised": (
+        lambda s: s | {LAST: s[LAST].to(torch.int8)},
+        ValueError,
+        f"other kinds of numbers: {LAST}",
+    ),
     "not a mapping": (lambda _: [1, 2], TypeError, "must be a path or a state_dict, got list"),
     "twice": (lambda s: s | {f"module.{LAST}": s[LAST]}, ValueError, f"two of the weights' keys mean {LAST}"),
 }
@@ -195,3 +201,10 @@ def test_transfer_learning_trains_the_head_only() -> None:
     assert type(y.grad_fn).__name__ == "AddmmBackward0"
     F.cross_entropy(y, torch.tensor([0, 2])).backward()
     assert all((p.grad is None) != n.startswith("classifier") for n, p in ours.named_parameters())
+
+
+def test_a_model_without_memory_takes_no_weights() -> None:
+    with torch.device("meta"):
+        model = models.densenet_cifar(10, 4)
+    with pytest.raises(ValueError, match="on the meta device; give it memory with to_empty first"):
+        models.load_weights(model, models.densenet_cifar(10, 4).state_dict())

@@ -135,7 +135,10 @@ class DenseNet(dense.DenseNet):
         return super().forward(x)
 
     def _check_images(self, x: Tensor) -> None:
-        conv: Any = self.features.conv0  # which a user may have replaced
+        stem: Any = self.features.conv0
+        conv: Any = next((m for m in stem.modules() if isinstance(m, CONVS)), None)
+        if conv is None:  # a user has put something else there
+            return
         channels, spatial = conv.in_channels, len(conv.kernel_size)
         if x.dim() != spatial + 2 or x.shape[1] != channels:
             form = ", ".join(["N", str(channels), *("DHW"[-spatial:])])

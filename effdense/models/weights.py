@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # What differs from torchvision's keys, and what it becomes.
 _KEYS = (
-    (re.compile(r"^module\."), ""),  # nn.DataParallel, DistributedDataParallel
+    (re.compile(r"^(module\.|_orig_mod\.)+"), ""),  # nn.DataParallel, DistributedDataParallel; torch.compile
     (re.compile(r"(denselayer\d+)\.layers\."), r"\1."),  # MONAI
     (re.compile(r"^class_layers\.out\."), "classifier."),  # MONAI
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\."), r"\1\2."),  # torchvision's published files
@@ -95,13 +95,21 @@ def load_weights(model: nn.Module, weights: Any, *, strip_classifier: bool = Fal
         for key, tensor in wanted.items()
         if key in state and state[key].shape != tensor.shape
     ]
+    quantised = [
+        k for k, t in wanted.items() if k in state and state[k].is_floating_point() != t.is_floating_point()
+    ]
+    if any(tensor.is_meta for tensor in wanted.values()):
+        raise ValueError("load_weights: the model is on the meta device; give it memory with to_empty first")
     problems = [
         *_listed("missing:", missing),
         *_listed("unknown:", unexpected),
+        *_listed("other kinds of numbers:", quantised),
         *_listed("other shapes:", shapes),
     ]
     if problems:
-        only_classes = not missing and not unexpected and all(s.startswith("classifier.") for s in shapes)
+        only_classes = not (missing or unexpected or quantised) and all(
+            s.startswith("classifier.") for s in shapes
+        )
         hint = "; strip_classifier=True keeps the model's own classifier" if only_classes else ""
         raise ValueError(
             f"load_weights: the weights do not fit {type(model).__name__}: {'; '.join(problems)}{hint}"

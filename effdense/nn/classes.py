@@ -18,13 +18,13 @@ OURS = (*LAYERS, DenseBlock, Transition, DenseFeatures, DenseNet)
 def adopt(module: Any, ours: type, memory: str, everywhere: bool = False) -> None:
     """Makes a module one of ours, or changes the memory mode of one that is. `everywhere`: see read_block."""
     if isinstance(module, Foreign):
-        module._effdense = memory, *module._effdense[1:]
+        module._effdense = module._effdense and (memory, *module._effdense[1:])
     elif issubclass(ours, Foreign):
         read: Any = read_block if ours is ForeignBlock else read_transition
-        kinds = read(module, hooks=False)[1]
+        seen = read(module, hooks=False)[1]
         classes: Any = ours, type(module)
         module.__class__ = foreign_class(*classes)
-        module._effdense = memory, everywhere, tuple(kinds)
+        module._effdense = memory, everywhere, tuple(seen)
     elif type(module) is not ours:
         module._effdense_original = type(module), set(vars(module))
         module.__class__ = ours
@@ -38,7 +38,7 @@ def give_back(module: nn.Module) -> None:
     state = module.__dict__
     if isinstance(module, Foreign):
         module.__class__ = module.original
-        del state["_effdense"]
+        state.pop("_effdense", None)
     elif "_effdense_original" in state:
         module.__class__, had = state.pop("_effdense_original")
         for name in {"_memory", "drop_rate"} - had:

@@ -7,14 +7,14 @@ something stands in the way, it is its own forward that runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
 from effdense.nn.obstacles import refuse_scripting
-from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, read_block, read_transition
+from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, Seen, read_block, read_transition
 
 
 class Foreign(nn.Module):
@@ -22,9 +22,9 @@ class Foreign(nn.Module):
 
     original: ClassVar[type]
     kind: ClassVar[str]  # what a report calls it
-    # The memory mode; whether a layer's rate of dropout is for all its convolutions; the classes of its submodules when it
-    # was compared.
-    _effdense: tuple[str, bool, tuple[type, ...]]
+    # The memory mode; whether a layer's rate of dropout is for all its convolutions; what was seen of its modules when it
+    # was compared. Of an object that its own methods have made since (a slice of a Sequential): None.
+    _effdense: tuple[str, bool, tuple[Seen, ...]] | None = None
     __prepare_scriptable__ = refuse_scripting
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -45,12 +45,33 @@ class Foreign(nn.Module):
             return str(reason)
         return None
 
-    def check_kinds(self, kinds: Sequence[type]) -> None:
-        """What was put in another's place may do something else, though the structure is the same."""
-        if tuple(kinds) != self._effdense[2]:
+    def adopted(self) -> tuple[str, bool, tuple[Seen, ...]]:
+        """What convert has noted."""
+        if self._effdense is None:
             raise Obstacle(
-                "its submodules' classes are not those that effdense.convert has compared (revert and convert do again)"
+                "it was made from a converted module and has not been compared (revert, then convert)"
             )
+        return self._effdense
+
+    def check(self, seen: Sequence[Seen]) -> None:
+        """What was changed since may do something else, though the structure is the same."""
+        compared = self.adopted()[2]
+        if len(seen) != len(compared):
+            raise Obstacle(
+                "it has not the modules that effdense.convert has compared (revert, then convert again)"
+            )
+        for now, then in zip(seen, compared, strict=True):
+            if (change := now.differs(then)) is not None:
+                raise Obstacle(f"effdense.convert has not compared {change} (revert, then convert again)")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Fused where it is called with one tensor and nothing stands in the way, else as its own class does."""
+        fused = self.fused() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+        return super().forward(*args, **kwargs) if fused is None else fused(args[0])
+
+    def fused(self) -> Callable[[Tensor], Tensor] | None:
+        """Its fused forward, or None where something stands in the way."""
+        raise NotImplementedError
 
 
 class ForeignBlock(Foreign):
@@ -60,9 +81,10 @@ class ForeignBlock(Foreign):
 
     def read(self) -> tuple[list[Chain], str]:
         """What run_stage takes of it."""
-        chains, kinds = read_block(self, self._effdense[1])
-        self.check_kinds(kinds)
-        return chains, self._effdense[0]
+        memory, everywhere, _ = self.adopted()
+        chains, seen = read_block(self, everywhere)
+        self.check(seen)
+        return chains, memory
 
     def chains(self) -> tuple[list[Chain], str] | None:
         """See DenseBlock."""
@@ -71,11 +93,10 @@ class ForeignBlock(Foreign):
         except Obstacle:
             return None
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def fused(self) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""
-        if isinstance(x, Tensor) and not args and not kwargs and (stage := self.chains()) is not None:
-            return run_stage(*stage, x)
-        return super().forward(x, *args, **kwargs)
+        stage = self.chains()
+        return None if stage is None else lambda x: run_stage(*stage, x)
 
 
 class ForeignTransition(Foreign):
@@ -85,8 +106,8 @@ class ForeignTransition(Foreign):
 
     def read(self) -> Passage:
         """Its parts."""
-        passage, kinds = read_transition(self)
-        self.check_kinds(kinds)
+        passage, seen = read_transition(self)
+        self.check(seen)
         return passage
 
     def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
@@ -98,14 +119,15 @@ class ForeignTransition(Foreign):
         kernel = parts.kernel()
         return None if kernel is None or not fits(x, kernel) else (parts.norm, kernel, parts.conv)
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def fused(self) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C', what its pool makes of *spatial]."""
-        if not isinstance(x, Tensor) or args or kwargs:
-            return super().forward(x, *args, **kwargs)
         try:
             parts = self.read()
         except Obstacle:
-            return super().forward(x)
+            return None
+        return lambda x: self._run(x, parts)
+
+    def _run(self, x: Tensor, parts: Passage) -> Tensor:
         kernel = parts.kernel()
         if kernel is not None and fits(x, kernel):
             return run_transition(x, parts.norm, kernel, parts.conv)

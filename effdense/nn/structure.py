@@ -88,12 +88,6 @@ def _check(name: str, module: nn.Module, hooks: bool) -> None:
         )
 
 
-def _kind(module: nn.Module) -> type:
-    """Its class, one for PyTorch's batch norms: they compute the same."""
-    kind = type(module)
-    return nn.BatchNorm2d if kind in NORMS else kind
-
-
 def _walk(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, Any]]) -> None:
     """Collects a module and all inside of it in their order; an Obstacle where one was changed."""
     _check(name, module, hooks)
@@ -110,12 +104,58 @@ def _is_idle(module: Any) -> bool:
     return idle and changed("", module, False) is None
 
 
-def drop_attribute(layer: nn.Module) -> str | None:
-    """The name under which a layer keeps the rate of a dropout that its forward makes itself."""
-    for name, value in vars(layer).items():
-        if isinstance(value, (int, float)) and "drop" in name.lower() and not isinstance(value, bool):
-            return name
-    return None
+def drop_attributes(module: nn.Module) -> list[str]:
+    """The names under which a module keeps rates of dropouts that its forward makes itself; the first is taken for a layer's."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float)) and "drop" in name.lower() and not isinstance(value, bool)
+    ]
+
+
+# Ours, and what PyTorch puts there: nn.DataParallel, Module.compile.
+_OTHERS = "_effdense", "_effdense_original", "_former_parameters", "_is_replica", "_compiled_call_impl"
+_MODULE_STATE = frozenset((*vars(nn.Module()), *_OTHERS))
+_NORM_STATE = _MODULE_STATE | {"eps", "momentum", "track_running_stats"}  # read at every forward
+
+
+class Seen(NamedTuple):
+    """What a module's forward may depend on beside its submodules and tensors."""
+
+    kind: type
+    attributes: dict[str, Any]
+
+    def differs(self, other: Seen) -> str | None:
+        """What is not the same: names must have the same objects, or equal numbers and strings."""
+        if self is other:
+            return None
+        if self.kind is not other.kind:
+            return f"{self.kind.__name__} where there was {other.kind.__name__}"
+        for name in self.attributes.keys() | other.attributes.keys():
+            a, b = (seen.attributes.get(name, seen) for seen in (self, other))
+            if a is not b and not (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b):
+                return f"{self.kind.__name__}.{name}, which was changed"
+        return None
+
+
+# What has no attributes that count. One kind for PyTorch's batch norms: they compute the same.
+_SEEN: dict[type, Seen] = {kind: Seen(kind, {}) for kind in (*CONVS, *_SILENT, *DROPOUTS, *_CONTAINERS)}
+_SEEN |= dict.fromkeys(NORMS, Seen(nn.BatchNorm2d, {}))
+
+
+def _see(module: nn.Module, rate: str | None = None) -> Seen:
+    """`rate`: an attribute that is read at every forward."""
+    kind = type(module)
+    if kind in _SEEN:
+        return _SEEN[kind]
+    state, ignored = module.__dict__, _NORM_STATE if isinstance(module, NORMS) else _MODULE_STATE
+    return Seen(kind, {k: None if k == rate else state[k] for k in state.keys() - ignored})
+
+
+def _see_layer(found: list[tuple[str, Any]]) -> list[Seen]:
+    """All modules of a layer, which is the first."""
+    layer = found[0][1]
+    return [_see(layer, next(iter(drop_attributes(layer)), None)), *(_see(m) for _, m in found[1:])]
 
 
 def _read_layer(found: list[tuple[str, Any]], everywhere: bool) -> Chain:
@@ -155,8 +195,8 @@ def _read_layer(found: list[tuple[str, Any]], everywhere: bool) -> Chain:
     for path, conv, kernel in zip(paths, convs, (1, 3)[-len(convs) :], strict=True):
         if (reason := conv_obstacle(path, conv, kernel)) is not None:
             raise Obstacle(reason)
-    if layer.training and not dropouts and (attribute := drop_attribute(layer)) is not None:
-        rate = Drop(float(getattr(layer, attribute)))
+    if layer.training and not dropouts and (attributes := drop_attributes(layer)):
+        rate = Drop(float(getattr(layer, attributes[0])))
         drops = [rate if everywhere or i == len(convs) - 1 else NO_DROP for i in range(len(convs))]
     return Chain(name, norms, convs, drops)
 
@@ -174,25 +214,25 @@ def layers_of(block: nn.Module) -> dict[str, nn.Module]:
 
 def read_block(
     block: nn.Module, everywhere: bool = False, hooks: bool = True
-) -> tuple[list[Chain], list[type]]:
+) -> tuple[list[Chain], list[Seen]]:
     """The chains of a dense block, or an Obstacle: layers of which each reads what the one before it reads and adds.
 
-    And the classes of all their modules. `everywhere`: a rate of dropout that a layer keeps is for all its convolutions, not
+    And what was seen of all modules. `everywhere`: a rate of dropout that a layer keeps is for all its convolutions, not
     only the last.
     """
     if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
-    kinds: list[type] = []
+    seen = [Seen(nn.Module, _see(block).attributes)]
     if len(block._modules) == 1:
         ((name, only),) = block._modules.items()
         if only is not None:
             _check(name, only, hooks)
-            kinds.append(type(only))
+            seen.append(_see(only))
     chains: list[Chain] = []
     for name, layer in layers_of(block).items():
         found: list[tuple[str, Any]] = []
         _walk(name, layer, hooks, found)
-        kinds += [_kind(module) for _, module in found]
+        seen += _see_layer(found)
         chains.append(_read_layer(found, everywhere))
     if not chains:
         raise Obstacle("it has no layers")
@@ -206,7 +246,7 @@ def read_block(
             raise Obstacle(f"{after.name} and {before.name} have different numbers of convolutions")
     if not same_processes(norm for chain in chains for norm in chain.norms):
         raise Obstacle(PROCESSES)
-    return chains, kinds
+    return chains, seen
 
 
 def looks_like_block(module: nn.Module) -> bool:
@@ -243,8 +283,8 @@ def _flatten(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, A
     return passed
 
 
-def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Passage, list[type]]:
-    """A norm, ReLUs, a 1x1 convolution and whatever comes behind them; or an Obstacle. And the classes of all its modules."""
+def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Passage, list[Seen]]:
+    """A norm, ReLUs, a 1x1 convolution and whatever comes behind them; or an Obstacle. And what was seen of all its modules."""
     if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
     found: list[tuple[str, Any]] = []
@@ -256,8 +296,9 @@ def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Passage, lis
                 raise Obstacle(reason)
             if dimensions(norm) not in (None, CONVS.index(type(part)) + 1):
                 raise Obstacle("its submodules have different numbers of spatial dimensions")
-            kinds = [_kind(m) for m in module.modules()]
-            return Passage(norm, part, [m for _, m in found[i + 1 :]]), kinds[1:]
+            inner = [_see(m) for m in module.modules() if m is not module]
+            seen = [Seen(nn.Module, _see(module).attributes), *inner]
+            return Passage(norm, part, [m for _, m in found[i + 1 :]]), seen
         if isinstance(part, NORMS) and norm is None:
             norm = part
             inside: list[tuple[str, Any]] = []

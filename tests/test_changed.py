@@ -1,0 +1,186 @@
+"""What a module's forward depends on beside its submodules: compared where it is converted, noticed where it changes later."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import effdense
+from benchmarks import models, structures
+from tests.conversions import assert_same, randomised
+
+CHANGED = "which was changed"
+
+
+class Unit(nn.Module):
+    """A transition's first half, whose forward asks attributes."""
+
+    def __init__(self, channels: int, width: int, gated: bool = False) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 1)
+        self.gated = gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(F.relu(self.norm(x)))
+        return y.sigmoid() if self.gated else y
+
+
+class ActiveLayer(structures.RateLayer):
+    """With a function in an attribute, and a rate in a nested module."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 4, 0.0)
+        self.act = F.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.act(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return torch.cat([x, F.dropout(out, self.droprate, self.training)], 1)
+
+
+class Cut(structures.NetBlock):
+    """A block whose forward asks attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 6, 4)
+        self.depth, self.scale = 3, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net[: self.depth]:
+            x = torch.cat((x, layer(x)), 1)
+        return x * self.scale
+
+
+def active() -> nn.Module:
+    return nn.Sequential(ActiveLayer(6), ActiveLayer(10))
+
+
+def set_on(path: str, **attributes: Any) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        vars(model.get_submodule(path)).update(attributes)
+
+    return change
+
+
+CHANGES = {
+    "a function": (active, set_on("1", act=F.gelu), CHANGED),
+    "a number": (Cut, set_on("", scale=0.5), CHANGED),
+    "which layers run": (Cut, set_on("", depth=2), CHANGED),
+    "a rate that is none of Python's numbers": (active, set_on("0", droprate=np.float32(0.5)), CHANGED),
+    "a new attribute": (active, set_on("0", drop_last=1), CHANGED),
+    "a layer's rate": (active, set_on("0", droprate=0.5), None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_after_convert_is_noticed(name: str) -> None:
+    make, change, reason = CHANGES[name]
+    naive = randomised(make())
+    ours = effdense.convert(copy.deepcopy(naive))
+    assert ours.obstacle() is None
+    copies = [ours, copy.deepcopy(ours)]
+    for model in (naive, *copies):
+        change(model)
+    for model in copies:
+        obstacle = model.obstacle()
+        assert obstacle is None if reason is None else reason in obstacle
+        effdense.convert(model)  # compares nothing again
+        assert model.obstacle() == obstacle
+        channels = 6
+        spatial = (5,) if make is active else (5, 4)
+        assert_same(copy.deepcopy(naive), model, torch.randn(2, channels, *spatial, dtype=torch.float64))
+
+
+def test_modules_of_one_class_are_compared_one_by_one() -> None:
+    """They do different things, by their attributes."""
+
+    def pooled(*arguments: Any) -> nn.Module:
+        return nn.Sequential(Unit(*arguments), nn.AvgPool2d(2))
+
+    block = structures.NetBlock
+    naive = nn.Sequential(block(2, 6, 4), pooled(14, 6), block(2, 6, 4), pooled(14, 6, True))
+    ours = effdense.convert(copy.deepcopy(randomised(naive)))
+    converted = {e.name: e.converted for e in effdense.report(ours)}
+    assert converted["1"] and not converted["3"]
+    assert_same(naive, ours, torch.randn(2, 6, 8, 9, dtype=torch.float64))
+
+
+class Padding(structures.StarTransition):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)))
+
+
+class Doubling(structures.NetBlock):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class Casting(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+class LayerThatDropsInside(models._DenseLayer):
+    """torchvision's names, with its dropout in another place."""
+
+    def forward(self, features: Any) -> Tensor:
+        x = torch.cat(features, 1) if isinstance(features, list) else features
+        y = F.dropout(self.conv1(self.relu1(self.norm1(x))), self.drop_rate, self.training)
+        return self.conv2(self.relu2(self.norm2(y)))
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: Padding(14, 6), "its forward gives"),
+        (lambda: Doubling(2, 6, 4), "its class has a __call__ of its own"),
+        (lambda: Casting(2, 6, 4), "its forward switches autocast"),
+        (lambda: LayerThatDropsInside(6, 4, 2, 0.0), "its forward computes something else"),
+    ],
+)
+def test_what_a_probe_must_see(make: Callable[[], nn.Module], reason: str) -> None:
+    (entry,) = effdense.report(effdense.convert(make()))
+    assert not entry.converted and entry.reason is not None and entry.reason.startswith(reason)
+
+
+def test_called_by_keyword_and_cut() -> None:
+    naive = randomised(structures.rate_net(0.0))
+    ours: Any = effdense.convert(copy.deepcopy(naive))
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(ours[1](input=x), naive[1](input=x))
+    part = ours[1][:2]  # an object of the fused class that convert has not seen
+    assert "has not been compared" in part.obstacle()
+    torch.testing.assert_close(part(x), naive[1][:2](x))
+    assert type(effdense.revert(effdense.convert(part))) is nn.Sequential
+
+
+def test_reentrant_checkpoints_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = structures.checkpoint
+    monkeypatch.setattr(structures, "checkpoint", lambda f, *x, **_: checkpoint(f, *x, use_reentrant=True))
+    (entry,) = effdense.report(effdense.convert(structures.StarBlock(2, 6, 4, 2, 0.0, True)))
+    assert entry.converted
+
+
+def test_an_average_over_all_batches_of_a_norm_that_layers_share() -> None:
+    naive = models.DenseNet(4, (2,), 6, 1)
+    first, second = naive.features.denseblock1.values()
+    second.norm2 = first.norm2
+    first.norm2.momentum = None
+    naive = randomised(naive)
+    ours = effdense.convert(copy.deepcopy(naive))
+    assert_same(naive, ours, torch.randn(2, 3, 32, 33, dtype=torch.float64))
+
+
+def test_a_users_stem() -> None:
+    model = effdense.models.densenet_cifar(10, 4)
+    model.features.conv0 = nn.Sequential(nn.Conv2d(1, 3, 1), model.features.conv0)
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    model.features.conv0 = nn.Upsample(scale_factor=2)
+    assert model(torch.randn(2, 8, 8, 8)).shape == (2, 10)
