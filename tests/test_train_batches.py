@@ -102,6 +102,9 @@ def test_a_folder(folder: Path) -> None:
     assert x.shape == (2, 3, 16, 16) and x.dtype == torch.uint8
     assert x[0, :, 0, 0].tolist() == [0, 0, 255] and x[1, :, 5, 5].tolist() == [255, 0, 0]
     write_png(folder / "train" / "red" / "9.png", (255, 0, 0), size=(10, 20))
+    boxes = batches.draw(300, "resized-crop", 0, 0).boxes
+    wide = images.load(settings("folder", folder, resize=8)).train
+    assert wide.read(torch.full((300,), 8), boxes).shape == (300, 3, 8, 8)
     for crop in ("none", "resized-crop"):
         data = images.load(settings("folder", folder, resize=8, augment=crop))
         boxes = batches.draw(9, crop, 0, 0).boxes

@@ -89,8 +89,9 @@ class Folder:
             with self._pil.open(path) as image:
                 return image.size
 
-        for path, found in zip(self.paths, self._threads.map(size, self.paths), strict=True):
-            if found != (first := size(self.paths[0])):
+        sizes = list(self._threads.map(size, self.paths))
+        for path, found in zip(self.paths, sizes, strict=True):
+            if found != (first := sizes[0]):
                 raise ValueError(
                     f"images of mixed sizes: {self.paths[0]} is {first[0]}x{first[1]}, {path} {found[0]}x{found[1]}; "
                     "--resize brings them to one"
@@ -115,7 +116,8 @@ class Folder:
             if box is not None:
                 left, top, w, h = pixels(box, width, height)
             size = (self._size, self._size)
-            image = image.resize(size, self._pil.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+            box = (left, top, min(left + w, width), min(top + h, height))  # rounding aside
+            image = image.resize(size, self._pil.Resampling.BILINEAR, box=box)
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return values.view(image.height, image.width, 3).permute(2, 0, 1)
 
