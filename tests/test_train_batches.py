@@ -1,20 +1,22 @@
-"""Order, augmentation and form of the batches, and the data sets that torchvision reads."""
+"""Order, augmentation and form of the batches, and the data sets: folders of images, CIFAR."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from effdense.train import batches, images
 from effdense.train.settings import RECIPES, Settings
-from tests.training import load, rows, train
+from tests.training import TEST, TRAIN, load, rows, train, write_data
 
 
 def settings(data: str, root: Path | None, **recipe: Any) -> Settings:
@@ -69,16 +71,22 @@ def test_boxes_are_within_the_image() -> None:
         assert width * height >= 0.079 * 600 or width in (20, 30) or height in (20, 30)
 
 
+def test_torchvisions_download_of_fashion_mnist(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    write_data(raw)
+    data = images.load(settings("fashion-mnist", tmp_path))
+    assert (len(data.train.labels), len(data.test.labels), data.channels) == (TRAIN, TEST, 1)
+
+
 def write_png(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (16, 16)) -> None:
-    image = pytest.importorskip("PIL.Image", reason="folders need torchvision, which has it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.new("RGB", size, color).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Four red and four blue images for training, one each for the test."""
-    pytest.importorskip("torchvision", reason="it reads folders of images")
     for i in range(4):
         write_png(tmp_path / "train" / "blue" / f"{i}.png", (0, 0, 255))
         write_png(tmp_path / "train" / "red" / f"{i}.png", (255, 0, 0))
@@ -94,6 +102,9 @@ def test_a_folder(folder: Path) -> None:
     assert x.shape == (2, 3, 16, 16) and x.dtype == torch.uint8
     assert x[0, :, 0, 0].tolist() == [0, 0, 255] and x[1, :, 5, 5].tolist() == [255, 0, 0]
     write_png(folder / "train" / "red" / "9.png", (255, 0, 0), size=(10, 20))
+    boxes = batches.draw(300, "resized-crop", 0, 0).boxes
+    wide = images.load(settings("folder", folder, resize=8)).train
+    assert wide.read(torch.full((300,), 8), boxes).shape == (300, 3, 8, 8)
     for crop in ("none", "resized-crop"):
         data = images.load(settings("folder", folder, resize=8, augment=crop))
         boxes = batches.draw(9, crop, 0, 0).boxes
@@ -130,7 +141,7 @@ def test_training_on_a_folder(folder: Path, tmp_path: Path) -> None:
             lambda root: (root / "val" / "red").rename(root / "val" / "green"),
             "train and val have different classes: green, red",
         ),
-        (lambda root: (root / "val" / "red" / "0.png").unlink(), "Found no valid file for the classes red"),
+        (lambda root: (root / "val" / "red" / "0.png").unlink(), r"val: no images \(\.bmp, .*\) in red"),
         (lambda root: (root / "val").rename(root / "other"), "no folder .*val: --data folder wants"),
     ],
     ids=["sizes", "classes", "empty", "no val"],
@@ -150,8 +161,7 @@ def test_a_damaged_image(folder: Path) -> None:
 
 
 def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's reader, on what it would have read."""
-    cifar = pytest.importorskip("torchvision.datasets.cifar", reason="it reads CIFAR")
+    """In place of torchvision's reader, one that has downloaded a little."""
 
     class Fake:
         classes = [str(i) for i in range(10)]  # noqa: RUF012
@@ -161,23 +171,25 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             self.data = np.full((6 if train else 2, 32, 32, 3), (1, 2, 3), np.uint8)
             self.targets = list(range(len(self.data)))
 
-    monkeypatch.setattr(cifar, "CIFAR10", Fake)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets.cifar", SimpleNamespace(CIFAR10=Fake))
     data = images.load(settings("cifar10", tmp_path))
     assert data.train.read(torch.tensor([5]), None)[0, :, 0, 0].tolist() == [1, 2, 3]
     assert (data.classes, data.channels, len(data.test.labels)) == (10, 3, 2)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "folder"])
-def test_without_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    for part in ("folder", "cifar"):
-        monkeypatch.delitem(sys.modules, f"torchvision.datasets.{part}", raising=False)
-    for part in ("train", "val"):
-        (tmp_path / part).mkdir()
+@pytest.mark.parametrize(
+    "name, module, package", [("cifar10", "torchvision.datasets", "torchvision"), ("folder", "PIL", "pillow")]
+)
+def test_what_is_not_installed(
+    name: str, module: str, package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for part in ("torchvision.datasets.cifar", "PIL.Image"):
+        monkeypatch.delitem(sys.modules, part, raising=False)
     with pytest.raises(
-        ImportError, match=r"read by torchvision, which cannot be imported .*pip install torchvision"
+        ImportError, match=f"need {package}, which cannot be imported .* pip install {package}"
     ):
-        images.load(settings(name, tmp_path))
+        images.load(settings(name, folder))
 
 
 def test_gray_images_for_three_channels() -> None:

@@ -19,7 +19,10 @@ _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049  # unsigned bytes, three dimensions an
 
 
 def find(data_root: str | os.PathLike[str] | None) -> Path:
-    """The folder with the files: `data_root`, else `$EFFDENSE_DATA`, else where Debian's dataset-fashion-mnist puts them."""
+    """The folder with the files: `data_root`, else `$EFFDENSE_DATA`, else where Debian's dataset-fashion-mnist puts them.
+
+    It may also be the root of a download by torchvision, which has them two folders further down.
+    """
     if data_root is not None:
         root, source = Path(data_root), "data_root"
     elif os.environ.get("EFFDENSE_DATA"):
@@ -31,7 +34,8 @@ def find(data_root: str | os.PathLike[str] | None) -> Path:
             f"no folder {root} ({source}): name the one with Fashion-MNIST's four gz files in --data-root or "
             "$EFFDENSE_DATA, or install the Debian package dataset-fashion-mnist"
         )
-    return root
+    torchvisions = root / "FashionMNIST" / "raw"
+    return torchvisions if torchvisions.is_dir() else root
 
 
 def read_split(root: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -57,8 +58,11 @@ class InMemory:
         return self.images[chosen]
 
 
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
 class Folder:
-    """The images of a folder with one folder a class, as torchvision's ImageFolder finds them; [3, size, size] each.
+    """The images of a folder with one folder a class, in the order of torchvision's ImageFolder; [3, size, size] each.
 
     Args:
         root: the folder.
@@ -68,13 +72,15 @@ class Folder:
     """
 
     def __init__(self, root: Path, size: int | None, workers: int, centre: float = 1.0) -> None:
-        folder = _torchvision("folder").ImageFolder(str(root))
-        self.paths = [path for path, _ in folder.samples]
-        self.labels = torch.tensor([label for _, label in folder.samples])
-        self.classes: list[str] = folder.classes
+        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        found = [sorted(_images_below(root / name)) for name in self.classes]
+        if empty := [name for name, paths in zip(self.classes, found, strict=True) if not paths]:
+            raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(empty[:5])}")
+        self.paths = [path for paths in found for path in paths]
+        self.labels = torch.tensor([label for label, paths in enumerate(found) for _ in paths])
         self._size, self._centre = size, centre
         self._threads = ThreadPoolExecutor(max(1, workers))
-        self._pil: Any = importlib.import_module("PIL.Image")
+        self._pil = _imported("PIL.Image", "pillow", "images in folders")
         if size is None:
             self._check_sizes()
 
@@ -83,8 +89,9 @@ class Folder:
             with self._pil.open(path) as image:
                 return image.size
 
-        for path, found in zip(self.paths, self._threads.map(size, self.paths), strict=True):
-            if found != (first := size(self.paths[0])):
+        sizes = list(self._threads.map(size, self.paths))
+        for path, found in zip(self.paths, sizes, strict=True):
+            if found != (first := sizes[0]):
                 raise ValueError(
                     f"images of mixed sizes: {self.paths[0]} is {first[0]}x{first[1]}, {path} {found[0]}x{found[1]}; "
                     "--resize brings them to one"
@@ -109,9 +116,15 @@ class Folder:
             if box is not None:
                 left, top, w, h = pixels(box, width, height)
             size = (self._size, self._size)
-            image = image.resize(size, self._pil.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+            box = (left, top, min(left + w, width), min(top + h, height))  # rounding aside
+            image = image.resize(size, self._pil.Resampling.BILINEAR, box=box)
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return values.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    for where, _, names in os.walk(folder, followlinks=True):
+        yield from (os.path.join(where, name) for name in names if name.lower().endswith(EXTENSIONS))
 
 
 def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -126,7 +139,7 @@ def load(settings: Settings) -> DataSet:
     """Reads the data set of a run, or finds the images.
 
     Raises:
-        ImportError: it needs torchvision.
+        ImportError: it needs a library that is missing.
         OSError: a file or folder is missing.
         ValueError: the data are damaged, or too few.
     """
@@ -151,7 +164,9 @@ def _read(settings: Settings) -> tuple[tuple[Images, Images], int]:
         return (train, test), idx.CLASSES
     if settings.data == "folder":
         return _read_folder(settings)
-    reader = getattr(_torchvision("cifar"), settings.data.upper())
+    reader = getattr(
+        _imported("torchvision.datasets.cifar", "torchvision", "CIFAR's files"), settings.data.upper()
+    )
     root = settings.data_root or Path("data")
     both = []
     for training in (True, False):
@@ -178,21 +193,18 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
     crops = settings.recipe.augment == "resized-crop"
     if crops and size is None:
         raise ValueError("--augment resized-crop on a folder needs --resize, the size of what is cut out")
-    try:
-        train = Folder(root / names[0], size, settings.workers)
-        test = Folder(root / names[1], size, settings.workers, centre=0.875 if crops else 1.0)
-    except FileNotFoundError as error:  # a class's folder without images, in torchvision's words
-        raise ValueError(f"{root}: {error}") from error
+    train = Folder(root / names[0], size, settings.workers)
+    test = Folder(root / names[1], size, settings.workers, centre=0.875 if crops else 1.0)
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: {names[0]} and {names[1]} have different classes: {', '.join(differ[:5])}")
     return (train, test), len(train.classes)
 
 
-def _torchvision(module: str) -> Any:
+def _imported(module: str, package: str, what: str) -> Any:
     try:
-        return importlib.import_module(f"torchvision.datasets.{module}")
+        return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this data set is read by torchvision, which cannot be imported ({error}): pip install torchvision"
+            f"{what} need {package}, which cannot be imported ({error}): pip install {package}"
         ) from error
