@@ -135,6 +135,8 @@ def test_killed_in_the_middle_of_an_epoch(whole: Path, root: Path, tmp_path: Pat
     assert (
         load(tmp_path)["step"] == 6 < len([r for r in rows(tmp_path) if r["split"] == "step"]) == CUT_OFF - 1
     )
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.rename(events.with_name("events.out.tfevents.1.earlier"))  # ordered by the second in their names
     assert train(root, tmp_path, "--save-steps", "3", "--resume") == 0
     assert_same_end(tmp_path, whole)
     assert_tensorboard_has_the_rows(tmp_path)
