@@ -93,13 +93,19 @@ def test_best_is_the_epoch_with_the_best_test(whole: Path) -> None:
     assert str(load(whole, "best.pt")["epoch"]) == best["epoch"]
 
 
-def test_tensorboard_has_the_same(whole: Path) -> None:
+def assert_tensorboard_has_the_rows(out: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(whole / "tensorboard"))
+    events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    losses = [row["loss"] for row in rows(whole) if row["split"] == "step"]
-    assert [e.value for e in events.Scalars("loss/step")] == pytest.approx(losses, rel=1e-6)
+    for split in ("step", "train", "test"):
+        own = {int(row["step"]): row["loss"] for row in rows(out) if row["split"] == split}
+        assert {e.step: e.value for e in events.Scalars(f"loss/{split}")} == pytest.approx(own, rel=1e-6)
+        assert len(events.Scalars(f"loss/{split}")) == len(own)
+
+
+def test_tensorboard_has_the_same(whole: Path) -> None:
+    assert_tensorboard_has_the_rows(whole)
 
 
 KILLED = """
@@ -129,8 +135,11 @@ def test_killed_in_the_middle_of_an_epoch(whole: Path, root: Path, tmp_path: Pat
     assert (
         load(tmp_path)["step"] == 6 < len([r for r in rows(tmp_path) if r["split"] == "step"]) == CUT_OFF - 1
     )
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.rename(events.with_name("events.out.tfevents.1.earlier"))  # ordered by the second in their names
     assert train(root, tmp_path, "--save-steps", "3", "--resume") == 0
     assert_same_end(tmp_path, whole)
+    assert_tensorboard_has_the_rows(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

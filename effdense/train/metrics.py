@@ -48,7 +48,7 @@ class Metrics:
     Args:
         folder: where metrics.csv and TensorBoard's events go.
         size: to how many bytes a former metrics.csv is cut, because the run goes on from there; 0: a new one.
-        step: from which on TensorBoard's former events are void.
+        step: what comes behind it of TensorBoard's former events is void.
     """
 
     def __init__(self, folder: Path, size: int, step: int) -> None:
@@ -63,7 +63,7 @@ class Metrics:
         self._board: Any = None
         try:
             board = importlib.import_module("torch.utils.tensorboard")
-            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except ImportError:
             print(
                 "TensorBoard is not installed and gets nothing: pip install 'effdense[train]'",
@@ -78,7 +78,9 @@ class Metrics:
                 self._board.add_scalar(f"{name}/{row.split}", getattr(row, name), row.step)
 
     def size(self) -> int:
-        """Of metrics.csv, in bytes, all of them on the disk."""
+        """Of metrics.csv, in bytes, all of them on the disk; TensorBoard's events are too."""
+        if self._board is not None:
+            self._board.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
