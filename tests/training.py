@@ -44,7 +44,13 @@ def arguments(root: Path, out: Path, *more: str) -> list[str]:
 
 
 def train(root: Path, out: Path, *more: str) -> int:
-    return cli.main(arguments(root, out, *more))
+    """With one thread, whoever calls: results are the same to the bit for one number of threads only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return cli.main(arguments(root, out, *more))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
