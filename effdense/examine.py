@@ -17,6 +17,7 @@ from effdense.nn.classes import LAYERS, OURS
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition
 from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
+    MODULE_STATE,
     Obstacle,
     layers_of,
     looks_like_block,
@@ -102,9 +103,6 @@ def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
     return chain_obstacle(module._modules, ours.parts, ignore_hooks=True)
 
 
-_MODULE_STATE = frozenset(vars(nn.Module()))
-
-
 class Examiner:
     """Says why a module cannot become one of ours, or None.
 
@@ -182,30 +180,32 @@ class Examiner:
             structure is not None or ours is DenseFeatures
         ):  # nn.Sequential itself: there is nothing to compare
             return structure
-        attributes = {k: repr(v) for k, v in vars(module).items() if k not in _MODULE_STATE}
-        whole = ours not in (DenseBlock, DenseNet)
-        children = tuple((n, type(m)) for n, m in module.named_modules()) if whole else ()
-        key = (
-            ours,
-            type(module),
-            *sorted(attributes.items()),
-            *children,
-            module if issubclass(ours, Foreign) else None,
-        )
+        key = _code_of(module, ours)
         if key not in self.known:
-            # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.device("cpu"),
-                torch.autocast("cpu", enabled=False),
-                torch.random.fork_rng(devices=[]),
-            ):
-                self.known[key] = difference(module, ours)
-                if (
-                    self.known[key] is not None
-                    and ours is ForeignBlock
-                    and difference(module, ours, True) is None
-                ):
-                    self.known[key], self.everywhere[module] = None, True
+            self.known[key] = self._compare(module, ours)
         return self.known[key]
+
+    def _compare(self, module: nn.Module, ours: type) -> str | None:
+        # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+        ):
+            reason = difference(module, ours)
+            if reason is not None and ours is ForeignBlock and difference(module, ours, True) is None:
+                self.everywhere[module] = True
+                return None
+        return reason
+
+
+def _code_of(module: nn.Module, ours: type) -> Any:
+    """What modules that run the same code have in common; of a foreign one, nothing is known before its probe."""
+    if issubclass(ours, Foreign):
+        return ours, module
+    attributes = {k: repr(v) for k, v in vars(module).items() if k not in MODULE_STATE}
+    whole = ours not in (DenseBlock, DenseNet)
+    children = tuple((n, type(m)) for n, m in module.named_modules()) if whole else ()
+    return ours, type(module), *sorted(attributes.items()), *children

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +65,21 @@ def kinds(model: nn.Module) -> dict[str, int]:
     report = effdense.report(model)
     fused = [e.kind for e in report if e.converted and e.reason is None]
     return {kind: fused.count(kind) for kind in dict.fromkeys(fused)}
+
+
+COPIES = ("deepcopy", "pickle", "torch.save")
+
+
+def copied(model: nn.Module, how: str) -> nn.Module:
+    """A copy, made in one of these ways."""
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 @contextmanager

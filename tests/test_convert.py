@@ -5,8 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import importlib.util
-import io
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +18,7 @@ import effdense
 from benchmarks import models
 from effdense import reference
 from effdense.nn import DenseBlock, DenseLayer, Transition
+from tests.conversions import COPIES, copied
 
 MEMORY = ["balanced", "minimal"]
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
@@ -171,18 +170,10 @@ def test_converting_again_changes_the_memory_mode_only() -> None:
     assert {m.memory for m in model.modules() if isinstance(m, DenseLayer)} == {"minimal"}
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_work(how: str) -> None:
     model = effdense.convert(make_small(), memory="minimal")
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = copied(model, how)
     assert str(effdense.report(other)) == str(effdense.report(model))
     assert_same_step(model, other, make_batch(), 0.0)
 

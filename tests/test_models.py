@@ -13,22 +13,9 @@ from torch import Tensor, nn
 import effdense
 from effdense import models
 from effdense.models import weights as weights_file
+from tests import papers
 
-PARAMETERS = {
-    "densenet121": 7_978_856,
-    "densenet161": 28_681_000,
-    "densenet169": 14_149_480,
-    "densenet201": 20_013_928,
-    "densenet264": 33_337_704,
-    "densenet_bc_100_12": 769_162,
-    "densenet_bc_250_24": 15_324_406,
-    "densenet_bc_190_40": 25_624_430,
-    "densenet_40_12": 1_019_722,
-    "densenet_100_12": 6_979_642,
-    "densenet_100_24": 27_249_082,
-    "densenet_d2l": 758_226,
-    "densenet169_tutorial": 14_160_238,
-}
+PARAMETERS = papers.PARAMETERS | {"densenet_d2l": 758_226, "densenet169_tutorial": 14_160_238}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
-import pickle
 import re
 from collections.abc import Callable
 
@@ -19,9 +17,11 @@ from benchmarks import structures
 from effdense.nn import structure
 from effdense.nn.foreign import ForeignBlock
 from tests.conversions import (
+    COPIES,
     assert_same,
     assert_same_classes,
     convert_and_compare,
+    copied,
     images_for,
     kinds,
     randomised,
@@ -170,18 +170,10 @@ def test_a_submodule_of_another_kind_though_the_structure_fits_runs(module: nn.M
         assert torch.equal(block(x), naive(x))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_work(how: str) -> None:
     model = effdense.convert(randomised(structures.growing_net(0.2)), memory="minimal")
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = copied(model, how)
     assert str(effdense.report(other)) == str(effdense.report(model))
     assert type(other[1]) is type(model[1])
     assert_same(model, other, images_for(model), 1)

@@ -345,10 +345,8 @@ def run_stage(
     parameters: list[Tensor | None] = []
     norms: list[Norm] = []
     for i, chain in enumerate(chains):
-        own, pairs = (
-            [read_module(m) for m in chain.norms],
-            weights[2 * len(kernels) * i :][: 2 * len(kernels)],
-        )
+        own = [read_module(m) for m in chain.norms]
+        pairs = weights[2 * len(kernels) * i :][: 2 * len(kernels)]
         _check_layer(chain.name, kernels, own, pairs, channels, x)
         for j, norm in enumerate(own):
             parameters += [norm.weight, norm.bias, *pairs[2 * j : 2 * j + 2]]

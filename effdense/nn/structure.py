@@ -115,8 +115,8 @@ def drop_attributes(module: nn.Module) -> list[str]:
 
 # Ours, and what PyTorch puts there: nn.DataParallel, Module.compile.
 _OTHERS = "_effdense", "_effdense_original", "_former_parameters", "_is_replica", "_compiled_call_impl"
-_MODULE_STATE = frozenset((*vars(nn.Module()), *_OTHERS))
-_NORM_STATE = _MODULE_STATE | {"eps", "momentum", "track_running_stats"}  # read at every forward
+MODULE_STATE = frozenset((*vars(nn.Module()), *_OTHERS))
+_NORM_STATE = MODULE_STATE | {"eps", "momentum", "track_running_stats"}  # read at every forward
 
 
 class Seen(NamedTuple):
@@ -148,18 +148,12 @@ def _see(module: nn.Module, rate: str | None = None) -> Seen:
     kind = type(module)
     if kind in _SEEN:
         return _SEEN[kind]
-    state, ignored = module.__dict__, _NORM_STATE if isinstance(module, NORMS) else _MODULE_STATE
+    state, ignored = module.__dict__, _NORM_STATE if isinstance(module, NORMS) else MODULE_STATE
     return Seen(kind, {k: None if k == rate else state[k] for k in state.keys() - ignored})
 
 
-def _see_layer(found: list[tuple[str, Any]]) -> list[Seen]:
-    """All modules of a layer, which is the first."""
-    layer = found[0][1]
-    return [_see(layer, next(iter(drop_attributes(layer)), None)), *(_see(m) for _, m in found[1:])]
-
-
-def _read_layer(found: list[tuple[str, Any]], everywhere: bool) -> Chain:
-    """The chain of a layer, which is the first of the modules `found`, or an Obstacle."""
+def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool) -> Chain:
+    """The chain of a layer, which is the first of the modules `found`, or an Obstacle. `rate`: its attribute."""
     name, layer = found[0]
     norms: list[Any] = []
     convs: list[Any] = []
@@ -195,9 +189,9 @@ def _read_layer(found: list[tuple[str, Any]], everywhere: bool) -> Chain:
     for path, conv, kernel in zip(paths, convs, (1, 3)[-len(convs) :], strict=True):
         if (reason := conv_obstacle(path, conv, kernel)) is not None:
             raise Obstacle(reason)
-    if layer.training and not dropouts and (attributes := drop_attributes(layer)):
-        rate = Drop(float(getattr(layer, attributes[0])))
-        drops = [rate if everywhere or i == len(convs) - 1 else NO_DROP for i in range(len(convs))]
+    if layer.training and not dropouts and rate is not None:
+        drop = Drop(float(getattr(layer, rate)))
+        drops = [drop if everywhere or i == len(convs) - 1 else NO_DROP for i in range(len(convs))]
     return Chain(name, norms, convs, drops)
 
 
@@ -232,8 +226,9 @@ def read_block(
     for name, layer in layers_of(block).items():
         found: list[tuple[str, Any]] = []
         _walk(name, layer, hooks, found)
-        seen += _see_layer(found)
-        chains.append(_read_layer(found, everywhere))
+        rate = next(iter(drop_attributes(layer)), None)
+        seen += [_see(layer, rate), *(_see(module) for _, module in found[1:])]
+        chains.append(_read_layer(found, rate, everywhere))
     if not chains:
         raise Obstacle("it has no layers")
     for before, after in itertools.pairwise(chains):
