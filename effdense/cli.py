@@ -7,14 +7,13 @@ import contextlib
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from effdense import cuda, reference
+from effdense import cuda, files, reference
 from effdense._extension import build_info
 from effdense.check import check
 from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
@@ -129,10 +128,10 @@ def _summary(arguments: argparse.Namespace) -> int:
     if arguments.json:
         content = {"model": arguments.model, **table.as_dict()}
         try:
-            _write(json.dumps(content, indent=1) + "\n", arguments.json)
+            with files.replacing(arguments.json) as file:
+                file.write((json.dumps(content, indent=1) + "\n").encode())
         except OSError as error:
-            reason = error.strerror or error
-            print(f"effdense summary: {arguments.json} cannot be written: {reason}", file=sys.stderr)
+            print(f"effdense summary: {error}", file=sys.stderr)
             return 2
     return 0
 
@@ -170,14 +169,6 @@ def _plot(arguments: argparse.Namespace) -> int:
         return 2
     print(arguments.output)
     return 0
-
-
-def _write(text: str, path: Path) -> None:
-    """Beside `path` and moved there: it holds its old content or all of the new one."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        file = Path(folder) / path.name
-        file.write_text(text)
-        file.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

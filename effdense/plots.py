@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from effdense import files
 from effdense.reuse import BlockReuse
 
 MIB = 2**20
@@ -70,7 +71,12 @@ def reuse_picture(blocks: Sequence[BlockReuse], title: str, path: str | Path) ->
         shades = mpl.cm.ScalarMappable(cmap=_SHADES)
         label = "mean absolute weight\n(1: the block's largest; framed: the column's)"
         figure.colorbar(shades, ax=panels, label=label, shrink=0.8, pad=0.02).outline.set_visible(False)
-        figure.savefig(path)
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    with files.replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def _heat_map(axes: Axes, block: BlockReuse) -> None:
@@ -165,7 +171,7 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
         handles = [Line2D([], [], label=name, **look) for name, look in zip(runs, looks, strict=True)]
         handles.append(Line2D([], [], label="test", color="black", linestyle="", **_POINTS))
         figure.legend(handles=handles, loc="outside upper left", ncols=4)
-        figure.savefig(path)
+        _save(figure, path)
 
 
 def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], divisor: float) -> None:

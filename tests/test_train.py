@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ from tests.training import (
     BATCH,
     STEPS,
     TEST,
+    TRAIN,
     arguments,
     assert_same_end,
     load,
@@ -70,6 +72,25 @@ def test_metrics(whole: Path) -> None:
         mean = next(row for row in own if row["split"] == "train")
         for name in ("loss", "accuracy"):
             assert mean[name] == pytest.approx(sum(row[name] for row in steps) / STEPS, rel=1e-12)
+
+
+def test_results_say_what_was_run(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert results["settings"]["model"] == "densenet_bc_10_4" and results["settings"]["recipe"]["lr"] == 0.1
+    assert (results["training images"], results["test images"], results["processes"]) == (TRAIN, TEST, 1)
+    assert results["parameters"] == sum(
+        p.numel() for p in effdense.models.build("densenet_bc_10_4", in_channels=1).parameters()
+    )
+    assert results["machine"]["torch"] == torch.__version__
+    found = rows(whole)
+    for epoch in results["epochs"]:
+        for split in ("train", "test"):
+            row = next(r for r in found if (r["epoch"], r["split"]) == (str(epoch["epoch"]), split))
+            assert epoch[split] == {name: row[name] for name in ("loss", "accuracy")}
+            assert (epoch["step"], epoch["lr"]) == (int(row["step"]), row["lr"])
+        assert epoch["peak_bytes"] > 2**26 and epoch["seconds"] > 0
+    assert [epoch["epoch"] for epoch in results["epochs"]] == [1, 2]
+    assert results["best test accuracy"] == max(epoch["test"]["accuracy"] for epoch in results["epochs"])
 
 
 def test_the_checkpoint_holds_the_model(whole: Path, root: Path) -> None:
@@ -186,7 +207,13 @@ def test_a_failed_save_leaves_the_one_before(root: Path, tmp_path: Path, capsys:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "last.pt").read_bytes() == before
-    assert {file.name for file in tmp_path.iterdir()} <= {"best.pt", "last.pt", "metrics.csv", "tensorboard"}
+    assert {file.name for file in tmp_path.iterdir()} <= {
+        "best.pt",
+        "last.pt",
+        "metrics.csv",
+        "results.json",
+        "tensorboard",
+    }
 
 
 def test_a_loss_that_is_nan(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -260,6 +287,9 @@ def test_recipes_fall_where_they_say() -> None:
     }
     for name, points in changes.items():
         assert [RECIPES[name].lr_in(epoch) for epoch, _ in points] == pytest.approx([lr for _, lr in points])
+    for epochs, lrs in ((1, [0.1]), (2, [0.1, 0.01]), (3, [0.1, 0.1, 0.01])):  # trials
+        short = dataclasses.replace(cifar, epochs=epochs)
+        assert [short.lr_in(epoch) for epoch in range(epochs)] == pytest.approx(lrs)
     sgd = dataclasses.replace(tutorial, optimizer="sgd", drops=(0.5, 0.75))
     assert [sgd.lr_in(e) / sgd.lr for e in (19, 20, 29, 30)] == pytest.approx([1, 0.1, 0.1, 0.01])
     assert (cifar.epochs, cifar.batch_size, cifar.momentum, cifar.nesterov, cifar.weight_decay) == (

@@ -79,6 +79,39 @@ def test_torchvisions_download_of_fashion_mnist(tmp_path: Path) -> None:
     assert (len(data.train.labels), len(data.test.labels), data.channels) == (TRAIN, TEST, 1)
 
 
+def test_fashion_mnist_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torchvision, if it is in none of the places; here by something in its stead."""
+
+    def download(root: str, download: bool) -> None:
+        raw = Path(root) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        write_data(raw)
+
+    new, never = tmp_path / "new", tmp_path / "never"
+    mnist = SimpleNamespace(FashionMNIST=download)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets.mnist", mnist)
+    assert len(images.load(settings("fashion-mnist", new)).train.labels) == TRAIN
+
+    def unreachable(root: str, download: bool) -> None:
+        raise RuntimeError("no network")
+
+    mnist.FashionMNIST = unreachable
+    assert len(images.load(settings("fashion-mnist", new)).train.labels) == TRAIN
+    nowhere = rf"no Fashion-MNIST in {never} \(--data-root\): .* A download failed: "
+    with pytest.raises(FileNotFoundError, match=nowhere + r"FashionMNIST in .* cannot be read: no network"):
+        images.load(settings("fashion-mnist", never))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets.mnist", None)
+    with pytest.raises(FileNotFoundError, match=nowhere + "FashionMNIST needs torchvision"):
+        images.load(settings("fashion-mnist", never))
+
+
+def test_images_of_16_bits(folder: Path) -> None:
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(path := folder / "train" / "red" / "0.png")
+    data = images.load(settings("folder", folder))
+    with pytest.raises(ValueError, match=rf"{path} cannot be read: more than 8 bits a channel"):
+        data.train.read(torch.tensor([4]), None)
+
+
 def write_png(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (16, 16)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(path)
@@ -187,7 +220,7 @@ def test_what_is_not_installed(
     for part in ("torchvision.datasets.cifar", "PIL.Image"):
         monkeypatch.delitem(sys.modules, part, raising=False)
     with pytest.raises(
-        ImportError, match=f"need {package}, which cannot be imported .* pip install {package}"
+        ImportError, match=f"needs {package}, which cannot be imported .* pip install {package}"
     ):
         images.load(settings(name, folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,10 @@ def said(capsys: Any) -> str:
         (("--batch-size", "12", "--accumulate", "12"), "--batch-size 12 in 12 parts leaves one"),
         (("--device", "cuda:99"), "device 'cuda:99' cannot be used here"),
         (("--pad", "20"), "--pad must be at least the images' size, 28x28, got 20"),
-        (("--data-root", "/nowhere"), "no folder /nowhere"),
         (("--data", "folder", "--data-root", "/nowhere"), "no folder /nowhere/train"),
         (("--resume",), "no checkpoint"),
         (("--weights", "/nowhere.pt"), "/nowhere.pt"),
-        (("--weights", __file__), f"--weights {__file__} cannot be read"),
+        (("--weights", __file__), "is damaged or was not written by torch.save"),
         (("--recipe", "tutorial", "--nesterov"), "--nesterov needs --momentum above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -172,8 +172,10 @@ def test_a_corrupt_checkpoint(damage: str, shared_root: Path, run: Path, tmp_pat
     if damage == "another":
         torch.save(load(run)["state_dict"], tmp_path / "last.pt")
     assert train(shared_root, tmp_path, *SHORT, "--resume") == 2
-    wanted = "is not a checkpoint of effdense train" if damage == "another" else "is not a whole checkpoint ("
-    assert f"{tmp_path}/last.pt {wanted}" in said(capsys)
+    wanted = (
+        "is not a checkpoint of effdense train" if damage == "another" else "is damaged or was not written"
+    )
+    assert re.search(rf"{tmp_path}/last\.pt (\(\d+ bytes\) )?{wanted}", said(capsys))
 
 
 def test_a_folder_that_takes_nothing(shared_root: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from effdense import files
 from effdense.models.names import build
 from effdense.models.weights import load_weights
-
-
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    try:
-        written = io.BytesIO(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        content = torch.load(written, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose own advice is to run what is in the file
-        raise ValueError(
-            f"{path} is damaged or no checkpoint, or holds a whole model: save its state_dict"
-        ) from error
-    except Exception as error:  # whatever a damaged archive or pickle makes of it
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path} must hold a checkpoint or a state_dict, it holds a {type(content).__name__}"
-        )
-    return content
 
 
 def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
@@ -56,9 +33,14 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn
         name: of the model (see `build`), where the file does not say it.
 
     Raises:
-        ValueError: the file cannot be read or does not say which model it holds, or that is another one.
+        OSError: the file cannot be opened.
+        ValueError: it is damaged, or does not say which model it holds, or that is another one.
     """
-    content = _read(path)
+    content = files.load_tensors(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} must hold a checkpoint or a state_dict, it holds a {type(content).__name__}"
+        )
     said = content.get("model")
     said = said if isinstance(said, str) else None
     if name is None and said is None:

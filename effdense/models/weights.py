@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdense import files
+
 # What differs from torchvision's keys, and what it becomes.
 _KEYS = (
     (re.compile(r"^(module\.|_orig_mod\.)+"), ""),  # nn.DataParallel, DistributedDataParallel; torch.compile
@@ -38,7 +40,7 @@ def _our_key(key: str) -> str:
 def _read(weights: Any) -> dict[str, Tensor]:
     """A state_dict with our keys."""
     if isinstance(weights, (str, os.PathLike)):
-        weights = torch.load(weights, map_location="cpu", weights_only=True)
+        weights = files.load_tensors(weights)
     for holder in _HOLDERS:
         if isinstance(weights, Mapping) and isinstance(weights.get(holder), Mapping):
             weights = weights[holder]
@@ -78,8 +80,9 @@ def load_weights(model: nn.Module, weights: Any, *, strip_classifier: bool = Fal
         The same model.
 
     Raises:
+        OSError: the file cannot be opened.
         TypeError: weights are neither a path nor a mapping.
-        ValueError: they do not fit; the message says which keys are missing, which are too many and which have other
+        ValueError: the file is damaged, or the weights do not fit; the message says which keys are missing, which are too many and which have other
             shapes.
     """
     state, wanted = _read(weights), model.state_dict()

@@ -22,20 +22,30 @@ def find(data_root: str | os.PathLike[str] | None) -> Path:
     """The folder with the files: `data_root`, else `$EFFDENSE_DATA`, else where Debian's dataset-fashion-mnist puts them.
 
     It may also be the root of a download by torchvision, which has them two folders further down.
+
+    Raises:
+        FileNotFoundError: there is not one of the four files.
     """
     if data_root is not None:
-        root, source = Path(data_root), "data_root"
+        root, source = Path(data_root), "--data-root"
     elif os.environ.get("EFFDENSE_DATA"):
         root, source = Path(os.environ["EFFDENSE_DATA"]), "$EFFDENSE_DATA"
     else:
         root, source = DEBIAN_ROOT, "the Debian package dataset-fashion-mnist's folder"
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"no folder {root} ({source}): name the one with Fashion-MNIST's four gz files in --data-root or "
-            "$EFFDENSE_DATA, or install the Debian package dataset-fashion-mnist"
-        )
-    torchvisions = root / "FashionMNIST" / "raw"
-    return torchvisions if torchvisions.is_dir() else root
+    for folder in (root, root / "FashionMNIST" / "raw"):
+        if any(path.is_file() for split in _PREFIXES for path in _paths(folder, split)):
+            return folder
+    raise FileNotFoundError(
+        f"no Fashion-MNIST in {root} ({source}): name the folder with its four gz files in --data-root or "
+        "$EFFDENSE_DATA, or install the Debian package dataset-fashion-mnist"
+    )
+
+
+def _paths(folder: Path, split: str) -> tuple[Path, Path]:
+    images, labels = (
+        folder / f"{_PREFIXES[split]}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")
+    )
+    return images, labels
 
 
 def read_split(root: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -46,9 +56,7 @@ def read_split(root: Path, split: str, count: int | None = None) -> tuple[Tensor
         ValueError: one is damaged or something else, the message says what was expected and what found; images and labels
             do not belong together.
     """
-    images_path, labels_path = (
-        root / f"{_PREFIXES[split]}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")
-    )
+    images_path, labels_path = _paths(root, split)
     images = _read(images_path, _IMAGES_MAGIC, (count, SIDE, SIDE))
     labels = _read(labels_path, _LABELS_MAGIC, (count,))
     if len(images) != len(labels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,7 @@ class InMemory:
         return self.images[chosen]
 
 
+DOWNLOADS = Path("data")  # where torchvision puts what it downloads, without --data-root
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -80,7 +82,7 @@ class Folder:
         self.labels = torch.tensor([label for label, paths in enumerate(found) for _ in paths])
         self._size, self._centre = size, centre
         self._threads = ThreadPoolExecutor(max(1, workers))
-        self._pil = _imported("PIL.Image", "pillow", "images in folders")
+        self._pil = _imported("PIL.Image", "pillow", "a folder of images")
         if size is None:
             self._check_sizes()
 
@@ -106,6 +108,8 @@ class Folder:
     def _read_one(self, path: str, box: Any) -> Tensor:
         try:
             with self._pil.open(path) as file:
+                if file.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+                    raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode})")
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files that are not whole
             raise ValueError(f"{path} cannot be read: {error}") from error
@@ -158,24 +162,39 @@ def load(settings: Settings) -> DataSet:
 
 def _read(settings: Settings) -> tuple[tuple[Images, Images], int]:
     if settings.data == "fashion-mnist":
-        root = idx.find(settings.data_root)
+        root = _find_fashion_mnist(settings.data_root)
         gray = (idx.read_split(root, split) for split in ("train", "test"))
         train, test = (InMemory(x.unsqueeze(1), y.long()) for x, y in gray)
         return (train, test), idx.CLASSES
     if settings.data == "folder":
         return _read_folder(settings)
-    reader = getattr(
-        _imported("torchvision.datasets.cifar", "torchvision", "CIFAR's files"), settings.data.upper()
+    root = settings.data_root or DOWNLOADS
+    both = [_torchvisions("cifar", settings.data.upper(), root, train=train) for train in (True, False)]
+    train, test = (
+        InMemory(torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)) for data in both
     )
-    root = settings.data_root or Path("data")
-    both = []
-    for training in (True, False):
+    return (train, test), len(both[0].classes)
+
+
+def _find_fashion_mnist(data_root: Path | None) -> Path:
+    try:
+        return idx.find(data_root)
+    except FileNotFoundError as nowhere:
+        root = data_root or DOWNLOADS
         try:
-            data = reader(str(root), train=training, download=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(f"{settings.data} in {root} cannot be read: {error}") from error
-        both.append(InMemory(torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)))
-    return (both[0], both[1]), len(data.classes)
+            _torchvisions("mnist", "FashionMNIST", root)
+        except (ImportError, ValueError) as error:
+            raise FileNotFoundError(f"{nowhere}. A download failed: {error}") from error
+        return idx.find(root)
+
+
+def _torchvisions(module: str, name: str, root: Path, **options: Any) -> Any:
+    """One of torchvision's data sets, downloaded if it is not in `root`."""
+    reader = getattr(_imported(f"torchvision.datasets.{module}", "torchvision", name), name)
+    try:
+        return reader(str(root), download=True, **options)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{name} in {root} cannot be read: {error}") from error
 
 
 def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
@@ -204,7 +223,10 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
 def _imported(module: str, package: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # the latter is torchvision's, beside a torch it was not built for
         raise ImportError(
-            f"{what} need {package}, which cannot be imported ({error}): pip install {package}"
+            f"{what} needs {package}, which cannot be imported ({error}): pip install {package}"
         ) from error

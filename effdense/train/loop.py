@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense.train import checkpoint, images, net
+from effdense.train import checkpoint, images, net, results
 from effdense.train.batches import Batches, draw
 from effdense.train.interrupt import Interrupt, Stopped
 from effdense.train.metrics import Display, Metrics, Row, peak_bytes
@@ -131,14 +131,16 @@ class Training:
 
     # --- state
 
-    def _fixed(self) -> dict[str, Any]:
-        """What must be the same where the run goes on."""
-        sizes = {
+    def _sizes(self) -> dict[str, int]:
+        return {
             "training images": self.count,
             "classes": self.data.classes,
             "processes": self.processes.count,
         }
-        return self.settings.fixed() | sizes
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must be the same where the run goes on."""
+        return self.settings.fixed() | self._sizes()
 
     def _state(self) -> dict[str, Any]:
         cuda = self.processes.device.type == "cuda"
@@ -322,11 +324,21 @@ class Training:
         """Tests, reports and saves."""
         tested = self._test()
         better = tested.correct / tested.images > self.best
+        peak = max(self.processes.gather(peak_bytes(self.processes.device)))
         if self.processes.first:
-            train, test = self._row("train", self.in_epoch), self._row("test", tested)
+            train, test = (
+                self._row(split, sums)._replace(peak_bytes=peak)
+                for split, sums in (("train", self.in_epoch), ("test", tested))
+            )
             self._metrics.write(train)
             self._metrics.write(test)
             self._display.line(train, test)
+            sizes = {
+                **self._sizes(),
+                "test images": tested.images,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+            }
+            results.write(self.settings.out, self.settings, sizes, self.processes.device)
         self.best = max(self.best, tested.correct / tested.images)
         self.epoch, self.step_in_epoch, self.in_epoch = self.epoch + 1, 0, _Sums()
         self._save(*([BEST] if better else []), LAST)  # killed in between, the epoch's end comes again

@@ -17,7 +17,8 @@ class Row(NamedTuple):
     """A line of metrics.csv.
 
     `split` is "step" (mean of the steps since the line before), "train" (mean of an epoch) or "test"; `epoch` counts from 1,
-    `step` from the run's beginning; `loss` is the cross entropy in nats; `seconds` is the time that the run has taken, all parts of it.
+    `step` from the run's beginning; `loss` is the cross entropy in nats; `peak_bytes` is the first process's, in "train" and "test" the
+    largest of all processes'; `seconds` is the time that the run has taken, all parts of it.
     """
 
     epoch: int

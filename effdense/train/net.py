@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, d
         channels: of the data's images. torchvision's models have three whatever comes.
 
     Raises:
-        OSError: --weights cannot be opened.
+        OSError: the file with the weights cannot be opened.
         ValueError: there is no such model, or not with these options; the weights do not fit.
     """
     library = settings.model.partition(":")[0] if ":" in settings.model else ""
@@ -43,11 +42,7 @@ def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, d
     except TypeError as error:
         raise ValueError(f"model {settings.model!r} cannot be built with {options}: {error}") from error
     if settings.weights is not None and not settings.resume:
-        try:
-            models.load_weights(model, settings.weights, strip_classifier=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"--weights {settings.weights} cannot be read: {reason}") from error
+        models.load_weights(model, settings.weights, strip_classifier=True)
     if settings.freeze_features:
         if not isinstance(features := getattr(model, "features", None), nn.Module):
             raise ValueError(f"--freeze-features: model {settings.model!r} has no part called features")

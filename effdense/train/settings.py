@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class Recipe:
     pad: int | None = None  # with zeros, to that height and width, before all else
 
     def lr_in(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
-        dropped = sum(epoch >= round(part * self.epochs) for part in self.drops)
+        """The learning rate of an epoch, counted from 0: it falls between epochs, never before a part is over."""
+        dropped = sum(epoch >= math.ceil(part * self.epochs - 1e-9) for part in self.drops)
         return self.lr * self.drop_factor**dropped
 
 

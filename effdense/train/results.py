@@ -1,0 +1,85 @@
+"""results.json: what a run was, where it ran, and what every epoch came to."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effdense import files
+from effdense._extension import build_info
+from effdense.train.settings import Settings
+
+
+def write(folder: Path, settings: Settings, sizes: dict[str, int], device: torch.device) -> None:
+    """Writes `folder`/results.json, with the epochs that metrics.csv has.
+
+    Args:
+        folder: the run's.
+        settings: the run's.
+        sizes: of the data, the model and the group of processes.
+        device: on which this process runs.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    epochs = _epochs(folder / "metrics.csv")
+    content = {
+        "settings": {name: _plain(value) for name, value in dataclasses.asdict(settings).items()},
+        **sizes,
+        "machine": _machine(device),
+        "epochs": epochs,
+        "best test accuracy": max((epoch["test"]["accuracy"] for epoch in epochs), default=None),
+    }
+    with files.replacing(folder / "results.json") as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _epochs(metrics: Path) -> list[dict[str, Any]]:
+    with metrics.open(newline="") as file:
+        rows = {(int(row["epoch"]), row["split"]): row for row in csv.DictReader(file)}
+    return [
+        {
+            "epoch": epoch,
+            **{split: _values(rows[epoch, split], ("loss", "accuracy")) for split in ("train", "test")},
+            **_values(row, ("step", "lr", "images_per_second", "peak_bytes")),
+            **_values(rows[epoch, "test"], ("seconds",)),
+        }
+        for (epoch, split), row in rows.items()
+        if split == "train"
+    ]
+
+
+def _values(row: dict[str, str], names: tuple[str, ...]) -> dict[str, float]:
+    return {name: json.loads(row[name]) for name in names}
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    build = build_info()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "effdense": build,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
