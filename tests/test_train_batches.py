@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,7 +111,7 @@ def test_images_of_16_bits(folder: Path) -> None:
     Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(path := folder / "train" / "red" / "0.png")
     data = images.load(settings("folder", folder))
     with pytest.raises(ValueError, match=rf"{path} cannot be read: more than 8 bits a channel"):
-        data.train.read(torch.tensor([4]), None)
+        data.train.read(torch.tensor([1]), None)
 
 
 def write_png(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (16, 16)) -> None:
@@ -131,7 +133,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder(folder: Path) -> None:
     data = images.load(settings("folder", folder))
     assert (data.classes, data.channels, len(data.train.labels), len(data.test.labels)) == (2, 3, 8, 2)
-    x = data.train.read(torch.tensor([1, 6]), None)
+    assert data.train.labels.tolist() == [0, 1] * 4  # --limit-train leaves some of each
+    x = data.train.read(torch.tensor([2, 5]), None)
     assert x.shape == (2, 3, 16, 16) and x.dtype == torch.uint8
     assert x[0, :, 0, 0].tolist() == [0, 0, 255] and x[1, :, 5, 5].tolist() == [255, 0, 0]
     write_png(folder / "train" / "red" / "9.png", (255, 0, 0), size=(10, 20))
@@ -190,7 +193,7 @@ def test_a_damaged_image(folder: Path) -> None:
     data = images.load(settings("folder", folder))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"red/0\.png cannot be read: "):
-        data.train.read(torch.tensor([4]), None)
+        data.train.read(torch.tensor([1]), None)
 
 
 def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +211,34 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = images.load(settings("cifar10", tmp_path))
     assert data.train.read(torch.tensor([5]), None)[0, :, 0, 0].tolist() == [1, 2, 3]
     assert (data.classes, data.channels, len(data.test.labels)) == (10, 3, 2)
+
+
+def test_cifars_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchvision reads them: a few images in CIFAR-100's form."""
+    cifar = pytest.importorskip("torchvision.datasets.cifar")
+    folder = tmp_path / cifar.CIFAR100.base_folder
+    folder.mkdir()
+
+    def write(name: str, content: Any) -> tuple[str, str]:
+        (folder / name).write_bytes(data := pickle.dumps(content))
+        return name, hashlib.md5(data).hexdigest()
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), np.uint8)
+    files = {
+        "train_list": [write("train", {"data": pixels[:4].reshape(4, -1), "fine_labels": [0, 99, 3, 3]})],
+        "test_list": [write("test", {"data": pixels[4:].reshape(2, -1), "fine_labels": [7, 8]})],
+    }
+    name, md5 = write("meta", {"fine_label_names": [str(i) for i in range(100)]})
+    meta = {"filename": name, "key": "fine_label_names", "md5": md5}
+    for name, value in {**files, "meta": meta, "url": "file:///nowhere"}.items():
+        monkeypatch.setattr(cifar.CIFAR100, name, value)
+    data = images.load(settings("cifar100", tmp_path))
+    assert torch.equal(data.train.read(torch.arange(4), None), torch.from_numpy(pixels[:4]))
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 99, 3, 3], [7, 8])
+    assert (data.classes, data.channels) == (100, 3)
+    (folder / "test").write_bytes((folder / "test").read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"CIFAR100 in {tmp_path} .*{folder}/test \(100 bytes\) is damaged"):
+        images.load(settings("cifar100", tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import os
 import pickle
@@ -64,7 +65,9 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", 
 
 
 class Folder:
-    """The images of a folder with one folder a class, in the order of torchvision's ImageFolder; [3, size, size] each.
+    """The images of a folder with one folder a class, as torchvision's ImageFolder has them; [3, size, size] each.
+
+    The first of every class come first, then the second, so that --limit-train leaves some of each.
 
     Args:
         root: the folder.
@@ -78,8 +81,11 @@ class Folder:
         found = [sorted(_images_below(root / name)) for name in self.classes]
         if empty := [name for name, paths in zip(self.classes, found, strict=True) if not paths]:
             raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(empty[:5])}")
-        self.paths = [path for paths in found for path in paths]
-        self.labels = torch.tensor([label for label, paths in enumerate(found) for _ in paths])
+        ordered = sorted(
+            (i, label, path) for label, paths in enumerate(found) for i, path in enumerate(paths)
+        )
+        self.paths = [path for _, _, path in ordered]
+        self.labels = torch.tensor([label for _, label, _ in ordered])
         self._size, self._centre = size, centre
         self._threads = ThreadPoolExecutor(max(1, workers))
         self._pil = _imported("PIL.Image", "pillow", "a folder of images")
@@ -194,7 +200,18 @@ def _torchvisions(module: str, name: str, root: Path, **options: Any) -> Any:
     try:
         return reader(str(root), download=True, **options)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name} in {root} cannot be read: {error}") from error
+        raise ValueError(f"{name} in {root} cannot be read: {error}{_damaged(reader, root)}") from error
+
+
+def _damaged(reader: Any, root: Path) -> str:
+    """Which of a data set's files are there, but not as they were published."""
+    listed = [*getattr(reader, "train_list", ()), *getattr(reader, "test_list", ())]
+    paths = [(root / reader.base_folder / name, md5) for name, md5 in listed]
+    return "".join(
+        f"; {path} ({path.stat().st_size} bytes) is damaged, its MD5 is not {md5}"
+        for path, md5 in paths
+        if path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5
+    )
 
 
 def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
