@@ -145,7 +145,13 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
     """Draw loss, accuracy, peak memory and time of several runs over epochs into the PNG at `path`.
 
     Memory and time are the training's, loss and accuracy the test's as well, with points.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there are more runs than can be told apart, or the file's format is unknown.
     """
+    if len(runs) > len(CURVES):
+        raise ValueError(f"at most {len(CURVES)} runs can be told apart in a picture, got {len(runs)}")
     training = {
         column: [{"train": run[column].get("train", {})} for run in runs.values()]
         for column in ("peak_bytes", "seconds")
@@ -158,7 +164,7 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
         ("memory", training["peak_bytes"], "peak (MiB)", MIB),
         ("time", training["seconds"], f"since the start ({unit})", SECONDS[unit]),
     )
-    looks = [CURVES[i % len(CURVES)] for i in range(len(runs))]
+    looks = CURVES[: len(runs)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.6), layout="constrained")
         for axes, (title, curves, label, divisor) in zip(figure.subplots(2, 2).flat, panels, strict=True):

@@ -35,6 +35,16 @@ def test_the_command_draws_several_runs(tmp_path: Path, capsys: pytest.CaptureFi
     assert picture.read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out == f"{picture}\n"
 
 
+def test_more_runs_than_can_be_told_apart(tmp_path: Path) -> None:
+    runs = {
+        str(i): {c: {"train": {1.0: 1.0}} for c in ("loss", "accuracy", "peak_bytes", "seconds")}
+        for i in range(7)
+    }
+    with pytest.raises(ValueError, match="at most 6 runs can be told apart in a picture, got 7"):
+        plots.runs_picture(runs, tmp_path / "runs.png")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*rows: str) -> str:
         assert cli.main(["plot", str(write(tmp_path / "run", *rows))]) == 2

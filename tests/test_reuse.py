@@ -108,7 +108,13 @@ def test_the_command_draws_a_checkpoint(checkpoint: Path, capsys: pytest.Capture
 def test_a_checkpoint_is_built_as_it_was(checkpoint: Path) -> None:
     saved = torch.load(checkpoint)["state_dict"]
     bare = checkpoint.with_name("bare.pt")
+    double = checkpoint.with_name("double.pt")
     torch.save(saved, bare)
+    torch.save(
+        {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in saved.items()},
+        double,
+    )
+    assert models.load_checkpoint(double, NAME).classifier.weight.dtype == torch.float64
     for model in (models.load_checkpoint(checkpoint), models.load_checkpoint(bare, NAME)):
         state = model.state_dict()
         assert state.keys() == saved.keys() and all(torch.equal(state[key], saved[key]) for key in saved)
@@ -139,7 +145,7 @@ def test_what_is_no_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert "does not hold the weights of 'densenet_bc_16_4': load_weights: the weights do not fit" in message
     assert "unknown model 'densnet121', did you mean 'densenet121'" in said("--model", "densnet121")
     torch.save({**content, "options": {"depht": 3}}, checkpoint)
-    assert re.search(r"does not hold the weights of 'densenet_bc_10_4': .*'depht'", said())
+    assert re.search(r"model 'densenet_bc_10_4' cannot be built: .*'depht'", said())
     torch.save(models.build(NAME), checkpoint)
     assert "is damaged or was not written by torch.save: or it holds a whole model" in said()
     torch.save([1], checkpoint)

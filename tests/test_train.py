@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -225,6 +226,26 @@ def test_a_loss_that_is_nan(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert load(tmp_path)["step"] == STEPS
 
 
+def test_a_run_that_diverges(root: Path, tmp_path: Path, capsys: Any) -> None:
+    """A net whose statistics have overflowed is not kept, and no test's result is the best."""
+    assert train(root, tmp_path, "--lr", "1e3") == 1
+    assert re.search(r"not finite after step|the (test )?loss is (nan|inf)", error := capsys.readouterr().err)
+    assert "no checkpoint has been written yet" in error and not list(tmp_path.glob("*.pt"))
+
+
+def test_an_end_that_is_there(whole: Path, root: Path, capsys: Any) -> None:
+    best = max(row["accuracy"] for row in rows(whole) if row["split"] == "test")
+    assert train(root, whole, "--resume") == 0
+    assert capsys.readouterr().out == f"all 2 epochs have been trained; best test accuracy {best:.4f}\n"
+
+
+def test_one_process_of_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some launchers set a rank for jobs of one process."""
+    monkeypatch.setenv("RANK", "1")
+    assert train(root, tmp_path, "--epochs", "1", "--limit-train", str(BATCH)) == 0
+    assert (tmp_path / "last.pt").exists()
+
+
 @pytest.mark.parametrize("impl", ["naive", "checkpoint"])
 def test_implementations_train_the_same(impl: str, root: Path, tmp_path: Path) -> None:
     short = ("--epochs", "1", "--dtype", "float64", "--drop-rate", "0")
@@ -315,13 +336,24 @@ def test_compile_takes_what_trains(root: Path, tmp_path: Path, monkeypatch: pyte
     assert [type(model).__name__ for model in given] == ["DenseNet"]
 
 
-def test_metrics_that_were_deleted(root: Path, tmp_path: Path) -> None:
-    """The rest of the run is written, and nothing else."""
+@pytest.mark.parametrize("kept", [None, 90], ids=["deleted", "half a line"])
+def test_metrics_that_were_changed(
+    kept: int | None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is whole stays, and the rest of the run is written."""
     short = ("--limit-train", str(BATCH))
-    assert train(root, tmp_path, *short) == 0
-    (tmp_path / "metrics.csv").unlink()
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda result: os.kill(os.getpid(), signal.SIGINT) or result)
+        assert train(root, tmp_path, *short) == 130
+    file = tmp_path / "metrics.csv"
+    if kept is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:kept])
     assert train(root, tmp_path, *short, "--resume") == 0
-    assert rows(tmp_path) == []
+    assert [(row["epoch"], row["split"]) for row in rows(tmp_path)] == [
+        *(("1", "train"), ("1", "test"), ("2", "step"), ("2", "train"), ("2", "test"))
+    ]
 
 
 def test_a_new_head_on_frozen_features(whole: Path, root: Path, tmp_path: Path) -> None:

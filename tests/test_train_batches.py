@@ -18,7 +18,7 @@ from PIL import Image
 
 from effdense.train import batches, images
 from effdense.train.settings import RECIPES, Settings
-from tests.training import TEST, TRAIN, load, rows, train, write_data
+from tests.training import TEST, TRAIN, assert_same_end, load, rows, train, write_data
 
 
 def settings(data: str, root: Path | None, **recipe: Any) -> Settings:
@@ -166,6 +166,19 @@ def test_training_on_a_folder(folder: Path, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run")) == 2 * (2 + 2)
 
 
+def test_a_damaged_image_costs_no_training(folder: Path, tmp_path: Path) -> None:
+    run = ("--data", "folder", "--recipe", "imagenet", "--resize", "16", "--batch-size", "4", "--epochs", "1")
+    path = folder / "val" / "red" / "0.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    assert train(folder, tmp_path / "run", *run) == 2
+    assert load(tmp_path / "run")["step"] == 2
+    path.write_bytes(whole)
+    assert train(folder, tmp_path / "run", *run, "--resume") == 0
+    assert train(folder, tmp_path / "whole", *run) == 0
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -177,10 +190,18 @@ def test_training_on_a_folder(folder: Path, tmp_path: Path) -> None:
             lambda root: (root / "val" / "red").rename(root / "val" / "green"),
             "train and val have different classes: green, red",
         ),
+        (
+            lambda root: [write_png(root / "val" / c / "0.png", (0, 0, 0), (9, 16)) for c in ("red", "blue")],
+            "images of mixed sizes: .*train/blue/0.png is 16x16, .*val/blue/0.png 9x16; --resize",
+        ),
+        (
+            lambda root: (root / "val" / "red").rename(root / "val" / ".red"),
+            r"val: folders of two classes or more were expected, found \['blue'\]",
+        ),
         (lambda root: (root / "val" / "red" / "0.png").unlink(), r"val: no images \(\.bmp, .*\) in red"),
         (lambda root: (root / "val").rename(root / "other"), "no folder .*val: --data folder wants"),
     ],
-    ids=["sizes", "classes", "empty", "no val"],
+    ids=["sizes", "classes", "val sizes", "one class", "empty", "no val"],
 )
 def test_damaged_folders(damage: Any, message: str, folder: Path) -> None:
     damage(folder)
@@ -194,6 +215,23 @@ def test_a_damaged_image(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"red/0\.png cannot be read: "):
         data.train.read(torch.tensor([1]), None)
+
+
+def test_an_image_that_is_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"blue/0\.png cannot be read: .*decompression bomb"):
+        images.load(settings("folder", folder))
+
+
+def test_files_that_only_look_like_images(folder: Path) -> None:
+    (folder / "train" / "red" / "._0.png").write_bytes(b"macOS")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    assert len(images.load(settings("folder", folder)).train.labels) == 8
+
+
+def test_padding_and_resizing_a_folder(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--pad and --resize exclude each other for --data folder"):
+        images.load(settings("folder", folder, pad=20, resize=16))
 
 
 def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

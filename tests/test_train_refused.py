@@ -48,7 +48,9 @@ def said(capsys: Any) -> str:
         ),
         (("--batch-size", "1"), "batch norm needs two images or more at a time"),
         (("--batch-size", "12", "--accumulate", "12"), "--batch-size 12 in 12 parts leaves one"),
-        (("--device", "cuda:99"), "device 'cuda:99' cannot be used here"),
+        (("--device", "cuda:99"), "--device cuda:99 cannot be used here: "),
+        (("--device", "gpu"), "--device gpu cannot be used here: "),
+        (("--sync-bn", "--impl", "naive"), "--sync-bn with --impl naive needs GPUs"),
         (("--pad", "20"), "--pad must be at least the images' size, 28x28, got 20"),
         (("--data", "folder", "--data-root", "/nowhere"), "no folder /nowhere/train"),
         (("--resume",), "no checkpoint"),
@@ -70,6 +72,7 @@ def test_wrong_calls(
     [
         (("--data", "cifar"), "invalid choice: 'cifar'"),
         (("--epochs", "0"), "a whole number of 1 or more was expected, got '0'"),
+        (("--seed", "-1"), "a whole number from 0 to 2**32 - 1 was expected, got '-1'"),
         (("--lr", "nan"), "a number of 0 or more was expected, got 'nan'"),
         (("--drops", "150,225"), "parts of the run between 0 and 1 were expected"),
     ],
@@ -119,7 +122,11 @@ def truncate(path: Path) -> None:
         (lambda root: (root / "t10k-labels-idx1-ubyte.gz").unlink(), "t10k-labels-idx1-ubyte.gz is missing"),
         (
             lambda root: truncate(root / "train-images-idx3-ubyte.gz"),
-            "train-images-idx3-ubyte.gz is truncated or not gzip (500 bytes on disk",
+            f"train-images-idx3-ubyte.gz must hold {16 + TRAIN * 28 * 28} bytes when unpacked, found ",
+        ),
+        (
+            lambda root: (root / "train-images-idx3-ubyte.gz").write_text("no gzip"),
+            "train-images-idx3-ubyte.gz is damaged or not gzip (7 bytes on disk",
         ),
         (
             lambda root: write_idx(root / "train-labels-idx1-ubyte.gz", np.full(TRAIN, 10, np.uint8)),
@@ -134,7 +141,7 @@ def truncate(path: Path) -> None:
             f"must hold an array of shape ({TEST}, 28, 28), its header says ({TEST}, 32, 32)",
         ),
     ],
-    ids=["missing", "truncated", "labels", "fewer labels", "sizes"],
+    ids=["missing", "truncated", "no gzip", "labels", "fewer labels", "sizes"],
 )
 def test_damaged_data(damage: Any, message: str, shared_root: Path, tmp_path: Path, capsys: Any) -> None:
     root = shutil.copytree(shared_root, tmp_path / "data")
@@ -148,6 +155,7 @@ def test_damaged_data(damage: Any, message: str, shared_root: Path, tmp_path: Pa
     [
         (("--model", "densenet_bc_16_4"), "model was 'densenet_bc_10_4' and is 'densenet_bc_16_4'"),
         (("--lr", "0.2"), "lr was 0.1 and is 0.2"),
+        (("--impl", "naive"), "impl was 'effdense' and is 'naive'"),
         (("--recipe", "d2l"), "momentum was 0.9 and is 0.0"),
         (("--seed", "7", "--limit-train", "24"), "limit_train was 12 and is 24; seed was 0 and is 7"),
     ],

@@ -52,6 +52,10 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn
     options = content.get("options") if said else None
     try:
         model = build(name, **{**_sizes(name, state), **(options or {})})
-        return load_weights(model, state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: model {name!r} cannot be built: {error}") from error
+    dtypes = [t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    try:
+        return load_weights(model.to(dtypes[0]) if dtypes else model, state)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the weights of {name!r}: {error}") from error

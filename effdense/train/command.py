@@ -32,6 +32,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1 was expected, got {text!r}")
+    return int(text)
+
+
 def _at_least_zero(text: str) -> float:
     try:
         value = float(text)
@@ -75,7 +81,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile")
     add("--channels-last", action="store_true", help="the layout of weights and images")
     add("--sync-bn", action="store_true", help="SyncBatchNorm, of several processes")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--seed", type=_seed, default=0, help="of weights, order and augmentation (default: %(default)s)")
     add("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--workers", type=_positive, default=2, metavar="N", help="threads that read a folder's images")
     add("--resume", action="store_true", help="go on from DIR/last.pt")

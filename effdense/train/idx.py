@@ -66,17 +66,28 @@ def read_split(root: Path, split: str, count: int | None = None) -> tuple[Tensor
     return images, labels
 
 
+def _unpack(path: Path) -> bytes:
+    """What a gz file holds; of one that is cut off, what is left."""
+    unpacked = bytearray()
+    try:
+        with gzip.open(path) as file:
+            while part := file.read1():
+                unpacked += part
+    except EOFError:
+        pass  # too few bytes, which the caller sees
+    except (zlib.error, gzip.BadGzipFile) as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} is damaged or not gzip ({size} bytes on disk: {error})") from error
+    return bytes(unpacked)
+
+
 def _read(path: Path, magic: int, wanted: tuple[int | None, ...]) -> Tensor:
     """One gzipped IDX file: a big-endian magic number, the dimensions (None: any), then the bytes."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing (of Fashion-MNIST's files {path.parent} must hold all four)"
         )
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path} is truncated or not gzip ({size} bytes on disk: {error})") from error
+    content = _unpack(path)
     header = 4 * (1 + len(wanted))
     if len(content) < header:
         raise ValueError(f"{path} must hold {header} bytes or more when unpacked, found {len(content)}")

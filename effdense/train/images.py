@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -71,13 +72,18 @@ class Folder:
 
     Args:
         root: the folder.
-        size: to which the square in an image's middle is brought; None: all images have one size.
+        size: to which the square in an image's middle is brought; None: images stay as they are.
         workers: how many threads read.
         centre: what part of that square's sides is taken.
     """
 
     def __init__(self, root: Path, size: int | None, workers: int, centre: float = 1.0) -> None:
-        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        folders = (entry.name for entry in root.iterdir() if entry.is_dir())
+        self.classes = sorted(name for name in folders if not name.startswith("."))
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"{root}: folders of two classes or more were expected, found {self.classes or 'none'}"
+            )
         found = [sorted(_images_below(root / name)) for name in self.classes]
         if empty := [name for name, paths in zip(self.classes, found, strict=True) if not paths]:
             raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(empty[:5])}")
@@ -89,21 +95,22 @@ class Folder:
         self._size, self._centre = size, centre
         self._threads = ThreadPoolExecutor(max(1, workers))
         self._pil = _imported("PIL.Image", "pillow", "a folder of images")
-        if size is None:
-            self._check_sizes()
 
-    def _check_sizes(self) -> None:
-        def size(path: str) -> Any:
+    def sizes(self) -> list[tuple[int, int]]:
+        """Every image's width and height."""
+        return list(self._threads.map(self._size_of, self.paths))
+
+    def _size_of(self, path: str) -> Any:
+        with self._opened(path) as image:
+            return image.size
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[Any]:
+        try:
             with self._pil.open(path) as image:
-                return image.size
-
-        sizes = list(self._threads.map(size, self.paths))
-        for path, found in zip(self.paths, sizes, strict=True):
-            if found != (first := sizes[0]):
-                raise ValueError(
-                    f"images of mixed sizes: {self.paths[0]} is {first[0]}x{first[1]}, {path} {found[0]}x{found[1]}; "
-                    "--resize brings them to one"
-                )
+                yield image
+        except (OSError, SyntaxError, ValueError, self._pil.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
 
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
         """See Images."""
@@ -112,13 +119,10 @@ class Folder:
         return torch.stack(list(self._threads.map(self._read_one, paths, own)))
 
     def _read_one(self, path: str, box: Any) -> Tensor:
-        try:
-            with self._pil.open(path) as file:
-                if file.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
-                    raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode})")
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files that are not whole
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        with self._opened(path) as file:
+            if file.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+                raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode})")
+            image = file.convert("RGB")
         if self._size is not None:
             width, height = image.size
             side = self._centre * min(width, height)
@@ -134,7 +138,9 @@ class Folder:
 
 def _images_below(folder: Path) -> Iterator[str]:
     for where, _, names in os.walk(folder, followlinks=True):
-        yield from (os.path.join(where, name) for name in names if name.lower().endswith(EXTENSIONS))
+        for name in names:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(where, name)
 
 
 def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -180,6 +186,17 @@ def _read(settings: Settings) -> tuple[tuple[Images, Images], int]:
         InMemory(torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)) for data in both
     )
     return (train, test), len(both[0].classes)
+
+
+def _check_sizes(*parts: Folder) -> None:
+    found = [(path, size) for part in parts for path, size in zip(part.paths, part.sizes(), strict=True)]
+    first, wanted = found[0]
+    for path, size in found:
+        if size != wanted:
+            raise ValueError(
+                f"images of mixed sizes: {first} is {wanted[0]}x{wanted[1]}, {path} {size[0]}x{size[1]}; "
+                "--resize brings them to one"
+            )
 
 
 def _find_fashion_mnist(data_root: Path | None) -> Path:
@@ -229,11 +246,17 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
     crops = settings.recipe.augment == "resized-crop"
     if crops and size is None:
         raise ValueError("--augment resized-crop on a folder needs --resize, the size of what is cut out")
+    if settings.recipe.pad is not None and size is not None:
+        raise ValueError(
+            "--pad and --resize exclude each other for --data folder, whose images are resized first"
+        )
     train = Folder(root / names[0], size, settings.workers)
     test = Folder(root / names[1], size, settings.workers, centre=0.875 if crops else 1.0)
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: {names[0]} and {names[1]} have different classes: {', '.join(differ[:5])}")
+    if size is None:
+        _check_sizes(train, test)
     return (train, test), len(train.classes)
 
 

@@ -111,6 +111,11 @@ class Training:
         )
 
     def _check_sizes(self) -> None:
+        settings = self.settings
+        if settings.sync_bn and settings.impl != "effdense" and self.processes.device.type == "cpu":
+            raise ValueError(
+                f"--sync-bn with --impl {settings.impl} needs GPUs: PyTorch's own SyncBatchNorm does not run on CPUs"
+            )
         recipe, count, parts = self.settings.recipe, self.processes.count, self.settings.accumulate
         if count > self.count:
             raise ValueError(f"there are more processes ({count}) than training images ({self.count})")
@@ -185,8 +190,10 @@ class Training:
             torch.cuda.set_rng_state(chance["cuda"], self.processes.device)
 
     def _save(self, *names: str) -> None:
-        if not all(p.isfinite().all() for p in self.model.parameters()):  # the loss is seen a step later
-            raise FloatingPointError(self._diverged("the weights are not finite after step", self.step))
+        tensors = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        if not all(tensor.isfinite().all() for tensor in tensors):  # the loss is seen a step later
+            what = "weights or running statistics are not finite after step"
+            raise FloatingPointError(self._diverged(what, self.step))
         state = self._state()
         if self.processes.first:
             state["metrics_size"] = self._metrics.size()
@@ -216,9 +223,16 @@ class Training:
                 self._display = stack.enter_context(
                     contextlib.closing(Display(self.settings.recipe.epochs, self.steps))
                 )
-            while self.epoch < self.settings.recipe.epochs:
-                self._train_epoch()
-                self._finish_epoch()
+            if self.epoch == self.settings.recipe.epochs and self.processes.first:
+                print(f"all {self.epoch} epochs have been trained; best test accuracy {self.best:.4f}")
+            try:
+                while self.epoch < self.settings.recipe.epochs:
+                    self._train_epoch()
+                    self._finish_epoch()
+            except ValueError:  # an image that cannot be read, before anything has come of it
+                if self.processes.count == 1 and self.step > self._saved_step:
+                    self._save(LAST)
+                raise
 
     def _train_epoch(self) -> None:
         for group in self.optimizer.param_groups:
@@ -254,8 +268,9 @@ class Training:
         start, settings = time.monotonic(), self.settings
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        for last in [False] * (settings.accumulate - 1) + [True]:
-            x, labels = next(parts)
+        batch = [next(parts) for _ in range(settings.accumulate)]
+        for i, (x, labels) in enumerate(batch, 1):
+            last = i == settings.accumulate
             alone = contextlib.nullcontext() if last or self.processes.count == 1 else self._wrapped.no_sync()
             with alone:
                 loss, hits = self._loss(self._run, x, labels)
@@ -265,15 +280,15 @@ class Training:
         total, hit, stop, save = self.processes.sum(
             [loss_sum, correct, float(self._interrupt.asked), float(self._save_is_due())]
         )
-        batch = settings.recipe.batch_size
+        count = settings.recipe.batch_size
         if not math.isfinite(total):
-            raise FloatingPointError(self._diverged(f"the loss is {total / batch} at step", self.step + 1))
+            raise FloatingPointError(self._diverged(f"the loss is {total / count} at step", self.step + 1))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         self.step_in_epoch += 1
         for sums in (self.in_epoch, self.in_row):
-            sums.add(total, hit, batch, time.monotonic() - start)
+            sums.add(total, hit, count, time.monotonic() - start)
         if self.processes.first:
             self._report()
         return stop > 0, save > 0
@@ -323,6 +338,9 @@ class Training:
     def _finish_epoch(self) -> None:
         """Tests, reports and saves."""
         tested = self._test()
+        if not math.isfinite(tested.loss):
+            what = f"the test loss is {tested.loss / tested.images} after step"
+            raise FloatingPointError(self._diverged(what, self.step))
         better = tested.correct / tested.images > self.best
         peak = max(self.processes.gather(peak_bytes(self.processes.device)))
         if self.processes.first:

@@ -54,7 +54,8 @@ class Metrics:
 
     def __init__(self, folder: Path, size: int, step: int) -> None:
         path = folder / "metrics.csv"
-        size = min(size, path.stat().st_size) if path.exists() else 0
+        kept = path.read_bytes()[:size] if path.exists() else b""
+        size = kept.rfind(b"\n") + 1  # whoever has shortened it may have left half a line
         self._file = path.open("r+" if size else "w", newline="")
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)

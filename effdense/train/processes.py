@@ -17,19 +17,23 @@ class Processes:
 
     Args:
         device: cpu, cuda or cuda:N. Of several processes each takes the GPU of its number on this machine.
+
+    Raises:
+        ValueError: the device cannot be used.
     """
 
     def __init__(self, device: str) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self._here = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device(device)
-        if self.count > 1 and self.device.type == "cuda":
-            self.device = torch.device("cuda", self._here)
+        several = self.count > 1
+        self.rank = int(os.environ.get("RANK", "0")) if several else 0
+        self._here = int(os.environ.get("LOCAL_RANK", "0")) if several else 0
+        if several and device.startswith("cuda"):
+            device = f"cuda:{self._here}"
         try:
-            torch.empty(0, device=self.device)
+            self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {str(self.device)!r} cannot be used here: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"--device {device} cannot be used here: {reason}") from error
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.count > 1 and not dist.is_initialized():

@@ -102,9 +102,10 @@ class Settings:
     log_every: int = 50  # steps
 
     def fixed(self) -> dict[str, Any]:
-        """What has to stay the same for `resume`, in plain types: all that decides about the losses."""
+        """What has to stay the same for `resume`, in plain types: all that decides about the losses, and who computes them."""
         names = (
             "model",
+            "impl",
             "data",
             "freeze_features",
             "limit_train",
@@ -114,5 +115,5 @@ class Settings:
             "sync_bn",
             "seed",
         )
-        recipe = dataclasses.asdict(self.recipe)
-        return {name: getattr(self, name) for name in names} | recipe | {"drops": list(self.recipe.drops)}
+        plain = {"drops": list(self.recipe.drops), "weights": self.weights and str(self.weights)}
+        return {name: getattr(self, name) for name in names} | dataclasses.asdict(self.recipe) | plain
