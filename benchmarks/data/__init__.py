@@ -39,12 +39,9 @@ def load_fashion_mnist(
     """
     if split not in _COUNTS:
         raise ValueError(f'load_fashion_mnist: split must be "train" or "test", got {split!r}')
-    from effdense.train.idx import (
-        find,
-        read_split,
-    )  # here: peers are measured beside an effdense that does not load
+    from effdense.train import idx  # here: peers are measured beside an effdense that does not load
 
-    images, labels = read_split(find(data_root), split, _COUNTS[split])
+    images, labels = idx.read_split(idx.find(data_root), split, _COUNTS[split])
     return images.numpy(), labels.numpy()
 
 
