@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import measure
+from effdense import models
+from effdense.train.processes import Processes
+from tests.processes import run_in_processes
 from tests.training import arguments, load, rows, train, write_data
 
 EXACT = ("--dtype", "float64", "--drop-rate", "0", "--save-steps", "3")
@@ -54,3 +58,32 @@ def test_two_processes_train_like_one(root: Path, tmp_path: Path) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9), ours
         assert ours["accuracy"] == theirs["accuracy"]
     torch.testing.assert_close(load(two)["state_dict"], load(one)["state_dict"], rtol=1e-9, atol=1e-9)
+
+
+def step_peak(images: int, sync_bn: bool = False) -> int:
+    """The most that a training step allocates in this process, the first step aside, which sets things up."""
+    if torch.distributed.is_initialized():
+        os.environ["RANK"] = str(torch.distributed.get_rank())
+        os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    model = models.build("densenet_bc_22_8")
+    wrapped = Processes("cpu").wrap(model, sync_bn)
+    x = torch.randn(images, 3, 32, 32)
+
+    def step() -> None:
+        model.zero_grad()
+        wrapped(x).square().mean().backward()
+
+    step()
+    return measure.peak_bytes(step)
+
+
+def step_peaks(images: int) -> list[int]:
+    return [step_peak(images, sync_bn) for sync_bn in (False, True)]
+
+
+def test_memory_per_process() -> None:
+    """Each process needs what its own images need, and nothing for the others'."""
+    half, whole = step_peak(32), step_peak(64)
+    assert half < 0.55 * whole
+    for peaks in run_in_processes(step_peaks, 2, 32):
+        assert peaks == pytest.approx([half, half], rel=0.01)
