@@ -100,6 +100,16 @@ def test_gradients_are_those_of_the_joined_batch(way: str, runs: list[dict[str, 
         assert_close(run[way].gradients, [p.grad for p in single.parameters()])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_have_their_parameters_strides(layout: torch.memory_format) -> None:
+    """Also those of dimensions with one element: DistributedDataParallel compares all, and warns."""
+    model = convert(make_net(True)).to(memory_format=layout)
+    loss_of(model, make_images().contiguous(memory_format=layout)).backward()
+    assert {n: p.grad.stride() for n, p in model.named_parameters()} == {
+        n: p.stride() for n, p in model.named_parameters()
+    }
+
+
 def test_a_sharded_model_is_left_as_it_is(runs: list[dict[str, Run]]) -> None:
     report = runs[0]["convert after fully_shard"].report
     reason = "norm1.weight is sharded; convert before fully_shard, in whose forward parameters are whole"
