@@ -7,8 +7,9 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -136,39 +137,36 @@ def _summary(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _no_plots(command: str) -> int:
-    print(f"effdense {command}: needs matplotlib: pip install 'effdense[train]'", file=sys.stderr)
-    return 2
+def _draw(arguments: argparse.Namespace, draw: Callable[[Any], None]) -> int:
+    """Calls `draw` with effdense.plots and says where the picture is."""
+    try:
+        from effdense import plots
+    except ImportError:
+        needed = "needs matplotlib: pip install 'effdense[train]'"
+        print(f"effdense {arguments.command}: {needed}", file=sys.stderr)
+        return 2
+    try:
+        draw(plots)
+    except (OSError, ValueError) as error:
+        print(f"effdense {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
 
 
 def _reuse(arguments: argparse.Namespace) -> int:
-    try:
-        from effdense import plots
-    except ImportError:
-        return _no_plots("reuse")
-    try:
+    def draw(plots: Any) -> None:
         blocks = feature_reuse(load_checkpoint(arguments.checkpoint, arguments.model))
-        title = f"feature reuse in {arguments.checkpoint}"
-        plots.reuse_picture(blocks, title, arguments.output)
-    except (OSError, ValueError) as error:
-        print(f"effdense reuse: {error}", file=sys.stderr)
-        return 2
-    print(arguments.output)
-    return 0
+        plots.reuse_picture(blocks, f"feature reuse in {arguments.checkpoint}", arguments.output)
+
+    return _draw(arguments, draw)
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    try:
-        from effdense import plots
-    except ImportError:
-        return _no_plots("plot")
-    try:
+    def draw(plots: Any) -> None:
         plots.runs_picture({str(run): plots.read_run(run) for run in arguments.runs}, arguments.output)
-    except (OSError, ValueError) as error:
-        print(f"effdense plot: {error}", file=sys.stderr)
-        return 2
-    print(arguments.output)
-    return 0
+
+    return _draw(arguments, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
