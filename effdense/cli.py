@@ -142,8 +142,7 @@ def _draw(arguments: argparse.Namespace, draw: Callable[[Any], None]) -> int:
     try:
         from effdense import plots
     except ImportError:
-        needed = "needs matplotlib: pip install 'effdense[train]'"
-        print(f"effdense {arguments.command}: {needed}", file=sys.stderr)
+        print(f"effdense {arguments.command}: needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
     try:
         draw(plots)
@@ -199,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--model", help="as in plan, where the file does not say it")
     command.add_argument("-o", "--output", type=Path, default="reuse.png", help="PNG (default: %(default)s)")
     command.set_defaults(run=_reuse)
-    command = commands.add_parser("plot", help="draw loss, accuracy, memory and time of training runs")
+    command = commands.add_parser(
+        "plot", help="draw loss, accuracy, memory and time of up to six training runs"
+    )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of effdense train --out")
     command.add_argument("-o", "--output", type=Path, default="runs.png", help="PNG (default: %(default)s)")
     command.set_defaults(run=_plot)

@@ -162,7 +162,10 @@ def test_training_on_a_folder(folder: Path, tmp_path: Path) -> None:
         "4",
     )
     assert train(folder, tmp_path / "run", *run) == 0
-    assert load(tmp_path / "run")["classes"] == 2 and load(tmp_path / "run")["in_channels"] == 3
+    assert (
+        load(tmp_path / "run")["class_names"] == ["blue", "red"]
+        and load(tmp_path / "run")["in_channels"] == 3
+    )
     assert len(rows(tmp_path / "run")) == 2 * (2 + 2)
 
 
@@ -297,7 +300,9 @@ def test_what_is_not_installed(
 def test_gray_images_for_three_channels() -> None:
     pixels = torch.randint(256, (2, 1, 6, 6), dtype=torch.uint8)
     part = images.InMemory(pixels, torch.tensor([0, 1]))
-    data = images.DataSet(part, part, 2, 1, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25))
+    data = images.DataSet(
+        part, part, ["a", "b"], 1, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25)
+    )
     form = batches.Batches(data, settings("folder", None).recipe, 3, torch.empty(0), channels_last=True)
     ((x, labels),) = form.each(part, [torch.tensor([1, 0])], None)
     assert x.shape == (2, 3, 6, 6) and x.is_contiguous(memory_format=torch.channels_last)

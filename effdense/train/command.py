@@ -64,49 +64,95 @@ def _drops(text: str) -> tuple[float, ...]:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `effdense train` takes."""
     add = command.add_argument
-    add("--model", required=True, help="densenet_bc_100_12, densenet121, densenet_d2l, torchvision:NAME, …")
-    add("--data", required=True, choices=DATA, help="folder: of train and val, each with a folder a class")
-    add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints and metrics")
-    add("--data-root", type=Path, metavar="DIR", help="where the data are")
-    add("--impl", choices=IMPLS, default="effdense", help="what runs the model (default: %(default)s)")
-    add("--memory", choices=("balanced", "minimal"), default="balanced", help="of effdense.convert")
-    add("--weights", type=Path, metavar="FILE", help="begin with a checkpoint's, but with a new classifier")
-    add("--freeze-features", action="store_true", help="train the classifier only")
-    add("--limit-train", type=_positive, metavar="N", help="the first N images only, for trials")
     add(
-        "--accumulate", type=_positive, default=1, metavar="N", help="a batch in N parts, one after the other"
+        "--model",
+        required=True,
+        help="densenet121, 161, 169, 201, 264; densenet_bc_DEPTH_GROWTH, densenet_DEPTH_GROWTH; densenet_d2l; "
+        "densenet169_tutorial; torchvision:NAME, timm:NAME, which are converted",
     )
-    add("--amp", choices=tuple(AMP), default="off", help="automatic mixed precision (default: %(default)s)")
-    add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and images")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--channels-last", action="store_true", help="the layout of weights and images")
-    add("--sync-bn", action="store_true", help="SyncBatchNorm, of several processes")
-    add("--seed", type=_seed, default=0, help="of weights, order and augmentation (default: %(default)s)")
-    add("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--workers", type=_positive, default=2, metavar="N", help="threads that read a folder's images")
-    add("--resume", action="store_true", help="go on from DIR/last.pt")
-    add("--save-steps", type=_positive, metavar="N", help="save every N steps, too")
-    add("--save-seconds", type=_at_least_zero, default=600.0, metavar="S", help="and every S seconds (600)")
-    add("--log-every", type=_positive, default=50, metavar="N", help="steps, to metrics.csv (%(default)s)")
-    recipe = command.add_argument_group("the recipe and its values, each of which can be set")
-    recipe.add_argument("--recipe", choices=tuple(RECIPES), default="cifar", help="(default: %(default)s)")
+    add(
+        "--data",
+        required=True,
+        choices=DATA,
+        help="folder: your images, in DIR/train and DIR/val (or test), a folder per class",
+    )
+    add("--data-root", type=Path, metavar="DIR", help="where the data are, or are downloaded to (data)")
+    add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints and metrics")
+    add(
+        "--impl",
+        choices=IMPLS,
+        default="effdense",
+        help="naive: plain PyTorch; checkpoint: checkpointed (effdense)",
+    )
+    add(
+        "--memory",
+        choices=("balanced", "minimal"),
+        default="balanced",
+        help="minimal: less, a little slower (balanced)",
+    )
+    add(
+        "--weights", type=Path, metavar="FILE", help="begin with these (of torch.save); the classifier is new"
+    )
+    add("--freeze-features", action="store_true", help="train the classifier alone; statistics stay, too")
+    add(
+        "--limit-train", type=_positive, metavar="N", help="train on the first N images; the test stays whole"
+    )
+    add("--accumulate", type=_positive, default=1, metavar="N", help="compute each batch in N parts (1)")
+    add("--amp", choices=tuple(AMP), default="off", help="automatic mixed precision (off)")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and images (float32)")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--channels-last", action="store_true", help="keep weights and images in that layout")
+    add("--sync-bn", action="store_true", help="batch norm over the images of all processes")
+    add("--seed", type=_seed, default=0, help="of weights, order, augmentation and dropout (0)")
+    add("--device", default=None, help="cpu, cuda or cuda:N (cuda where there is one)")
+    add(
+        "--workers",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="threads per process that read a folder's images (2)",
+    )
+    add("--resume", action="store_true", help="go on from DIR/last.pt, with the same settings")
+    add("--save-steps", type=_positive, metavar="N", help="also save every N steps")
+    add(
+        "--save-seconds",
+        type=_at_least_zero,
+        default=600.0,
+        metavar="S",
+        help="also save every S seconds (600)",
+    )
+    add(
+        "--log-every", type=_positive, default=50, metavar="N", help="steps between lines of metrics.csv (50)"
+    )
+    recipe = command.add_argument_group("the recipe, and its values, each of which can be set")
+    told = "; ".join(
+        f"{name}: {r.epochs} epochs, {r.optimizer}, batch {r.batch_size}, lr {r.lr}"
+        for name, r in RECIPES.items()
+    )
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), default="cifar", help=f"{told} (cifar)")
 
     def value(name: str, help: str, **form: Any) -> None:
         recipe.add_argument(name, default=argparse.SUPPRESS, help=help, **form)
 
-    value("--epochs", "how many", type=_positive, metavar="N")
-    value("--batch-size", "images for one step, over all processes and parts", type=_positive, metavar="N")
-    value("--optimizer", "", choices=OPTIMIZERS)
-    value("--lr", "learning rate", type=_at_least_zero)
+    value("--epochs", "passes over the training images", type=_positive, metavar="N")
+    value(
+        "--batch-size", "images per optimizer step, over all processes and parts", type=_positive, metavar="N"
+    )
+    value("--optimizer", "stochastic gradient descent, or Adam", choices=OPTIMIZERS)
+    value("--lr", "learning rate at the start", type=_at_least_zero)
     value("--momentum", "of sgd", type=_at_least_zero)
-    value("--nesterov", "of sgd", action=argparse.BooleanOptionalAction)
-    value("--weight-decay", "", type=_at_least_zero)
-    value("--drops", "when the learning rate falls, as parts of the run: 0.5,0.75", type=_drops)
-    value("--drop-factor", "what it is multiplied with then", type=_at_least_zero)
-    value("--augment", "crop-flip: of a border of 4; resized-crop: of 8%% to all", choices=AUGMENTATIONS)
-    value("--drop-rate", "dropout (cifar with --augment none: 0.2)", type=_at_least_zero)
-    value("--resize", "images, to NxN; or none", type=_size, metavar="N")
-    value("--pad", "images, with zeros to NxN; or none", type=_size, metavar="N")
+    value("--nesterov", "Nesterov's momentum", action=argparse.BooleanOptionalAction)
+    value("--weight-decay", "factor of the L2 penalty", type=_at_least_zero)
+    value("--drops", "fractions of the run after which the learning rate drops: 0.5,0.75", type=_drops)
+    value("--drop-factor", "factor of each drop (0.1)", type=_at_least_zero)
+    value(
+        "--augment",
+        "crop-flip: a border of 4, a random crop, half mirrored; resized-crop: 8 to 100%% of the area, resized, half mirrored",
+        choices=AUGMENTATIONS,
+    )
+    value("--drop-rate", "dropout (0; cifar with --augment none: 0.2)", type=_at_least_zero)
+    value("--resize", "resize images to NxN; none: leave them", type=_size, metavar="N")
+    value("--pad", "pad images with zeros to NxN, before all else; none: do not", type=_size, metavar="N")
 
 
 def read_settings(arguments: argparse.Namespace) -> Settings:

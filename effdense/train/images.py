@@ -43,10 +43,14 @@ class DataSet(NamedTuple):
 
     train: Images
     test: Images
-    classes: int
+    class_names: list[str]
     channels: int
     mean: Tensor
     std: Tensor
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
 
 @dataclasses.dataclass
@@ -161,23 +165,26 @@ def load(settings: Settings) -> DataSet:
     """
     if settings.data not in STATISTICS:
         raise ValueError(f"data must be one of {', '.join(STATISTICS)}, got {settings.data!r}")
-    parts, classes = _read(settings)
+    parts, names = _read(settings)
     for name, part in zip(("training", "test"), parts, strict=True):
         if not len(part.labels):
             raise ValueError(f"{settings.data}: there are no {name} images")
-        if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < classes:
+        if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < len(names):
             found = f"{int(part.labels.min())} to {int(part.labels.max())}"
-            raise ValueError(f"{settings.data}: the {name} labels must be 0 to {classes - 1}, found {found}")
+            raise ValueError(
+                f"{settings.data}: the {name} labels must be 0 to {len(names) - 1}, found {found}"
+            )
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in STATISTICS[settings.data])
-    return DataSet(*parts, classes, mean.shape[1], mean, std)
+    return DataSet(*parts, names, mean.shape[1], mean, std)
 
 
-def _read(settings: Settings) -> tuple[tuple[Images, Images], int]:
+def _read(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
+    """Training and test images, and the classes' names; in Fashion-MNIST's form classes have numbers only."""
     if settings.data == "fashion-mnist":
         root = _find_fashion_mnist(settings.data_root)
         gray = (idx.read_split(root, split) for split in ("train", "test"))
         train, test = (InMemory(x.unsqueeze(1), y.long()) for x, y in gray)
-        return (train, test), idx.CLASSES
+        return (train, test), [str(label) for label in range(idx.CLASSES)]
     if settings.data == "folder":
         return _read_folder(settings)
     root = settings.data_root or DOWNLOADS
@@ -185,7 +192,7 @@ def _read(settings: Settings) -> tuple[tuple[Images, Images], int]:
     train, test = (
         InMemory(torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)) for data in both
     )
-    return (train, test), len(both[0].classes)
+    return (train, test), list(both[0].classes)
 
 
 def _check_sizes(*parts: Folder) -> None:
@@ -231,7 +238,7 @@ def _damaged(reader: Any, root: Path) -> str:
     )
 
 
-def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
+def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
     """DATA_ROOT/train and DATA_ROOT/val or DATA_ROOT/test."""
     root = settings.data_root
     if root is None:
@@ -257,7 +264,7 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], int]:
         raise ValueError(f"{root}: {names[0]} and {names[1]} have different classes: {', '.join(differ[:5])}")
     if size is None:
         _check_sizes(train, test)
-    return (train, test), len(train.classes)
+    return (train, test), train.classes
 
 
 def _imported(module: str, package: str, what: str) -> Any:

@@ -157,7 +157,7 @@ class Training:
         return {
             "model": self.settings.model,
             "options": self.options,
-            "classes": self.data.classes,
+            "class_names": self.data.class_names,
             "in_channels": net.input_channels(self.model),
             "state_dict": self.model.state_dict(),
             "recipe": {"name": self.settings.recipe_name, **dataclasses.asdict(self.settings.recipe)},

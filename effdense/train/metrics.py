@@ -67,10 +67,7 @@ class Metrics:
             board = importlib.import_module("torch.utils.tensorboard")
             self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except ImportError:
-            print(
-                "TensorBoard is not installed and gets nothing: pip install 'effdense[train]'",
-                file=sys.stderr,
-            )
+            print("TensorBoard is not installed and gets nothing: pip install tensorboard", file=sys.stderr)
 
     def write(self, row: Row) -> None:
         self._csv.writerow(row)
@@ -108,7 +105,7 @@ class Display:
             try:
                 self._bar = self._start_bar()
             except ImportError:
-                print("no progress bar without rich: pip install 'effdense[train]'", file=sys.stderr)
+                print("no progress bar without rich: pip install rich", file=sys.stderr)
 
     def _start_bar(self) -> Any:
         progress, console = (importlib.import_module(f"rich.{name}") for name in ("progress", "console"))

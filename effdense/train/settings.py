@@ -64,7 +64,7 @@ RECIPES = {
         augment="resized-crop",
         resize=224,
     ),
-    # Zhang et al., "Dive into Deep Learning", section 8.7.
+    # Zhang et al., "Dive into Deep Learning", DenseNet's section, in the editions before lr 0.01 and batches of 128.
     "d2l": Recipe(epochs=10, batch_size=256, resize=96),
     # What tutorials do; their other form is --optimizer sgd --drops 0.5,0.75, drops at epochs 20 and 30.
     "tutorial": Recipe(epochs=40, batch_size=16, optimizer="adam", lr=0.001),
