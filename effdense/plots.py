@@ -48,7 +48,13 @@ CURVES: list[dict[str, Any]] = [
 _SHADES = LinearSegmentedColormap.from_list(
     "effdense", ["#e9f0f6", OURS, "#0b2238"]
 )  # ever darker, in grey too
-_POINTS: dict[str, Any] = {"marker": "o", "markersize": 3.5}
+_POINTS: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 4.5,
+    "markerfacecolor": "white",
+    "markeredgecolor": "black",
+    "markeredgewidth": 0.9,
+}
 _COLUMNS = ("epoch", "split", "loss", "accuracy", "peak_bytes", "seconds")
 
 
@@ -164,7 +170,7 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
         ("memory", training["peak_bytes"], "peak (MiB)", MIB),
         ("time", training["seconds"], f"since the start ({unit})", SECONDS[unit]),
     )
-    looks = CURVES[: len(runs)]
+    looks = CURVES[: len(runs)] if len(runs) > 1 else CURVES[1:2]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.6), layout="constrained")
         for axes, (title, curves, label, divisor) in zip(figure.subplots(2, 2).flat, panels, strict=True):
@@ -185,5 +191,6 @@ def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], divis
     for split, curve in curves.items():
         epochs = sorted(curve)
         values = [curve[epoch] / divisor for epoch in epochs]
-        points = {} if split == "train" and len(epochs) > 1 else _POINTS
+        alone = {"marker": "s", "markersize": 4} if len(epochs) == 1 else {}
+        points = alone if split == "train" else _POINTS
         axes.plot(epochs, values, markevery=max(1, len(epochs) // 12), **points, **look)
