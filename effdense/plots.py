@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from effdense import files
 from effdense.reuse import BlockReuse
@@ -178,12 +178,23 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
                 _curves(axes, by_split, look, divisor)
             axes.set(title=title, ylabel=label, xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            if title != "accuracy":
+            if title == "loss" and _spread(curves) > 30:  # the rest would be a line at the bottom
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_locator(NullLocator())
+            elif title != "accuracy":
                 axes.set_ylim(bottom=0)
         handles = [Line2D([], [], label=name, **look) for name, look in zip(runs, looks, strict=True)]
         handles.append(Line2D([], [], label="test", color="black", linestyle="", **_POINTS))
         figure.legend(handles=handles, loc="outside upper left", ncols=4)
         _save(figure, path)
+
+
+def _spread(runs: Sequence[Mapping[str, Curve]]) -> float:
+    """The largest value of some curves by the smallest."""
+    values = [value for by_split in runs for curve in by_split.values() for value in curve.values()]
+    return max(values) / max(min(values), 1e-30)
 
 
 def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], divisor: float) -> None:
