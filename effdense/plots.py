@@ -184,7 +184,7 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_locator(NullLocator())
             elif title != "accuracy":
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.05 * max(axes.dataLim.y1, 1e-9))
         handles = [Line2D([], [], label=name, **look) for name, look in zip(runs, looks, strict=True)]
         handles.append(Line2D([], [], label="test", color="black", linestyle="", **_POINTS))
         figure.legend(handles=handles, loc="outside upper left", ncols=4)
