@@ -42,27 +42,21 @@ class Recipe:
         return self.lr * self.drop_factor**dropped
 
 
+# Huang et al., arXiv 1608.06993, section 4.2. Without augmentation they drop out: DROP_RATE.
+_CIFAR = Recipe(
+    epochs=300,
+    batch_size=64,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=1e-4,
+    drops=(0.5, 0.75),
+    augment="crop-flip",
+)
 RECIPES = {
-    # Huang et al., arXiv 1608.06993, section 4.2. Without augmentation they drop out: DROP_RATE.
-    "cifar": Recipe(
-        epochs=300,
-        batch_size=64,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=1e-4,
-        drops=(0.5, 0.75),
-        augment="crop-flip",
-    ),
+    "cifar": _CIFAR,
     # The same section: drops at epochs 30 and 60 of 90.
-    "imagenet": Recipe(
-        epochs=90,
-        batch_size=256,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=1e-4,
-        drops=(1 / 3, 2 / 3),
-        augment="resized-crop",
-        resize=224,
+    "imagenet": dataclasses.replace(
+        _CIFAR, epochs=90, batch_size=256, drops=(1 / 3, 2 / 3), augment="resized-crop", resize=224
     ),
     # Zhang et al., "Dive into Deep Learning", DenseNet's section, in the editions before lr 0.01 and batches of 128.
     "d2l": Recipe(epochs=10, batch_size=256, resize=96),
