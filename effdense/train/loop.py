@@ -224,7 +224,7 @@ class Training:
                     contextlib.closing(Display(self.settings.recipe.epochs, self.steps))
                 )
             if self.epoch == self.settings.recipe.epochs and self.processes.first:
-                print(f"all {self.epoch} epochs have been trained; best test accuracy {self.best:.4f}")
+                print(f"epoch {self.epoch} was the last: nothing to do; best test accuracy {self.best:.4f}")
             try:
                 while self.epoch < self.settings.recipe.epochs:
                     self._train_epoch()
