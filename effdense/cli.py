@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -129,8 +128,7 @@ def _summary(arguments: argparse.Namespace) -> int:
     if arguments.json:
         content = {"model": arguments.model, **table.as_dict()}
         try:
-            with files.replacing(arguments.json) as file:
-                file.write((json.dumps(content, indent=1) + "\n").encode())
+            files.write_json(content, arguments.json)
         except OSError as error:
             print(f"effdense summary: {error}", file=sys.stderr)
             return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import zipfile
@@ -38,6 +39,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise OSError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; {before}"
         ) from error
+
+
+def write_json(content: Any, path: str | os.PathLike[str]) -> None:
+    """Writes `content` as JSON, as `replacing` does."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _sync_names(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import struct
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import torch
 from benchmarks import compare, data, demo, measure, models, plots
 from benchmarks.worker import ROOT, Settings, Worker, WorkerError, batch_for
 from tests.papers import PARAMETERS
+from tests.training import write_idx
 
 FLOATS = 250_000  # of the known allocations below
 FLOAT_BYTES = 4 * FLOATS
@@ -277,17 +277,12 @@ def test_time_statistics():
 # --- data
 
 
-def write_idx(path, magic, array):
-    header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=1))
-
-
 @pytest.fixture
 def data_root(tmp_path, monkeypatch):
     """A folder with the test split's two files, of zeros."""
     monkeypatch.setenv("EFFDENSE_DATA", str(tmp_path))
-    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", 2051, np.zeros((10_000, 28, 28), np.uint8))
-    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", 2049, np.zeros(10_000, np.uint8))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((10_000, 28, 28), np.uint8))
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(10_000, np.uint8))
     return tmp_path
 
 
@@ -333,10 +328,10 @@ def test_loader_refuses_damaged_files(data_root):
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
     with pytest.raises(ValueError, match="must hold 7840016 bytes when unpacked, found 7840015"):
         data.load_fashion_mnist("test")
-    write_idx(path, 2049, np.zeros((10_000, 28, 28), np.uint8))
+    write_idx(path, np.zeros((10_000, 28, 28), np.uint8), magic=2049)
     with pytest.raises(ValueError, match="magic number 2051, found 2049"):
         data.load_fashion_mnist("test")
-    write_idx(path, 2051, np.zeros((10_000, 14, 56), np.uint8))
+    write_idx(path, np.zeros((10_000, 14, 56), np.uint8))
     with pytest.raises(ValueError, match=r"shape \(10000, 28, 28\), its header says \(10000, 14, 56\)"):
         data.load_fashion_mnist("test")
 

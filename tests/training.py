@@ -19,8 +19,9 @@ STEPS = TRAIN // BATCH  # in an epoch
 FLOAT_COLUMNS = ("loss", "accuracy", "lr")
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    magic = {3: 2051, 1: 2049}[array.ndim]
+def write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> None:
+    """`magic`: the file's first number, where it is to be a wrong one."""
+    magic = {3: 2051, 1: 2049}[array.ndim] if magic is None else magic
     header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=1))
 

@@ -270,10 +270,7 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
 def _imported(module: str, package: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # the latter is torchvision's, beside a torch it was not built for
+    except (ImportError, RuntimeError) as error:  # the latter: torchvision beside another torch
         raise ImportError(
             f"{what} needs {package}, which cannot be imported ({error}): pip install {package}"
         ) from error

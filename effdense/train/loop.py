@@ -116,7 +116,7 @@ class Training:
             raise ValueError(
                 f"--sync-bn with --impl {settings.impl} needs GPUs: PyTorch's own SyncBatchNorm does not run on CPUs"
             )
-        recipe, count, parts = self.settings.recipe, self.processes.count, self.settings.accumulate
+        recipe, count, parts = settings.recipe, self.processes.count, settings.accumulate
         if count > self.count:
             raise ValueError(f"there are more processes ({count}) than training images ({self.count})")
         if recipe.batch_size > self.count:
@@ -128,7 +128,7 @@ class Training:
             raise ValueError(
                 f"--batch-size {recipe.batch_size} must be a multiple of --accumulate {parts} times {count} processes"
             )
-        if own == 1 and not (self.settings.sync_bn and count > 1):
+        if own == 1 and not (settings.sync_bn and count > 1):
             raise ValueError(
                 "batch norm needs two images or more at a time for its statistics, and --batch-size "
                 f"{recipe.batch_size} in {parts * count} parts leaves one; on several processes --sync-bn helps"

@@ -37,8 +37,7 @@ def write(folder: Path, settings: Settings, sizes: dict[str, int], device: torch
         "epochs": epochs,
         "best test accuracy": max((epoch["test"]["accuracy"] for epoch in epochs), default=None),
     }
-    with files.replacing(folder / "results.json") as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    files.write_json(content, folder / "results.json")
 
 
 def _plain(value: Any) -> Any:
