@@ -57,8 +57,7 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
     const Rows<A>& wide = rows<A>();
     const Features<T> x(features);
     const Block<T> out = writable<T>(op, "y", y);
-    const Tensor w = weight.to(scale.scalar_type()).t().contiguous();  // [channels, out_channels]
-    const Block<const A> w_block{w.const_data_ptr<A>(), out_channels};
+    const Factor<A> w(weight.to(scale.scalar_type()).t());  // [channels, out_channels]
     const A *bias_data = data_or_null<A>(bias), *out_scale_data = data_or_null<A>(out_scale),
             *out_shift_data = data_or_null<A>(out_shift);
     const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(channels + out_channels));
@@ -73,7 +72,7 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
       const Block<A> tile_y = same_or(tile_out, y_scratch);
       wide.bn_relu(tile.rows(), channels, x.template read<A>(loops, tile, tile_scratch),
                    scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
-      gemm(tile.rows(), out_channels, channels, constant(z), w_block, tile_y, false);
+      w.multiply(tile.rows(), constant(z), tile_y);
       if (bias_data != nullptr) wide.add_bias(tile.rows(), out_channels, bias_data, tile_y);
       if (out_scale_data != nullptr)
         wide.bn_relu(tile.rows(), out_channels, constant(tile_y), out_scale_data, out_shift_data, tile_y);
@@ -113,11 +112,11 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       const bool wanted = grad_features[i].numel() > 0;
       grads.push_back(wanted ? writable<T>(op, name.c_str(), grad_features[i]) : Block<T>{nullptr, 0});
     }
-    const Tensor w = weight.to(scale.scalar_type());  // [out_channels, channels]
-    const Block<const A> w_block{w.const_data_ptr<A>(), channels};
+    const Factor<A> w(weight.to(scale.scalar_type()));  // [out_channels, channels]
     const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(2 * channels + out_channels));
     const int64_t step = tiles.step();
-    const int64_t per_slot = step * (3 * channels + 3 * out_channels);
+    const int64_t z_step = row_step<A>(channels);
+    const int64_t per_slot = step * (2 * z_step + channels + 3 * out_channels) + kPanel;
     const Tensor scratch = at::empty({tiles.slots(), per_slot}, scale.options());
     const Tensor partial =
         at::empty({need_weight ? tiles.slots() : 0, out_channels, channels}, scale.options());
@@ -125,8 +124,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
     Sums sums(tiles.slots(), channels);
     tiles.for_each([&](int64_t slot, Tile tile) {
       A* x_scratch = scratch.mutable_data_ptr<A>() + slot * per_slot;
-      const Block<A> z{x_scratch + step * channels, channels}, dz{z.data + step * channels, channels};
-      A* dy_scratch = dz.data + step * channels;
+      const Block<A> z{x_scratch + step * channels, z_step}, dz{z.data + step * z_step, z_step};
+      A* dy_scratch = dz.data + step * z_step;
       const Block<A> transposed{dy_scratch + step * out_channels, step};
       const Block<const A> tile_x = x.template read<A>(loops, tile, x_scratch);
       Block<const A> tile_dy = dy.template read<A>(loops, tile, dy_scratch);
@@ -145,20 +144,27 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       }
       wide.bn_relu(tile.rows(), channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
-        wide.transpose(tile.rows(), out_channels, tile_dy, transposed);
         const Block<A> to{partial.mutable_data_ptr<A>() + slot * out_channels * channels, channels};
-        gemm(out_channels, channels, tile.rows(), constant(transposed), constant(z), to, started[slot]);
+        add_transposed(tile.rows(), out_channels, channels, tile_dy, constant(z), to, started[slot], transposed);
         started[slot] = true;
       }
       if (!need_features) return;
-      gemm(tile.rows(), channels, out_channels, tile_dy, w_block, dz, false);
+      const auto grad_of = [&](size_t i) {
+        return grads[i].data == nullptr ? grads[i] : from_row(grads[i], tile.first);
+      };
+      if (grads.size() == 1) {
+        w.multiply_backward(loops, tile.rows(), tile_dy, dz,
+                            {tile_x, constant(z), mean.const_data_ptr<A>(), scale.const_data_ptr<A>(),
+                             grad_of(0), accumulate, sums.d(slot), sums.dx(slot)});
+        return;
+      }
+      w.multiply(tile.rows(), tile_dy, dz);
       int64_t c = 0;
       for (size_t i = 0; i < grads.size(); ++i) {
         const int64_t count = features[i].size(1);
-        const Block<T> grad = grads[i].data == nullptr ? grads[i] : from_row(grads[i], tile.first);
         loops.bottleneck_backward(tile.rows(), count, from_column(tile_x, c), mean.const_data_ptr<A>() + c,
                                   constant(from_column(z, c)), constant(from_column(dz, c)),
-                                  scale.const_data_ptr<A>() + c, grad, accumulate, sums.d(slot) + c,
+                                  scale.const_data_ptr<A>() + c, grad_of(i), accumulate, sums.d(slot) + c,
                                   sums.dx(slot) + c);
         c += count;
       }

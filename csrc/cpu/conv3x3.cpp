@@ -91,7 +91,8 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
     const Block<T> to = writable<T>(op, "out", out);
     const int64_t columns = kTaps * k, taps_step = aligned(columns);
     // [channels, 9 k]: the taps side by side
-    const Tensor w = weight.to(scale.scalar_type()).permute({1, 2, 3, 0}).contiguous();
+    const Tensor taps_side_by_side = weight.to(scale.scalar_type()).permute({1, 2, 3, 0});
+    const Factor<A> w(taps_side_by_side.reshape({channels, columns}));
     const Bands bands(x, sizeof(A) * (channels + taps_step), 2);
     const int64_t width = bands.width, pixels = bands.height * width, ring = bands.step + 2;
     const int64_t z_size = aligned(ring * width * channels), taps_size = ring * width * taps_step + kVector;
@@ -112,8 +113,7 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
                     scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), {z, channels});
       for (int64_t y = above; y < below;) {
         const int64_t lines = std::min(below - y, ring - y % ring);
-        gemm(lines * width, columns, channels, {z + (y - above) * width * channels, channels},
-             {w.const_data_ptr<A>(), columns}, {line_of(y), taps_step}, false);
+        w.multiply(lines * width, {z + (y - above) * width * channels, channels}, {line_of(y), taps_step});
         y += lines;
       }
       for (int64_t y = first; y < last; ++y) {
@@ -158,7 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
     const Block<T> to = need_x ? writable<T>(op, "grad_x", grad_x) : Block<T>{nullptr, 0};
     const int64_t columns = kTaps * k, around_step = aligned(columns);
     // [9 k, channels]; what a pixel gets from its neighbour on one side came through the tap on the other
-    const Tensor w = weight.to(scale.scalar_type()).flip({2, 3}).permute({2, 3, 0, 1}).contiguous();
+    const Tensor around_a_pixel = weight.to(scale.scalar_type()).flip({2, 3}).permute({2, 3, 0, 1});
+    const Factor<A> w(around_a_pixel.reshape({columns, channels}));
     const Bands bands(x, sizeof(A) * (4 * channels + around_step + k), 0);
     const int64_t width = bands.width, pixels = bands.height * width, most = aligned(bands.step * width);
     const int64_t line = (width + 2) * k, padded = aligned((bands.step + 2) * line) + kVector;
@@ -187,15 +188,13 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
       const Block<const A> tile_x = from.template read<A>(loops, {row, row + count}, x_scratch);
       wide.bn_relu(count, channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
-        wide.transpose(count, channels, constant(z), transposed);
-        gemm(channels, columns, count, constant(transposed), constant(around),
-             {partial.mutable_data_ptr<A>() + slot * channels * columns, columns}, true);
+        const Block<A> sum{partial.mutable_data_ptr<A>() + slot * channels * columns, columns};
+        add_transposed(count, channels, columns, constant(z), constant(around), sum, true, transposed);
       }
       if (!need_x) return;
-      gemm(count, channels, columns, constant(around), {w.const_data_ptr<A>(), channels}, dz, false);
-      loops.bottleneck_backward(count, channels, tile_x, mean.const_data_ptr<A>(), constant(z), constant(dz),
-                                scale.const_data_ptr<A>(), from_row(to, row), accumulate, sums.d(slot),
-                                sums.dx(slot));
+      w.multiply_backward(loops, count, constant(around), dz,
+                          {tile_x, constant(z), mean.const_data_ptr<A>(), scale.const_data_ptr<A>(),
+                           from_row(to, row), accumulate, sums.d(slot), sums.dx(slot)});
     });
     for (int64_t slot = 0; need_weight && slot < bands.slots(); ++slot)
       grad_weight.add_(partial[slot].view({channels, 3, 3, k}).flip({1, 2}).permute({3, 0, 1, 2}));

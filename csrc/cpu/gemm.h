@@ -1,5 +1,6 @@
-// The machine's GEMM on small dense matrices, from inside a parallel region. float: oneDNN's micro-kernel,
-// which ATen exports (and which falls back to the BLAS where oneDNN has none); double: ATen's mm on the BLAS.
+// The machine's GEMM on small dense matrices, from inside a parallel region, and who multiplies. float: our own
+// products on AVX2 (products.h), elsewhere oneDNN's micro-kernel, which ATen exports (and which falls back to the
+// BLAS where oneDNN has none); double: ATen's mm on the BLAS.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -7,7 +8,8 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
-#include "cpu/rows.h"
+#include "cpu/products.h"
+#include "cpu/tiles.h"
 
 namespace effdense {
 
@@ -30,6 +32,78 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Block<const double> a, Block<c
     at::cpu::addmm_out(out, out, left, right);
   else
     at::cpu::mm_out(out, left, right);
+}
+
+// The products that take A, or null.
+template <typename A>
+const Products* own_products() {
+  return std::is_same_v<A, float> ? products() : nullptr;
+}
+
+// Elements from row to row of a scratch matrix of n columns. Ours read columns of it: with an odd number of cache
+// lines to a row they are spread over the whole cache. Whole vectors are read, so kPanel more are needed at the end.
+template <typename A>
+int64_t row_step(int64_t n) {
+  if (own_products<A>() == nullptr) return n;
+  const int64_t lines = (n + kPanel - 1) / kPanel;
+  return (lines + 1 - lines % 2) * kPanel;
+}
+
+// The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it.
+template <typename A>
+class Factor {
+ public:
+  explicit Factor(const Tensor& matrix) : k_(matrix.size(0)), n_(matrix.size(1)) {
+    if (own_products<A>() == nullptr) {
+      data_ = matrix.contiguous();
+      return;
+    }
+    const int64_t panels = (n_ + kPanel - 1) / kPanel;
+    data_ = at::empty({panels, k_, kPanel}, matrix.options());
+    A* to = data_.template mutable_data_ptr<A>();
+    const A* from = matrix.const_data_ptr<A>();
+    const int64_t row = matrix.stride(0), column = matrix.stride(1);
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t p = 0; p < k_; ++p)
+        for (int64_t j = panel * kPanel; j < (panel + 1) * kPanel; ++j)
+          *to++ = j < n_ ? from[p * row + j * column] : A(0);
+  }
+
+  // c [m, n] = a [m, k] times this.
+  void multiply(int64_t m, Block<const A> a, Block<A> c) const {
+    if constexpr (std::is_same_v<A, float>)
+      if (const Products* own = products()) return own->multiply(m, n_, k_, a, data(), c);
+    gemm(m, n_, k_, a, {data(), n_}, c, false);
+  }
+
+  // dz [m, n] = dy [m, k] times this, and what is behind it. `dz` is scratch, used where dz is not kept in registers.
+  template <typename T>
+  void multiply_backward(const Rows<T>& loops, int64_t m, Block<const A> dy, Block<A> dz,
+                         const Behind<T>& behind) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), behind);
+    multiply(m, dy, dz);
+    loops.bottleneck_backward(m, n_, behind.x, behind.mean, behind.z, constant(dz), behind.scale, behind.grad,
+                              behind.accumulate, behind.sum_d, behind.sum_dx);
+  }
+
+ private:
+  const A* data() const { return data_.template const_data_ptr<A>(); }
+
+  int64_t k_, n_;
+  Tensor data_;
+};
+
+// c [m, n] = or += a^T b, a [rows, m], b [rows, n]. `scratch` [m, rows] is used where who multiplies wants a^T.
+template <typename A>
+void add_transposed(int64_t rows, int64_t m, int64_t n, Block<const A> a, Block<const A> b, Block<A> c,
+                    bool accumulate, Block<A> scratch) {
+  if constexpr (std::is_same_v<A, float>)
+    if (const Products* own = products()) return own->add_transposed(rows, m, n, a, b, c, accumulate);
+  effdense::rows<A>().transpose(rows, m, a, scratch);
+  for (int64_t r = 0; r < rows; r += kPixels)
+    gemm(m, n, std::min(kPixels, rows - r), constant(from_column(scratch, r)), from_row(b, r), c,
+         accumulate || r > 0);
 }
 
 }  // namespace effdense

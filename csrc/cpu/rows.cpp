@@ -1,9 +1,11 @@
-// Picks the row loops for the machine that this runs on.
+// Picks the row loops, and who multiplies, for the machine that this runs on.
 #include "cpu/rows.h"
 
 #include <ATen/Version.h>
 
 #include <string>
+
+#include "cpu/products.h"
 
 namespace effdense {
 namespace {
@@ -18,10 +20,14 @@ Isa detect() {
   return Isa::baseline;
 }
 
+Isa isa() {
+  static const Isa found = detect();
+  return found;
+}
+
 template <typename T>
 const Rows<T>& pick(const Rows<T>& baseline, const Rows<T>& avx2, const Rows<T>& avx512) {
-  static const Isa isa = detect();
-  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
+  return isa() == Isa::avx512 ? avx512 : isa() == Isa::avx2 ? avx2 : baseline;
 }
 
 }  // namespace
@@ -43,6 +49,14 @@ const Rows<double>& rows<double>() {
 template <>
 const Rows<bfloat16>& rows<bfloat16>() {
   return EFFDENSE_PICK(bfloat16);
+}
+
+// oneDNN's micro-kernel has the masks and registers of AVX-512 to itself; on AVX2 ours are faster (docs/performance.md).
+const Products* products() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx2) return &avx2::products;
+#endif
+  return nullptr;
 }
 
 }  // namespace effdense

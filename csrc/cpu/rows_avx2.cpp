@@ -1,5 +1,5 @@
-// The row loops for x86-64 with AVX2. The options hold for the loops alone: all headers come before them.
-#include "cpu/rows.h"
+// The row loops and products for x86-64 with AVX2. The options hold for these alone: all headers come before them.
+#include "cpu/products.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -11,6 +11,8 @@
 
 #define EFFDENSE_ISA avx2
 #include "cpu/rows.inc"
+
+#include "cpu/gemm.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop
