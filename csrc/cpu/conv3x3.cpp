@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
                     scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), {z, channels});
       for (int64_t y = above; y < below;) {
         const int64_t lines = std::min(below - y, ring - y % ring);
-        w.multiply(lines * width, {z + (y - above) * width * channels, channels}, {line_of(y), taps_step});
+        w.multiply(lines * width, {z + (y - above) * width * channels, channels}, {line_of(y), taps_step},
+                   taps_step);
         y += lines;
       }
       for (int64_t y = first; y < last; ++y) {

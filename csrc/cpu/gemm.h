@@ -69,10 +69,13 @@ class Factor {
           *to++ = j < n_ ? from[p * row + j * column] : A(0);
   }
 
-  // c [m, n] = a [m, k] times this.
-  void multiply(int64_t m, Block<const A> a, Block<A> c) const {
+  // c [m, n] = a [m, k] times this. Of c's rows `room` elements may be written, where that is more than n.
+  void multiply(int64_t m, Block<const A> a, Block<A> c, int64_t room = 0) const {
     if constexpr (std::is_same_v<A, float>)
-      if (const Products* own = products()) return own->multiply(m, n_, k_, a, data(), c);
+      if (const Products* own = products()) {
+        const int64_t whole = (n_ + kPanel - 1) / kPanel * kPanel;
+        return own->multiply(m, room < whole ? n_ : whole, k_, a, data(), c);
+      }
     gemm(m, n_, k_, a, {data(), n_}, c, false);
   }
 
