@@ -53,13 +53,28 @@ def compile_for_cpu(sources: Sequence[Path], output: Path, *flags: str) -> Path:
     return output
 
 
-def compile_operators() -> Path:
-    """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU."""
+def compile_operators(architecture: int = 800) -> Path:
+    """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU.
+
+    With architecture 750 it is torch.ops.effdense_simt75: what runs on compute capability 7.5.
+    """
     flags, link = _of_torch()
-    flags += ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
+    name = "effdense_simt" if architecture == 800 else "effdense_simt75"
+    flags += [f"-DEFFDENSE_SIMT={name}", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
     # The bindings first: they take longest.
-    sources = {ROOT / "tests" / "simt" / "operators.cpp": flags} | {kernel: [] for kernel in KERNELS}
-    return _linked("operators.so", _objects(sources), *link)
+    sources = {ROOT / "tests" / "simt" / "operators.cpp": flags}
+    sources |= {kernel: _for_architecture(kernel, architecture) for kernel in KERNELS}
+    return _linked(f"{name}.so", _objects(sources), *link)
+
+
+def _for_architecture(kernel: Path, architecture: int) -> list[str]:
+    """Flags. Kernels that the architecture does not change are compiled once."""
+    if architecture == 800:
+        return []
+    command = ["g++", *FLAGS, "-isystem", cuda_include(), *(f"-I{path}" for path in INCLUDES), "-x", "c++"]
+    included = subprocess.run([*map(str, command), "-MM", kernel], capture_output=True, text=True, check=True)
+    changes = "kernels/architecture.cuh" in included.stdout
+    return [f"-DEFFDENSE_SIMT_ARCHITECTURE={architecture}"] if changes else []
 
 
 def compile_fake_device() -> Path:
@@ -80,11 +95,12 @@ def _of_torch() -> tuple[list[str], list[str]]:
     return [*(f"-isystem{path}" for path in include_paths()), f"-D_TORCH={torch.__version__}"], link
 
 
-def compile_launchers(sanitizer: str) -> Path:
+def compile_launchers(sanitizer: str, architecture: int = 800) -> Path:
     """The executable that calls every launcher of the kernels, with "address" or "thread" sanitizer."""
     flags = ["-O1", "-g1", f"-fsanitize={sanitizer}"]
-    sources = [*KERNELS, ROOT / "tests" / "simt" / "launchers.cpp"]
-    return _linked(f"launchers-{sanitizer}", _objects(dict.fromkeys(sources, flags)), flags[-1])
+    sources = {ROOT / "tests" / "simt" / "launchers.cpp": flags}
+    sources |= {kernel: [*flags, *_for_architecture(kernel, architecture)] for kernel in KERNELS}
+    return _linked(f"launchers-{sanitizer}", _objects(sources), flags[-1])
 
 
 def compile_samples(variant: str, *flags: str) -> Path:
