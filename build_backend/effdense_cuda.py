@@ -30,7 +30,9 @@ def architectures() -> list[str]:
             "they need compute capability 7.5 (Turing) at least.",
             file=sys.stderr,
         )
-    return able
+    if "7.5+PTX" in able:
+        print("effdense: code for 7.5 runs on 7.5 alone: 7.5+PTX is built as 7.5.", file=sys.stderr)
+    return [name.replace("7.5+PTX", "7.5") for name in able]
 
 
 def cuda_toolkit(version: str | None) -> str | None:

@@ -285,6 +285,7 @@ def test_without_a_toolkit_for_this_torch_there_are_no_kernels(
         ("8.0 9.0a+PTX", "8.0;9.0a+PTX"),
         ("7.5", "7.5"),
         ("7.0;7.5", "7.5"),
+        ("7.5+PTX", "7.5"),
         ("5.2,6.1", ""),
     ],
 )
@@ -293,6 +294,13 @@ def test_the_cards_that_are_built_for(cuda_build, monkeypatch, asked, built):
     if asked is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     assert ";".join(cuda_build.architectures()) == built
+
+
+def test_what_is_built_for_turing_is_for_no_later_card(cuda_build, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5+PTX")
+    cuda_build.architectures()
+    told = "effdense: code for 7.5 runs on 7.5 alone: 7.5+PTX is built as 7.5.\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(

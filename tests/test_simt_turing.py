@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effdense import check
-from tests.test_bottleneck import (  # noqa: F401: run here on another backend
+from tests.test_bottleneck import (  # noqa: F401
     test_backward_matches_the_float64_twin,
     test_forward_matches_the_float64_twin,
     test_runs_are_bitwise_repeatable,

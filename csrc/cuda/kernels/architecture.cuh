@@ -9,7 +9,8 @@ namespace effdense::kernels {
 
 enum class Architecture { turing, ampere };
 
-// In a kernel: what it is compiled for. Host code asks architecture(), of the current device.
+// In a kernel: what it is compiled for. Host code asks architecture(), of the current device, which never
+// runs the other one's code: the build makes no PTX of 7.5.
 constexpr Architecture kArchitecture =
     EFFDENSE_ARCHITECTURE < 800 ? Architecture::turing : Architecture::ampere;
 

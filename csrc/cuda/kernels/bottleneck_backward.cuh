@@ -84,6 +84,9 @@ __device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, co
         [&](int row, int column, int valid) {
           if (valid == 0) return;
           const int at = row * kTileStep<E, kOut> + column;
+          Vec<E, kPiece> loaded;
+          if constexpr (!Tile::kBuffersY)
+            loaded = load_some<kPiece>(from.data + (first_row + row) * from.step + column, valid);
           // In whole vectors: element by element, shared memory would be what this kernel waits for.
           using Sum = acc_t<E>;
           constexpr int kAtOnce = kPiece * sizeof(Sum) < 16 ? kPiece : 16 / sizeof(Sum);
@@ -101,8 +104,7 @@ __device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, co
             if constexpr (Tile::kBuffersY)
               y = *reinterpret_cast<const Some*>(shared.y + at + first);
             else
-              y = load_some<kAtOnce>(from.data + (first_row + row) * from.step + column + first,
-                                     valid - first);
+              for (int i = 0; i < kAtOnce; ++i) y[i] = loaded[first + i];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
               const Sum value = static_cast<Sum>(y[i]);
