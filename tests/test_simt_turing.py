@@ -19,15 +19,18 @@ from tests.test_bottleneck import (  # noqa: F401
 )
 from tests.test_simt_bottleneck import (  # noqa: F401
     ARITHMETICS,
+    TRAFFIC,
     WIDE,
+    Arithmetic,
     _forget,
     arithmetic,
     backward,
+    check_traffic,
     forward,
+    in_every_arithmetic,
     make_case,
     test_backward_in_every_tile,
     test_backward_of_what_is_wanted,
-    test_each_element_moves_once,
     test_epilogues,
     test_forward_in_every_tile,
     test_infinity_comes_through,
@@ -43,6 +46,14 @@ BACKENDS = ["simt75"]
 def simt(simt75: Any) -> Any:
     """What the tests of "the CUDA kernels" run on in this file."""
     return simt75
+
+
+@in_every_arithmetic
+@pytest.mark.parametrize("shape", TRAFFIC, ids=str)
+def test_each_element_moves_once_a_launch(simt: Any, arithmetic: Arithmetic, shape: tuple) -> None:  # noqa: F811
+    """Of 32 bits too, 64 out channels are the most that a launch has room for."""
+    launches = 1 if arithmetic.dtype.itemsize == 2 else -(-shape[2] // 64)
+    check_traffic(simt, shape, arithmetic, launches)
 
 
 def test_tf32_changes_nothing(simt: Any) -> None:

@@ -64,10 +64,7 @@ __device__ __forceinline__ T narrow(A value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     const uint32_t bits = __float_as_uint(value);
     const uint32_t nearest = value != value ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
-    const auto half = static_cast<uint16_t>(nearest);
-    T result;
-    memcpy(&result, &half, sizeof result);
-    return result;
+    return T(__nv_bfloat16_raw{static_cast<unsigned short>(nearest)});
   } else {
     return static_cast<T>(value);
   }
