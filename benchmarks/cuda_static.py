@@ -99,7 +99,7 @@ def resident(kernel: Kernel) -> dict[str, int]:
     return {
         "registers": REGISTERS // PARTITIONS // warp_registers * PARTITIONS // warps,
         "threads": limits.threads // (32 * warps),
-        "shared memory": limits.shared_kb * 1024 // shared,
+        "shared memory": limits.shared_kb * 1024 // max(shared, 1),
         "blocks": limits.blocks,
     }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from effdense import check
+from tests import test_simt_engine
 from tests.test_bottleneck import (  # noqa: F401
     test_backward_matches_the_float64_twin,
     test_forward_matches_the_float64_twin,
@@ -37,7 +38,6 @@ from tests.test_simt_bottleneck import (  # noqa: F401
     test_nan_comes_through,
     test_the_order_of_threads_and_blocks_changes_no_bit,
 )
-from tests.test_simt_engine import test_low_precision_is_as_exact_as_plain_pytorch  # noqa: F401
 
 BACKENDS = ["simt75"]
 
@@ -69,3 +69,10 @@ def test_tf32_changes_nothing(simt: Any) -> None:
 def test_the_check_before_a_cards_first_use_passes(simt: Any) -> None:
     results = check.check("cpu", simt, check.NUMBERS["cuda"])
     assert results and all(result.passed for result in results), [r for r in results if not r.passed]
+
+
+@pytest.mark.usefixtures("runs_on")
+@pytest.mark.parametrize("dtype", test_simt_engine.LOW)
+def test_the_engine_in_low_precision(dtype: torch.dtype) -> None:
+    for tail in ("block", "transition"):
+        test_simt_engine.test_low_precision_is_as_exact_as_plain_pytorch(dtype, "balanced", tail)
