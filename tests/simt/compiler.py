@@ -95,12 +95,11 @@ def _of_torch() -> tuple[list[str], list[str]]:
     return [*(f"-isystem{path}" for path in include_paths()), f"-D_TORCH={torch.__version__}"], link
 
 
-def compile_launchers(sanitizer: str, architecture: int = 800) -> Path:
+def compile_launchers(sanitizer: str) -> Path:
     """The executable that calls every launcher of the kernels, with "address" or "thread" sanitizer."""
     flags = ["-O1", "-g1", f"-fsanitize={sanitizer}"]
-    sources = {ROOT / "tests" / "simt" / "launchers.cpp": flags}
-    sources |= {kernel: [*flags, *_for_architecture(kernel, architecture)] for kernel in KERNELS}
-    return _linked(f"launchers-{sanitizer}", _objects(sources), flags[-1])
+    sources = [*KERNELS, ROOT / "tests" / "simt" / "launchers.cpp"]
+    return _linked(f"launchers-{sanitizer}", _objects(dict.fromkeys(sources, flags)), flags[-1])
 
 
 def compile_samples(variant: str, *flags: str) -> Path:
