@@ -94,6 +94,11 @@ def architectures_in(library: Path) -> list[str]:
     return [f"{major}.{minor}" for major, minor in sorted(found, key=lambda pair: [int(n) for n in pair])]
 
 
+def kind_of(architecture: str) -> str:
+    """The kernels' name for it: csrc/cuda/kernels/architecture.cuh."""
+    return "turing" if architecture == "7.5" else "ampere"
+
+
 def read(library: Path, architectures: Sequence[str]) -> Iterator[Kernel]:
     """Every kernel of each of the architectures. A kernel that several source files have comes as often."""
     bounds = parse_ptx(_cuobjdump(library, "-ptx"))
@@ -101,8 +106,10 @@ def read(library: Path, architectures: Sequence[str]) -> Iterator[Kernel]:
         raise LibraryError(
             f"{library} has no PTX, which is where launch bounds are read; build it for an architecture with +PTX"
         )
-    dynamic = dynamic_shared([name for name, bound in bounds.items() if bound.dynamic])
+    with_dynamic = [name for name, bound in bounds.items() if bound.dynamic]
+    of_kind = {on: dynamic_shared(with_dynamic, on) for on in set(map(kind_of, architectures))}
     for architecture in architectures:
+        dynamic = of_kind[kind_of(architecture)]
         select = ("-arch", f"sm_{architecture.replace('.', '')}")
         codes = dict(parse_sass(_cuobjdump(library, *select, "-sass")))
         for place, numbers in parse_resources(_cuobjdump(library, *select, "-res-usage")):
@@ -239,8 +246,11 @@ def short_name(symbol: str) -> str:
     return name.removeprefix("void ")
 
 
-def dynamic_shared(names: Sequence[str]) -> dict[str, int]:
-    """The most dynamic shared memory that each of these kernels is launched with, as the headers of this tree have it."""
+def dynamic_shared(names: Sequence[str], on: str) -> dict[str, int]:
+    """The most dynamic shared memory that each of these kernels is launched with, as the headers of this tree have it.
+
+    on: as `kind_of` has it.
+    """
     if not names:
         return {}
     if cuda_include() is None:
@@ -250,7 +260,7 @@ def dynamic_shared(names: Sequence[str]) -> dict[str, int]:
         family, _, arguments = name.partition("<")
         if family not in TILES:
             raise LibraryError(f"{name} has dynamic shared memory, but TILES does not say how much")
-        prints.append(f'std::printf("%d\\n", {TILES[family]}<{arguments}::kBytes);')
+        prints.append(f'std::printf("%d\\n", {TILES[family]}<{arguments[:-1]}, Architecture::{on}>::kBytes);')
     source = "\n".join(
         [
             '#include "kernels/bottleneck.cuh"',

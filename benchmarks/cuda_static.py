@@ -31,10 +31,13 @@ class Limits(NamedTuple):
     blocks: int
     shared_kb: int
     block_shared_kb: int
+    shared_unit: int = 128  # what a block's shared memory is rounded up to, in bytes
+    driver_shared: int = 1024  # bytes of every block
 
 
-# CUDA Programming Guide, table "Technical Specifications per Compute Capability".
+# CUDA Programming Guide, table "Technical Specifications per Compute Capability"; the last two as cuda_occupancy.h has them.
 LIMITS = {
+    "7.5": Limits(1024, 16, 64, 64, 256, 0),
     "8.0": Limits(2048, 32, 164, 163),
     "8.6": Limits(1536, 16, 100, 99),
     "8.9": Limits(1536, 24, 100, 99),
@@ -46,8 +49,7 @@ LIMITS = {
 MOST_SHARED_KB = max(limits.shared_kb for limits in LIMITS.values())
 # The same in all of them: registers of a multiprocessor, and that a block of so many registers can start at all.
 REGISTERS, PARTITIONS = 65_536, 4
-REGISTER_UNIT, SHARED_UNIT = 256, 128  # what a warp's registers and a block's shared memory are rounded up to
-DRIVER_SHARED = 1024  # of every block
+REGISTER_UNIT = 256  # what a warp's registers are rounded up to
 
 # Every kernel, so that none escapes its requirements by another name, and what it is:
 #   gemm    tiles through shared memory, products in a loop
@@ -78,6 +80,12 @@ PRODUCTS = {
     "Plain<float>": "FFMA",
     "Plain<double>": "DFMA",
 }
+# 7.5 has no mma m16n8k16, and none of bfloat16 and TF32, which become exact products.
+PRODUCTS_OF_TURING = PRODUCTS | {
+    "TensorCore<__half>": "HMMA.1688.F32",
+    "TensorCore<__nv_bfloat16>": "FFMA",
+    "Tf32": "FFMA",
+}
 
 
 def resident(kernel: Kernel) -> dict[str, int]:
@@ -87,11 +95,11 @@ def resident(kernel: Kernel) -> dict[str, int]:
     """
     limits, warps = LIMITS[kernel.architecture], -(-kernel.bounds.threads // 32)
     warp_registers = _round_up(kernel.registers * 32, REGISTER_UNIT)
-    shared = _round_up(kernel.shared + DRIVER_SHARED, SHARED_UNIT)
+    shared = _round_up(kernel.shared + limits.driver_shared, limits.shared_unit)
     return {
         "registers": REGISTERS // PARTITIONS // warp_registers * PARTITIONS // warps,
         "threads": limits.threads // (32 * warps),
-        "shared memory": limits.shared_kb * 1024 // shared,
+        "shared memory": limits.shared_kb * 1024 // max(shared, 1),
         "blocks": limits.blocks,
     }
 
@@ -103,6 +111,11 @@ def occupancy(kernel: Kernel) -> float:
 
 def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
+
+
+def is_launched(kernel: Kernel) -> bool:
+    """Whether a block has room for it: where not, smaller tiles are launched instead."""
+    return kernel.shared <= LIMITS[kernel.architecture].block_shared_kb * 1024
 
 
 def is_widest(kernel: Kernel) -> bool:
@@ -134,16 +147,18 @@ def failures(kernels: Sequence[Kernel], library_bytes: int) -> list[str]:
 
 def _faults(kernel: Kernel) -> Iterable[str]:
     """What is wrong with one kernel."""
+    limits, blocks, threads = LIMITS[kernel.architecture], resident(kernel), kernel.bounds.threads
+    if not is_launched(kernel):
+        if any(opcode.startswith(("LD", "ST")) for opcode in kernel.code.opcodes):
+            yield f"{kernel.shared:,} bytes of shared memory are more than a block's {limits.block_shared_kb} KB"
+        return  # without code it only has a name
     if kernel.stack or kernel.local:
         yield f"has a stack of {kernel.stack} and local memory of {kernel.local} bytes, must have none"
     if local := sorted(opcode for opcode in kernel.code.opcodes if opcode.startswith(("LDL", "STL"))):
         yield f"uses local memory ({', '.join(local)})"
 
-    limits, blocks, threads = LIMITS[kernel.architecture], resident(kernel), kernel.bounds.threads
     if kernel.registers * threads > REGISTERS:
         yield f"{kernel.registers} registers for each of {threads} threads are more than {REGISTERS:,}"
-    if kernel.shared > limits.block_shared_kb * 1024:
-        yield f"{kernel.shared:,} bytes of shared memory are more than a block's {limits.block_shared_kb} KB"
     for what, count in blocks.items():
         if count < kernel.bounds.blocks and not (
             what == "shared memory" and limits.shared_kb < MOST_SHARED_KB
@@ -155,11 +170,15 @@ def _faults(kernel: Kernel) -> Iterable[str]:
         yield "is unknown: FAMILIES must say what kind of kernel it is"
     elif kind == "gemm":
         arithmetic = kernel.name.partition("<")[2].rpartition(",")[0]
-        product = PRODUCTS.get(arithmetic, f"instruction that PRODUCTS has for {arithmetic}")
+        turing = kernel.architecture == "7.5"
+        products = PRODUCTS_OF_TURING if turing else PRODUCTS
+        product = products.get(arithmetic, f"instruction that PRODUCTS has for {arithmetic}")
         main = [loop for loop in kernel.code.loops if product in loop]
         if not main:
             yield f"has no {product} in a loop"
-        elif not any(_has(loop, "LDGSTS", "128") for loop in main):
+        elif turing and not any(_has(loop, "LDG", "128") and _has(loop, "STS", "128") for loop in main):
+            yield f"has no copy of 16 bytes (LDG.128, STS.128) in its loop of {product}"
+        elif not turing and not any(_has(loop, "LDGSTS", "128") for loop in main):
             yield f"has no asynchronous copy of 16 bytes (LDGSTS.128) in its loop of {product}"
         if not _has(kernel.code.opcodes, "STG", "128"):
             yield "has no store of 16 bytes (STG.128)"
@@ -215,13 +234,15 @@ def by_name(kernels: Iterable[Kernel]) -> dict[str, dict[str, Kernel]]:
 
 
 def _cell(kernel: Kernel | None) -> str:
-    if kernel is None:
+    if kernel is None or not is_launched(kernel):
         return "-"
     return f"{kernel.registers}/{min(resident(kernel).values())}/{occupancy(kernel):.0%}"
 
 
-def _shared(kernel: Kernel) -> str:
-    return f"{kernel.shared / 1024:.1f} KB" if kernel.shared else "-"
+def _shared(row: dict[str, Kernel]) -> str:
+    """Of the architecture with the most."""
+    most = max(kernel.shared for kernel in row.values())
+    return f"{most / 1024:.1f} KB" if most else "-"
 
 
 def table(kernels: Sequence[Kernel], architectures: Sequence[str]) -> Table:
@@ -239,7 +260,7 @@ def table(kernels: Sequence[Kernel], architectures: Sequence[str]) -> Table:
         shown.add_row(
             name,
             str(any_.bounds.threads),
-            _shared(any_),
+            _shared(row),
             f"{min(code):.0f}-{max(code):.0f}",
             *(_cell(row.get(a)) for a in architectures),
         )
@@ -259,8 +280,8 @@ def markdown(kernels: Sequence[Kernel], architectures: Sequence[str], result: st
     widest = by_name(kernel for kernel in kernels if is_widest(kernel))
     lines = [
         "<!-- Written by python -m benchmarks.cuda_static --table. -->",
-        f"{result}. Here are the variants that move the most at a time, with the most shared memory that they are launched with. "
-        "Per architecture: registers of a thread / blocks that a multiprocessor holds / part of its threads.",
+        f"{result}. Here are the variants that move the most at a time, with the most shared memory that they are launched with on any architecture. "
+        "Per architecture: registers of a thread / blocks that a multiprocessor holds / part of its threads; -: not launched there.",
         "",
         "| kernel | threads | shared memory | " + " | ".join(architectures) + " |",
         "|---|--:|--:|" + "--:|" * len(architectures),
@@ -270,7 +291,7 @@ def markdown(kernels: Sequence[Kernel], architectures: Sequence[str], result: st
         cells = [
             f"`{name}`",
             str(any_.bounds.threads),
-            _shared(any_),
+            _shared(row),
             *(_cell(row.get(a)) for a in architectures),
         ]
         lines.append("| " + " | ".join(cells) + " |")

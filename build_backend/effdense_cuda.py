@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 
-# What the kernels need (cp.async, mma m16n8k16) is there from 8.0 on. PTX: for cards that come later.
-ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# What the kernels need (mma m16n8k8, ldmatrix) is there from 7.5 on. PTX: for cards that come later.
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+TOO_OLD = {3: "Kepler", 5: "Maxwell", 6: "Pascal", 7: "Volta"}  # by major version
 
 
 def architectures() -> list[str]:
@@ -21,14 +22,17 @@ def architectures() -> list[str]:
                 "effdense: TORCH_CUDA_ARCH_LIST must be a list of compute capabilities such as 8.0;9.0+PTX, "
                 f"got {os.environ['TORCH_CUDA_ARCH_LIST']!r}"
             )
-    able = [name for name in asked if float(re.match(r"[\d.]+", name)[0]) >= 8]
+    able = [name for name in asked if float(re.match(r"[\d.]+", name)[0]) >= 7.5]
     if able != asked:
+        old = [f"{name} ({TOO_OLD.get(int(name[0]), 'unknown')})" for name in asked if name not in able]
         print(
-            "effdense: the CUDA kernels need compute capability 8.0: none for "
-            f"{', '.join(sorted(set(asked) - set(able)))}, where plain PyTorch will run.",
+            f"effdense: no CUDA kernels are built for {', '.join(old)}, where plain PyTorch will run: "
+            "they need compute capability 7.5 (Turing) at least.",
             file=sys.stderr,
         )
-    return able
+    if "7.5+PTX" in able:
+        print("effdense: code for 7.5 runs on 7.5 alone: 7.5+PTX is built as 7.5.", file=sys.stderr)
+    return [name.replace("7.5+PTX", "7.5") for name in able]
 
 
 def cuda_toolkit(version: str | None) -> str | None:

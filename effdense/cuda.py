@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from effdense._extension import build_info
 from effdense.check import Shape, check
 
+LEAST_CAPABILITY = (7, 5)  # of a card, for any kernels to be built for it
 SELF_CHECK = "EFFDENSE_SELF_CHECK"  # environment variable: 0 switches the check off
 # images, spatial sizes, channels of each feature, output channels: several blocks and tiles of everything, each width of
 # the products' tiles, ragged edges
@@ -53,11 +54,10 @@ def why_unsupported(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if runs_on(info["arch_list"], capability):
         return None
-    return (
-        f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, and effdense's "
-        f"kernels, which need 8.0 at least, were built for {', '.join(info['arch_list'])} (TORCH_CUDA_ARCH_LIST says "
-        "what they are built for)"
-    )
+    found = f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, and effdense's"
+    if capability < LEAST_CAPABILITY:
+        return f"{found} kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} at least"
+    return f"{found} kernels were built for {', '.join(info['arch_list'])} (set TORCH_CUDA_ARCH_LIST when you build them)"
 
 
 def _why_wrong(index: int) -> str | None:

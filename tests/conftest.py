@@ -21,6 +21,7 @@ from tests.simt.compiler import compile_operators, cuda_include
 
 # For what this process starts, pytest-xdist's workers above all: threads that wait leave the processor to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+SIMT = ("simt", "simt75")  # backends that run CUDA kernels on the CPU
 FALLBACK = effdense.build_info()["reason"] == "EFFDENSE_FORCE_REFERENCE is set"
 WITHOUT_THE_EXTENSION = [
     "convert",
@@ -83,18 +84,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, every, indirect=True)
 
 
+def _load_simt(architecture: int) -> None:
+    if cuda_include() is None:
+        pytest.skip("needs the CUDA toolkit's headers")
+    torch.ops.load_library(str(compile_operators(architecture)))
+
+
 @pytest.fixture(scope="session")
 def simt() -> Any:
     """The CUDA operators on the CPU, compiled by the first test that wants them."""
-    if cuda_include() is None:
-        pytest.skip("needs the CUDA toolkit's headers")
-    torch.ops.load_library(str(compile_operators()))
+    _load_simt(800)
     return torch.ops.effdense_simt
 
 
+@pytest.fixture(scope="session")
+def simt75() -> Any:
+    """As `simt`, with the code for compute capability 7.5."""
+    _load_simt(750)
+    return torch.ops.effdense_simt75
+
+
 def _namespace(request: pytest.FixtureRequest) -> Any:
-    if request.param == "simt":
-        return request.getfixturevalue("simt")
+    if request.param in SIMT:
+        return request.getfixturevalue(request.param)
     if request.param == "cuda":
         return OnDevice(torch.ops.effdense, "cuda")
     return BACKENDS.get(request.param, reference)
@@ -115,9 +127,9 @@ def any_ops(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def runs_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What effdense runs on in a test: its CPU kernels, its CUDA kernels on the CPU, a GPU (where tensors are then made), or none."""
-    if request.param == "simt":
+    if request.param in SIMT:
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        monkeypatch.setitem(operators._COMPILED, "cpu", (request.getfixturevalue("simt"), dtypes))
+        monkeypatch.setitem(operators._COMPILED, "cpu", (request.getfixturevalue(request.param), dtypes))
     with torch.device("cuda" if request.param == "cuda" else "cpu"):
         yield request.param
 

@@ -279,21 +279,45 @@ def test_without_a_toolkit_for_this_torch_there_are_no_kernels(
 @pytest.mark.parametrize(
     "asked, built",
     [
-        (None, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
-        ("", "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        (None, "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
         ("9.0", "9.0"),
         ("8.0 9.0a+PTX", "8.0;9.0a+PTX"),
-        ("7.5;8.6", "8.6"),
-        ("5.2", ""),
+        ("7.5", "7.5"),
+        ("7.0;7.5", "7.5"),
+        ("7.5+PTX", "7.5"),
+        ("5.2,6.1", ""),
     ],
 )
-def test_the_cards_that_are_built_for(cuda_build, monkeypatch, capsys, asked, built):
+def test_the_cards_that_are_built_for(cuda_build, monkeypatch, asked, built):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     if asked is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     assert ";".join(cuda_build.architectures()) == built
-    old = asked in ("7.5;8.6", "5.2")
-    assert ("need compute capability 8.0: none for " in capsys.readouterr().err) == old
+
+
+def test_what_is_built_for_turing_is_for_no_later_card(cuda_build, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5+PTX")
+    cuda_build.architectures()
+    told = "effdense: code for 7.5 runs on 7.5 alone: 7.5+PTX is built as 7.5.\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    "asked, named",
+    [
+        ("7.5;9.0", None),
+        ("7.0;8.0", "7.0 (Volta)"),
+        ("6.1 7.2+PTX 8.0", "6.1 (Pascal), 7.2+PTX (Volta)"),
+        ("5.2", "5.2 (Maxwell)"),
+    ],
+)
+def test_cards_that_are_too_old_are_named(cuda_build, monkeypatch, capsys, asked, named):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    cuda_build.architectures()
+    told = f"effdense: no CUDA kernels are built for {named}, where plain PyTorch will run: "
+    told += "they need compute capability 7.5 (Turing) at least.\n"
+    assert capsys.readouterr().err == (told if named else "")
 
 
 def test_cards_that_nobody_can_name(cuda_build, monkeypatch):

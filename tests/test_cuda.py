@@ -13,7 +13,7 @@ from effdense import check, cuda, operators, reference
 from tests.cases import channels_last
 from tests.on_device import OnDevice
 
-ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,10 @@ ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
         (ARCHITECTURES, (11, 0), False),
         (ARCHITECTURES, (12, 1), True),
         (ARCHITECTURES, (13, 0), True),  # PTX
-        (ARCHITECTURES, (7, 5), False),
+        (ARCHITECTURES, (7, 5), True),
+        (ARCHITECTURES, (7, 0), False),
+        (["8.0"], (7, 5), False),
+        (["7.5"], (8, 0), False),
         (["8.6"], (8, 0), False),
         (["8.0"], (9, 0), False),
         (["8.0+PTX"], (9, 0), True),
@@ -144,13 +147,33 @@ def test_what_waits_for_a_result_is_not_captured(card: Card) -> None:
     assert card.operators() is torch.ops.effdense and card.checks == 1
 
 
-def test_a_card_that_is_too_old_gets_plain_pytorch(card: Card) -> None:
-    card.capability = (7, 5)
+@pytest.mark.parametrize(
+    "capability, reason",
+    [
+        ((7, 0), "compute capability 7.0, and effdense's kernels need 7.5 at least"),
+        (
+            (11, 0),
+            "compute capability 11.0, and effdense's kernels were built for 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0+PTX "
+            "(set TORCH_CUDA_ARCH_LIST when you build them)",
+        ),
+    ],
+)
+def test_a_card_without_kernels_gets_plain_pytorch(
+    card: Card, capability: tuple[int, int], reason: str
+) -> None:
+    card.capability = capability
     with pytest.warns(RuntimeWarning) as caught:
         assert card.operators() is reference
     (message,) = [str(w.message) for w in caught]
-    assert "because Test Card has compute capability 7.5, and effdense's kernels, which need 8.0" in message
-    assert "were built for 8.0, 8.6, 8.9, 9.0, 10.0, 12.0+PTX" in message and card.checks == 0
+    told = (
+        "effdense runs on plain PyTorch on cuda:0 (same results, slower, more memory), because Test Card has "
+    )
+    assert message == told + reason and card.checks == 0
+
+
+def test_turing_gets_kernels(card: Card) -> None:
+    card.capability = (7, 5)
+    assert card.operators() is torch.ops.effdense and card.checks == 1
 
 
 def test_a_build_without_kernels_says_so(card: Card) -> None:

@@ -84,10 +84,12 @@ def test_code_and_its_loops():
 @pytest.mark.skipif(cuda_include() is None, reason="needs the CUDA toolkit's headers")
 def test_dynamic_shared_memory_is_what_the_headers_say():
     name = "bottleneck_kernel<Tf32, 64>"
-    # Three stages of 16 floats, and 16 bytes between rows, for 128 pixels and 64 out channels, and two vectors.
-    assert cuda_library.dynamic_shared([name]) == {name: 3 * 4 * ((128 + 64) * 20 + 2 * 16)}
+    # Three stages, or two, of 16 floats, and 16 bytes between rows, for 128 pixels and 64 out channels, and two vectors.
+    stage = 4 * ((128 + 64) * 20 + 2 * 16)
+    assert cuda_library.dynamic_shared([name], "ampere") == {name: 3 * stage}
+    assert cuda_library.dynamic_shared([name], "turing") == {name: 2 * stage}
     with pytest.raises(LibraryError, match="unheard_of<float> has dynamic shared memory"):
-        cuda_library.dynamic_shared([name, "unheard_of<float>"])
+        cuda_library.dynamic_shared([name, "unheard_of<float>"], "ampere")
 
 
 # ---- Requirements
@@ -106,6 +108,8 @@ OTHERS += [
 
 def good(name: str, architecture: str = "8.0", without: str = "") -> Kernel:
     opcodes = {"HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"}
+    if architecture == "7.5":
+        opcodes = {"HMMA.1688.F32", "FFMA", "LDG.E.128", "STS.128", "STG.E.128"}
     if name == READER or name in OTHERS[5:]:
         opcodes = {"LDG.E.128"} if name == READER else {"LDG.E"}
     loop = frozenset(opcodes - {without})
@@ -119,8 +123,22 @@ def failures(*changed: Kernel, library_bytes: int = 10**6) -> list[str]:
     return cuda_static.failures([*changed, *rest], library_bytes)
 
 
-def test_nothing_fails_where_all_is_good():
-    assert failures() == []
+@pytest.mark.parametrize("architecture", ["7.5", "8.0"])
+def test_nothing_fails_where_all_is_good(architecture):
+    names = [GEMM, GEMM.replace("half", "nv_bfloat16"), WRITER, READER, *OTHERS]
+    kernels = [good(name, architecture) for name in names if architecture == "7.5" or "bfloat16" not in name]
+    assert cuda_static.failures(kernels, 10**6) == []
+
+
+def test_what_is_too_large_to_be_launched_must_have_no_code():
+    kernel = good(GEMM, "7.5")._replace(dynamic_shared=66_000)
+    assert any("are more than a block's 64 KB" in line for line in failures(kernel))
+    empty = kernel._replace(code=Code(32, frozenset({"MOV", "EXIT"}), ()))
+    assert not any("64 KB" in line or "HMMA" in line for line in failures(empty))
+    (row,) = [
+        line for line in cuda_static.markdown([empty], ["7.5"], "").splitlines() if "bottleneck" in line
+    ]
+    assert row.endswith("| 65.5 KB | - |")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +161,9 @@ def test_nothing_fails_where_all_is_good():
         (good(READER, without="LDG.E.128"), "has no load of 16 bytes"),
         (good(WRITER, without="STG.E.128"), "has no store of 16 bytes"),
         (good(WRITER)._replace(code=Code(1, good(WRITER).code.opcodes, ())), "has no load of 16 bytes"),
+        (good(GEMM, "7.5", without="HMMA.1688.F32"), "has no HMMA.1688.F32 in a loop"),
+        (good(OTHERS[4], "7.5", without="FFMA"), "has no FFMA in a loop"),
+        (good(GEMM, "7.5", without="STS.128"), "has no copy of 16 bytes (LDG.128, STS.128)"),
         (good(WRITER, "9.0"), "for 8.0: is missing"),
         (good("unheard_of<float>"), "is unknown: FAMILIES"),
         (good("bottleneck_kernel<Unheard<float>, 64>"), "PRODUCTS has for Unheard<float>"),

@@ -1,6 +1,6 @@
 // What the CUDA operators share: where they run, the element types, maps as the launchers take them. The same
-// sources also make torch.ops.effdense_simt (EFFDENSE_SIMT, tests/simt): CPU tensors, and a harness that runs
-// the kernels. This file alone tells the two apart.
+// sources also make torch.ops.effdense_simt (EFFDENSE_SIMT is its name, tests/simt): CPU tensors, and a
+// harness that runs the kernels. This file alone tells the two apart.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -23,8 +23,8 @@ namespace effdense {
 
 // The tensors' device and its current stream, for as long as this lives.
 #ifdef EFFDENSE_SIMT
-#define EFFDENSE_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(effdense_simt, CPU, m)
-#define EFFDENSE_CUDA_FRAGMENT(m) TORCH_LIBRARY_FRAGMENT(effdense_simt, m)
+#define EFFDENSE_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(EFFDENSE_SIMT, CPU, m)
+#define EFFDENSE_CUDA_FRAGMENT(m) TORCH_LIBRARY_FRAGMENT(EFFDENSE_SIMT, m)
 struct OnDevice {
   explicit OnDevice(const Tensor&) {}
   static constexpr kernels::Stream stream = nullptr;

@@ -53,13 +53,28 @@ def compile_for_cpu(sources: Sequence[Path], output: Path, *flags: str) -> Path:
     return output
 
 
-def compile_operators() -> Path:
-    """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU."""
+def compile_operators(architecture: int = 800) -> Path:
+    """The library that registers torch.ops.effdense_simt: the CUDA operators on the CPU.
+
+    With architecture 750 it is torch.ops.effdense_simt75: what runs on compute capability 7.5.
+    """
     flags, link = _of_torch()
-    flags += ["-DEFFDENSE_SIMT", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
+    name = "effdense_simt" if architecture == 800 else "effdense_simt75"
+    flags += [f"-DEFFDENSE_SIMT={name}", "-O1", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
     # The bindings first: they take longest.
-    sources = {ROOT / "tests" / "simt" / "operators.cpp": flags} | {kernel: [] for kernel in KERNELS}
-    return _linked("operators.so", _objects(sources), *link)
+    sources = {ROOT / "tests" / "simt" / "operators.cpp": flags}
+    sources |= {kernel: _for_architecture(kernel, architecture) for kernel in KERNELS}
+    return _linked(f"{name}.so", _objects(sources), *link)
+
+
+def _for_architecture(kernel: Path, architecture: int) -> list[str]:
+    """Flags. Kernels that the architecture does not change are compiled once."""
+    if architecture == 800:
+        return []
+    command = ["g++", *FLAGS, "-isystem", cuda_include(), *(f"-I{path}" for path in INCLUDES), "-x", "c++"]
+    included = subprocess.run([*map(str, command), "-MM", kernel], capture_output=True, text=True, check=True)
+    changes = "kernels/architecture.cuh" in included.stdout
+    return [f"-DEFFDENSE_SIMT_ARCHITECTURE={architecture}"] if changes else []
 
 
 def compile_fake_device() -> Path:

@@ -70,14 +70,17 @@ inline std::string to_string(dim3 size) {
   return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
 }
 
-// The limits of compute capability 8.0 to 12.0; 227 KB is the most that any of them has.
-inline void check_configuration(dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
+// Of compute capability 7.5, or the most that any from 8.0 to 12.0 has. All other limits are the same.
+constexpr size_t kMostSharedBytes = (EFFDENSE_SIMT_ARCHITECTURE < 800 ? 64 : 227) * 1024;
+
+inline void check_configuration(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                                size_t most_shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x == 0 || grid.x > 0x7FFFFFFF || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535)
     throw Error("simt: invalid configuration: grid " + to_string(grid));
   if (threads == 0 || threads > 1024 || block.z > 64)
     throw Error("simt: invalid configuration: block " + to_string(block));
-  if (dynamic_shared_bytes > 227 * 1024)
+  if (dynamic_shared_bytes > most_shared_bytes)
     throw Error("simt: invalid configuration: " + std::to_string(dynamic_shared_bytes) +
                 " bytes of dynamic shared memory");
 }
@@ -125,8 +128,9 @@ inline void run_block(const std::vector<int>& order) {
   throw Error(std::string("simt: ") + machine.message);
 }
 
-inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
-  check_configuration(grid, block, dynamic_shared_bytes);
+inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                size_t most_shared_bytes) {
+  check_configuration(grid, block, dynamic_shared_bytes, most_shared_bytes);
   const std::lock_guard lock(machine.busy);
   const Order order;
   last = {grid, block, dynamic_shared_bytes, {}};
@@ -177,7 +181,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
     const Call& call = *static_cast<const Call*>(data);
     std::apply(call.kernel, call.parameters);
   };
-  run({body, &call, kExit == Exit::early}, grid, block, dynamic_shared_bytes);
+  run({body, &call, kExit == Exit::early}, grid, block, dynamic_shared_bytes, kMostSharedBytes);
 }
 
 // What the last launch did, and the sum over all that succeeded since the last reset.

@@ -21,6 +21,11 @@
 
 #include "fiber.h"
 
+// What __CUDA_ARCH__ would be: 750, or 800 for 8.0 and later.
+#ifndef EFFDENSE_SIMT_ARCHITECTURE
+#define EFFDENSE_SIMT_ARCHITECTURE 800
+#endif
+
 // A section of its own, in templates too: memory.h.
 #undef __shared__
 #define __shared__ static __attribute__((noinit))

@@ -1,5 +1,5 @@
-// torch.ops.effdense_simt: the CUDA operators from their own sources, kernels and bindings, on CPU tensors.
-// And what the harness knows of them: the traffic of arrays and launches.
+// torch.ops.effdense_simt, or what EFFDENSE_SIMT names: the CUDA operators from their own sources, kernels
+// and bindings, on CPU tensors. And what the harness knows of them: the traffic of arrays and launches.
 #include "schemas.h"
 
 // One translation unit: torch's headers cost more time than all else.
@@ -22,7 +22,7 @@ void watch(const std::string& name, const at::Tensor& x) {
 
 }  // namespace
 
-TORCH_LIBRARY(effdense_simt, m) {
+TORCH_LIBRARY(EFFDENSE_SIMT, m) {
   effdense::define_operators(m);
   // loads, their bytes, stores, their bytes: of what is watched, and of all launches since `forget`
   m.def("watch(str name, Tensor x) -> ()", watch);

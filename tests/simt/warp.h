@@ -147,6 +147,7 @@ inline void ldmatrix_x4_trans(uint32_t (&result)[4], const void* row, Site site 
 //   accumulator   (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
 //   A, 16 bits    (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with the column after it
 //   B, 16 bits    (2t, g) (2t + 8, g), each with the row after it
+//   of K = 8      the first two of A, the first one of B
 //   A, TF32       (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4)
 //   B, TF32       (t, g) (t + 4, g)
 
@@ -167,12 +168,13 @@ SIMT_UNINSTRUMENTED inline float widen(uint16_t bits) {
   return std::bit_cast<float>(finite | special | sign);
 }
 
-template <typename T, int kLines>
-SIMT_UNINSTRUMENTED inline void widen_all(const uint32_t (&pairs)[kLines][8], float (&values)[kLines][16]) {
-  uint16_t bits[kLines * 16];
-  float wide[kLines * 16];
+template <typename T, int kLines, int kDepth>
+SIMT_UNINSTRUMENTED inline void widen_all(const uint32_t (&pairs)[kLines][kDepth / 2],
+                                          float (&values)[kLines][kDepth]) {
+  uint16_t bits[kLines * kDepth];
+  float wide[kLines * kDepth];
   memcpy(bits, pairs, sizeof bits);
-  for (int i = 0; i < kLines * 16; ++i) wide[i] = widen<T>(bits[i]);
+  for (int i = 0; i < kLines * kDepth; ++i) wide[i] = widen<T>(bits[i]);
   memcpy(values, wide, sizeof wide);
 }
 
@@ -203,18 +205,18 @@ SIMT_UNINSTRUMENTED inline void multiply_accumulate(Warp& warp, const float (&a)
   }
 }
 
-template <typename T>
+template <typename T, int kDepth>
 SIMT_UNINSTRUMENTED inline void compute_mma(Warp& warp, uint32_t) {
-  uint32_t a_pairs[16][8], b_pairs[8][8];
+  uint32_t a_pairs[16][kDepth / 2], b_pairs[8][kDepth / 2];
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& mine = operand<Mma>(warp, lane);
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) a_pairs[g + 8 * (i % 2)][t + 4 * (i / 2)] = mine.a[i];
-    for (int i = 0; i < 2; ++i) b_pairs[g][t + 4 * i] = mine.b[i];
+    for (int i = 0; i < kDepth / 4; ++i) a_pairs[g + 8 * (i % 2)][t + 4 * (i / 2)] = mine.a[i];
+    for (int i = 0; i < kDepth / 8; ++i) b_pairs[g][t + 4 * i] = mine.b[i];
   }
-  float a[16][16], b[8][16];
-  widen_all<T>(a_pairs, a);
-  widen_all<T>(b_pairs, b);
+  float a[16][kDepth], b[8][kDepth];
+  widen_all<T, 16, kDepth>(a_pairs, a);
+  widen_all<T, 8, kDepth>(b_pairs, b);
   multiply_accumulate(warp, a, b);
 }
 
@@ -236,7 +238,14 @@ SIMT_UNINSTRUMENTED inline void mma_16x8x16(float (&accumulator)[4], const uint3
                                             uint32_t b1, Site site = Site::current()) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   Mma mine{accumulator, a, {b0, b1}};
-  collective("mma_16x8x16", compute_mma<T>, kFullWarp, &mine, false, site);
+  collective("mma_16x8x16", compute_mma<T, 16>, kFullWarp, &mine, false, site);
+}
+
+inline void mma_16x8x8_half(float (&accumulator)[4], uint32_t a0, uint32_t a1, uint32_t b,
+                            Site site = Site::current()) {
+  const uint32_t a[2] = {a0, a1};
+  Mma mine{accumulator, a, {b, 0}};
+  collective("mma_16x8x8_half", compute_mma<__half, 8>, kFullWarp, &mine, false, site);
 }
 
 SIMT_UNINSTRUMENTED inline void mma_16x8x8_tf32(float (&accumulator)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -9,11 +9,14 @@ constexpr int64_t kPixelsPerBlock = 128;
 
 template <typename Math, int kOut, typename Arguments>
 void launch_bottleneck(const Arguments& arguments, Stream stream) {
-  using Tile = BottleneckTile<Math, kOut>;
-  static_assert(Tile::kPixels == kPixelsPerBlock);
+  using Tile = BottleneckTile<Math, kOut, Architecture::ampere>;
+  using OnTuring = BottleneckTile<Math, kOut, Architecture::turing>;
+  static_assert(Tile::kPixels == kPixelsPerBlock && Tile::kBytes <= most_shared_bytes(Architecture::ampere));
+  static_assert(OnTuring::kBytes <= most_shared_bytes(Architecture::turing));
+  const int bytes = architecture() == Architecture::turing ? OnTuring::kBytes : Tile::kBytes;
   const dim3 grid(static_cast<unsigned>(divide_up(arguments.y.rows, Tile::kPixels)),
                   static_cast<unsigned>(divide_up(arguments.y.columns, kOut)));
-  launch(bottleneck_kernel<Math, kOut>, grid, dim3(Tile::kThreads), Tile::kBytes, stream, arguments);
+  launch(bottleneck_kernel<Math, kOut>, grid, dim3(Tile::kThreads), bytes, stream, arguments);
 }
 
 // As few tiles of out channels as there must be, and those as narrow as can be. double has tiles of 64 only:

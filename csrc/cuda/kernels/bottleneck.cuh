@@ -11,11 +11,13 @@
 
 namespace effdense::kernels {
 
-template <typename Math, int kOut>
+template <typename Math, int kOut, Architecture kOn = kArchitecture>
 struct BottleneckTile {
   using E = typename Math::Element;
   using Sum = typename Math::Sum;
-  static constexpr int kColumns = kOut, kPixels = 128, kDepth = 64 / sizeof(E), kStages = 3;
+  static constexpr int kColumns = kOut, kPixels = 128, kDepth = 64 / sizeof(E);
+  // Copies that are not asynchronous gain nothing by a third.
+  static constexpr int kStages = kOn == Architecture::turing ? 2 : 3;
   static constexpr int kWarpRows = 32, kWarpColumns = 64, kRowWarps = kPixels / kWarpRows;
   static constexpr int kWarps = kRowWarps * kOut / kWarpColumns, kThreads = 32 * kWarps;
   // On a multiprocessor: what shared memory has room for on most architectures.
@@ -63,7 +65,7 @@ __device__ __forceinline__ void finish_y(
       Sum& value = y[i / 2][j / 2][i % 2 * 2 + j % 2];
       value += bias;
       if (norm) value = bn_relu_value(value, scale, shift);
-      value = static_cast<Sum>(static_cast<typename Math::Element>(value));
+      value = static_cast<Sum>(narrow<typename Math::Element>(value));
     }
   }
 }
@@ -142,10 +144,11 @@ __device__ __forceinline__ void block_statistics(
   store(to + 2 * columns, m2);
 }
 
-template <typename Math, int kOut>
-__global__ void __launch_bounds__(BottleneckTile<Math, kOut>::kThreads, BottleneckTile<Math, kOut>::kBlocks)
-    bottleneck_kernel(const BottleneckArguments<typename Math::Element, typename Math::Sum> arguments) {
-  using Tile = BottleneckTile<Math, kOut>;
+template <typename Asked, int kOut>
+__global__ void __launch_bounds__(BottleneckTile<Asked, kOut>::kThreads, BottleneckTile<Asked, kOut>::kBlocks)
+    bottleneck_kernel(const BottleneckArguments<typename Asked::Element, typename Asked::Sum> arguments) {
+  using Math = Available<Asked>;
+  using Tile = BottleneckTile<Asked, kOut>;
   using Sum = typename Math::Sum;
   using Stage = typename Tile::Stage;
   constexpr int kDepth = Tile::kDepth, kRowTiles = Tile::kWarpRows / 16,
@@ -204,8 +207,8 @@ __global__ void __launch_bounds__(BottleneckTile<Math, kOut>::kThreads, Bottlene
 #pragma unroll
     for (int j = 0; j < 2 * kColumnTiles; ++j) {
       const int e = j % 2 * 2;
-      const auto low = static_cast<typename Math::Element>(i == 0 ? y[0][j / 2][e] : y[1][j / 2][e]);
-      const auto high = static_cast<typename Math::Element>(i == 0 ? y[0][j / 2][e + 1] : y[1][j / 2][e + 1]);
+      const auto low = narrow<typename Math::Element>(i == 0 ? y[0][j / 2][e] : y[1][j / 2][e]);
+      const auto high = narrow<typename Math::Element>(i == 0 ? y[0][j / 2][e + 1] : y[1][j / 2][e + 1]);
       *reinterpret_cast<Pair*>(part + (g + j % 2 * 8) * Tile::kOutStep + j / 2 * 8 + 2 * t) =
           Pair{{low, high}};
     }

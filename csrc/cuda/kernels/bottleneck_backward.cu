@@ -6,12 +6,6 @@
 namespace effdense::kernels {
 namespace {
 
-// The most out channels of one launch: what registers and 99 KB of shared memory have room for.
-template <typename T>
-constexpr int64_t kMostOut = sizeof(T) == 2   ? 192
-                             : sizeof(T) == 4 ? 128
-                                              : 64;
-
 // How a call is cut: from its sizes and the card, so that on one card the result depends on nothing else.
 template <typename T>
 struct BackwardCut {
@@ -31,7 +25,7 @@ struct BackwardCut {
     const int64_t most = std::min(tiles / (kLeastPixels / kPixels), resident / at_least_1(columns));
     tiles_per_block = at_least_1(divide_up(tiles, at_least_1(most)));
     blocks = divide_up(tiles, tiles_per_block);
-    launches = divide_up(out_channels, kMostOut<T>);
+    launches = divide_up(out_channels, most_out<T>(architecture()));
     out_per_launch = divide_up(divide_up(out_channels, launches), 16) * 16;  // keeps pieces of 16 bytes whole
   }
   // One block along the pixels has no partial results: it writes where the caller wants them.
@@ -42,16 +36,22 @@ struct BackwardCut {
 
 template <typename Math, int kOut, typename Arguments>
 void launch_backward(const Arguments& arguments, dim3 grid, Stream stream) {
-  using Tile = BackwardTile<Math, kOut>;
+  using Tile = BackwardTile<Math, kOut, Architecture::ampere>;
+  using OnTuring = BackwardTile<Math, kOut, Architecture::turing>;
   using Cut = BackwardCut<typename Tile::E>;
   static_assert(Tile::kPixels == Cut::kPixels && Tile::kColumns == Cut::kColumns);
-  const int bytes = arguments.y.data == nullptr ? Tile::kBytesUncorrected : Tile::kBytes;
+  static_assert(Tile::kBytes <= most_shared_bytes(Architecture::ampere));
+  static_assert(!OnTuring::kIsLaunched || OnTuring::kBytes <= most_shared_bytes(Architecture::turing));
+  const bool corrected = arguments.y.data != nullptr;
+  const int bytes = architecture() == Architecture::turing ? OnTuring::kBytes
+                    : corrected                            ? Tile::kBytes
+                                                           : Tile::kBytesUncorrected;
   launch(bottleneck_backward_kernel<Math, kOut>, grid, dim3(Tile::kThreads), bytes, stream, arguments);
 }
 
 template <typename Math, typename Arguments>
 void choose_tile(const Arguments& arguments, dim3 grid, Stream stream) {
-  constexpr int64_t kMost = kMostOut<typename Math::Element>;
+  constexpr int kMost = most_out<typename Math::Element>(Architecture::ampere);
   if constexpr (kMost >= 192) {
     if (arguments.grad_y.columns > 128) return launch_backward<Math, 192>(arguments, grid, stream);
   }

@@ -18,14 +18,22 @@
 
 namespace effdense::kernels {
 
+// The most out channels of one launch: what registers and shared memory have room for.
+template <typename T>
+constexpr int most_out(Architecture on) {
+  const bool small = on == Architecture::turing;
+  return sizeof(T) == 2 ? (small ? 128 : 192) : sizeof(T) == 4 ? (small ? 64 : 128) : 64;
+}
+
 // kOut: at most so many out channels.
-template <typename Math, int kOut>
+template <typename Math, int kOut, Architecture kOn = kArchitecture>
 struct BackwardTile {
   using E = typename Math::Element;
   using Sum = typename Math::Sum;
   static constexpr int kPixels = sizeof(E) == 8 ? 16 : 32, kColumns = sizeof(E) == 2 ? 64 : 32;
   static constexpr int kWarps = sizeof(E) == 8 ? 4 : 8, kThreads = 32 * kWarps;
   static constexpr int kOutStep = kTileStep<E, kOut>, kStep = kTileStep<E, kColumns>;
+  static constexpr bool kIsLaunched = kOut <= most_out<E>(kOn);
   // dz: the warps along the pixels, 16 of them each, then along the channels.
   static constexpr int kPixelWarps = kPixels / 16;
   static constexpr int kDzColumns = kColumns * kPixelWarps / kWarps;
@@ -41,9 +49,12 @@ struct BackwardTile {
     Sum scale[kColumns], shift[kColumns], mean[kColumns];
     Sum y_mean[kOut], a[kOut], b[kOut], y_scale[kOut], y_shift[kOut];
     Sum sums[2][kPixelWarps][kColumns];
-    E y[kPixels * kOutStep];  // only with a correction
+    E y[kPixels * kOutStep];  // only with a correction, and where kBuffersY
   };
-  static constexpr int kBytes = sizeof(Shared), kBytesUncorrected = kBytes - sizeof(Shared::y);
+  // A copy of y that is not asynchronous would come no earlier than one when it is needed.
+  static constexpr bool kBuffersY = kOn != Architecture::turing;
+  static constexpr int kBytesUncorrected = sizeof(Shared) - sizeof(Shared::y),
+                       kBytes = kBuffersY ? sizeof(Shared) : kBytesUncorrected;
 };
 
 template <typename E, typename Sum>
@@ -62,16 +73,20 @@ struct BackwardArguments {
 };
 
 // scale * d - a - b * (y - mean) in place, d = grad_y where scale * y + shift lets it pass, of the calling
-// thread's own pieces of tile.
-template <int kPixels, int kOut, int kThreads, typename E, typename Shared>
-__device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, int piece_size, int64_t rows,
-                                             int columns) {
-  with_piece<E>(piece_size, [&](auto piece) {
+// thread's own pieces of tile. from: y, of which the tile's rows begin at first_row.
+template <typename Tile, int kOut, typename E, typename Shared>
+__device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, const Operand<const E>& from,
+                                             int64_t first_row) {
+  with_piece<E>(from.piece, [&](auto piece) {
     constexpr int kPiece = decltype(piece)::value;
-    for_pieces<kPixels, kOut, kThreads, kPiece, 1>(
-        static_cast<int>(threadIdx.x), rows, columns, [&](int row, int column, int valid) {
+    for_pieces<Tile::kPixels, kOut, Tile::kThreads, kPiece, 1>(
+        static_cast<int>(threadIdx.x), from.rows - first_row, from.columns,
+        [&](int row, int column, int valid) {
           if (valid == 0) return;
           const int at = row * kTileStep<E, kOut> + column;
+          Vec<E, kPiece> loaded;
+          if constexpr (!Tile::kBuffersY)
+            loaded = load_some<kPiece>(from.data + (first_row + row) * from.step + column, valid);
           // In whole vectors: element by element, shared memory would be what this kernel waits for.
           using Sum = acc_t<E>;
           constexpr int kAtOnce = kPiece * sizeof(Sum) < 16 ? kPiece : 16 / sizeof(Sum);
@@ -85,7 +100,11 @@ __device__ __forceinline__ void correct_tile(E* grad_y, const Shared& shared, in
                        b = some(shared.b), mean = some(shared.y_mean);
             auto* const place = reinterpret_cast<Some*>(grad_y + at + first);
             Some grad = *place;
-            const auto y = *reinterpret_cast<const Some*>(shared.y + at + first);
+            Some y;
+            if constexpr (Tile::kBuffersY)
+              y = *reinterpret_cast<const Some*>(shared.y + at + first);
+            else
+              for (int i = 0; i < kAtOnce; ++i) y[i] = loaded[first + i];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
               const Sum value = static_cast<Sum>(y[i]);
@@ -132,10 +151,12 @@ __device__ __forceinline__ void finish_dz(const typename Tile::Sum (&dz)[1][kTil
   }
 }
 
-template <typename Math, int kOut>
-__global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottleneck_backward_kernel(
-    const BackwardArguments<typename Math::Element, typename Math::Sum> arguments) {
-  using Tile = BackwardTile<Math, kOut>;
+template <typename Asked, int kOut>
+__global__ void __launch_bounds__(BackwardTile<Asked, kOut>::kThreads, 2) bottleneck_backward_kernel(
+    const BackwardArguments<typename Asked::Element, typename Asked::Sum> arguments) {
+  using Math = Available<Asked>;
+  using Tile = BackwardTile<Asked, kOut>;
+  if (!Tile::kIsLaunched) return;  // and so has no code
   using Sum = typename Math::Sum;
   using Shared = typename Tile::Shared;
   constexpr int kPixels = Tile::kPixels, kColumns = Tile::kColumns, kThreads = Tile::kThreads;
@@ -160,7 +181,7 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
         copy_tile<kPixels, kColumns, kThreads>(stage.grad_x, read_only(arguments.grad_x), first,
                                                first_column);
       // One buffer is enough: the pieces of the tile before have been used up, by this very thread.
-      if (corrected) copy_tile<kPixels, kOut, kThreads>(shared.y, arguments.y, first, 0);
+      if (Tile::kBuffersY && corrected) copy_tile<kPixels, kOut, kThreads>(shared.y, arguments.y, first, 0);
     }
     cp_async_commit();
   };
@@ -195,8 +216,7 @@ __global__ void __launch_bounds__(BackwardTile<Math, kOut>::kThreads, 2) bottlen
     const int64_t first = (first_tile + tile) * kPixels, rows = pixels - first;
     if (tile >= 0) {
       cp_async_wait<0>();
-      if (corrected)
-        correct_tile<kPixels, kOut, kThreads>(stage.grad_y, shared, arguments.grad_y.piece, rows, out);
+      if (corrected) correct_tile<Tile, kOut>(stage.grad_y, shared, arguments.y, first);
     }
     __syncthreads();  // the tile is here, and nobody reads the one before
     copy(tile + 1);

@@ -1,6 +1,8 @@
-// The one file that knows which compiler it is. Under nvcc: launches, shared memory and inline PTX (sm_80 and
-// later). Under g++ the same names run on the CPU, in tests/simt. Kernels touch global memory only through
-// load, store and cp_async, which count there what they move.
+// The one file that knows which compiler it is, and for which architecture it compiles. Under nvcc: launches,
+// shared memory and inline PTX. Under g++ the same names run on the CPU, in tests/simt. Kernels touch global
+// memory only through load, store and cp_async, which count there what they move.
+//
+// What 8.0 and later have and 7.5 lacks is in namespace `ampere`; kernels get it from architecture.cuh.
 #pragma once
 
 #ifdef __CUDACC__
@@ -15,6 +17,12 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+
+#ifdef __CUDA_ARCH__
+#define EFFDENSE_ARCHITECTURE __CUDA_ARCH__
+#else
+#define EFFDENSE_ARCHITECTURE 800  // of host code, where it means nothing
+#endif
 
 // Dynamic shared memory as an array of T. One declaration serves every T of a file, hence the cast.
 #define DYN_SHARED(T, name)                                                 \
@@ -61,12 +69,20 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
 }
 
 // Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
+inline int device_attribute(cudaDeviceAttr attribute, const char* name) {
+  int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    throw std::runtime_error("CUDA does not tell the number of multiprocessors");
-  return count;
+      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA does not tell the ") + name);
+  return value;
+}
+
+inline int multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount, "number of multiprocessors");
+}
+
+inline int compute_capability_major() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, "compute capability");
 }
 
 template <size_t kBytes>
@@ -110,6 +126,37 @@ __device__ __forceinline__ void store(T* address, const std::type_identity_t<T>&
   *reinterpret_cast<Type*>(address) = *reinterpret_cast<const Type*>(&value);
 }
 
+// Four 8x8 matrices of 16-bit elements: lane 8m + i gives the address of row i of matrix m (in shared memory,
+// a multiple of 16); lane l receives, of each, elements (l / 4, 2 * (l % 4)) and the one right of it. _trans:
+// of the transposed matrices.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&result)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// accumulator += A B, A of 16 x 8, B of 8 x 8, of __half. With g = lane / 4 and t = lane % 4:
+//   accumulator   (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
+//   a0, a1        (g, 2t..) (g + 8, 2t..), each a pair of columns
+//   b             (2t.., g), a pair of rows
+__device__ __forceinline__ void mma_16x8x8_half(float (&accumulator)[4], uint32_t a0, uint32_t a1,
+                                                uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(accumulator[0]), "+f"(accumulator[1]), "+f"(accumulator[2]), "+f"(accumulator[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+namespace ampere {
+
 // Asynchronous copy of kBytes (4, 8 or 16, both sides aligned to that) to shared memory, of which the first
 // `valid_bytes` come from `global` and the rest are zeros. 16 bytes bypass L1.
 template <int kBytes>
@@ -139,23 +186,6 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kGroups>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-
-// Four 8x8 matrices of 16-bit elements: lane 8m + i gives the address of row i of matrix m (in shared memory,
-// a multiple of 16); lane l receives, of each, elements (l / 4, 2 * (l % 4)) and the one right of it. _trans:
-// of the transposed matrices.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&result)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
 }
 
 // accumulator += A B, A of 16 x 16, B of 16 x 8, of __half or __nv_bfloat16. With g = lane / 4 and t = lane %
@@ -214,30 +244,41 @@ __device__ __forceinline__ uint32_t pack_relu(float low, float high) {
   return pair;
 }
 
+}  // namespace ampere
+
 }  // namespace effdense::kernels
 
 #else
 
 #include "simt/launch.h"
 
+#define EFFDENSE_ARCHITECTURE EFFDENSE_SIMT_ARCHITECTURE
+
 namespace effdense::kernels {
 
-using simt::cp_async;
-using simt::cp_async16;
-using simt::cp_async_commit;
-using simt::cp_async_wait;
 using simt::Exit;
 using simt::launch;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
 using simt::load;
+using simt::mma_16x8x8_half;
+using simt::multiprocessors;
+using simt::store;
+
+inline int compute_capability_major() { return EFFDENSE_SIMT_ARCHITECTURE / 100; }
+
+namespace ampere {
+
+using simt::cp_async;
+using simt::cp_async16;
+using simt::cp_async_commit;
+using simt::cp_async_wait;
 using simt::mma_16x8x16;
 using simt::mma_16x8x8_tf32;
-using simt::multiprocessors;
 using simt::pack_relu;
-using simt::store;
 using simt::to_tf32;
 
+}  // namespace ampere
 }  // namespace effdense::kernels
 
 #endif

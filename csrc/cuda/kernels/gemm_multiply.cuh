@@ -2,7 +2,9 @@
 //
 //   TensorCore<T>   __half, __nv_bfloat16: mma m16n8k16, float sums
 //   Tf32            float: mma m16n8k8, operands rounded to TF32
-//   Plain<T>        float, double: exact operands, fused multiply-adds
+//   Plain<T>        any: exact operands, fused multiply-adds in the type of the sums
+//
+// Where the architecture has no mma for a type, Available makes the first two the third.
 //
 // All share the accumulators of mma: with g = lane / 4 and t = lane % 4 a lane has of every 16 x 8 results
 //   (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
@@ -39,15 +41,16 @@ __device__ __forceinline__ float2 unpack(__nv_bfloat16, uint32_t bits) {
   return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
 }
 
-// Each of the three: A is the fragment of 16 rows by kDepth, B that of kDepth by kColumnTiles * 8 columns. A
-// tile is [side][depth] (Along::depth) or [depth][side] (Along::side), `step` elements from row to row.
+// Each of the three: A is the fragment of 16 rows by kDepth, B that of kDepth by kColumnTiles * 8 columns,
+// and kSteps of kDepth at a time hide the loads, where there are registers for that. A tile is [side][depth]
+// (Along::depth) or [depth][side] (Along::side), `step` elements from row to row.
 template <typename T>
 struct TensorCore {
   using Element = T;
   using Sum = float;
   using A = uint32_t[4];
   using B = uint32_t[4];
-  static constexpr int kDepth = 16, kColumnTiles = 2;
+  static constexpr int kDepth = 16, kColumnTiles = 2, kSteps = 2;
 
   template <Along kAlong>
   static __device__ __forceinline__ void load_a(A& a, const T* tile, int step, int row, int depth) {
@@ -96,7 +99,7 @@ struct Tf32 {
   using Sum = float;
   using A = uint32_t[4];
   using B = uint32_t[2];
-  static constexpr int kDepth = 8, kColumnTiles = 1;
+  static constexpr int kDepth = 8, kColumnTiles = 1, kSteps = 2;
 
   // Left as float: `prepare` rounds.
   template <Along kAlong>
@@ -117,14 +120,14 @@ struct Tf32 {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = kAlong == Along::depth ? side * step + k + 4 * i : (k + 4 * i) * step + side;
-      b[i] = to_tf32(tile[at]);
+      b[i] = ampere::to_tf32(tile[at]);
     }
   }
 
   template <int kTiles>
   static __device__ __forceinline__ void prepare(A (&a)[kTiles], AsIs, int) {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) a[i / 4][i % 4] = to_tf32(__uint_as_float(a[i / 4][i % 4]));
+    for (int i = 0; i < 4 * kTiles; ++i) a[i / 4][i % 4] = ampere::to_tf32(__uint_as_float(a[i / 4][i % 4]));
   }
 
   template <int kTiles>
@@ -136,25 +139,25 @@ struct Tf32 {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         uint32_t& bits = a[i / 2][2 * half + i % 2];
-        bits = to_tf32(bn_relu_value(__uint_as_float(bits), scale, shift));
+        bits = ampere::to_tf32(bn_relu_value(__uint_as_float(bits), scale, shift));
       }
     }
   }
 
   static __device__ __forceinline__ void multiply(float (&sums)[4], const A& a, const B& b, int) {
-    mma_16x8x8_tf32(sums, a, b[0], b[1]);
+    ampere::mma_16x8x8_tf32(sums, a, b[0], b[1]);
   }
 };
 
 // The products that a lane needs for its four results: rows g and g + 8 of the left operand by columns 2t and
-// 2t + 1 of the right one, over 16 bytes of depth.
+// 2t + 1 of the right one, over a depth that makes 16 bytes of sums.
 template <typename T>
 struct Plain {
   using Element = T;
-  using Sum = T;
-  static constexpr int kDepth = 16 / sizeof(T), kColumnTiles = 1;
-  using A = T[2][kDepth];
-  using B = T[2][kDepth];
+  using Sum = acc_t<T>;
+  static constexpr int kDepth = 16 / sizeof(Sum), kColumnTiles = 1, kSteps = sizeof(T) == 2 ? 1 : 2;
+  using A = Sum[2][kDepth];
+  using B = Sum[2][kDepth];
 
   template <Along kAlong>
   static __device__ __forceinline__ void load_a(A& a, const T* tile, int step, int row, int depth) {
@@ -170,17 +173,19 @@ struct Plain {
   static __device__ __forceinline__ void prepare(A (&)[kTiles], AsIs, int) {}
 
   template <int kTiles>
-  static __device__ __forceinline__ void prepare(A (&a)[kTiles], const BnRelu<T>& norm, int depth) {
+  static __device__ __forceinline__ void prepare(A (&a)[kTiles], const BnRelu<Sum>& norm, int depth) {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
-      const T scale = norm.scale[depth + k], shift = norm.shift[depth + k];
+      const Sum scale = norm.scale[depth + k], shift = norm.shift[depth + k];
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i)
-        a[i / 2][i % 2][k] = bn_relu_value(a[i / 2][i % 2][k], scale, shift);
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        Sum& value = a[i / 2][i % 2][k];
+        value = static_cast<Sum>(narrow<T>(bn_relu_value(value, scale, shift)));
+      }
     }
   }
 
-  static __device__ __forceinline__ void multiply(T (&sums)[4], const A& a, const B& b, int) {
+  static __device__ __forceinline__ void multiply(Sum (&sums)[4], const A& a, const B& b, int) {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
@@ -191,21 +196,39 @@ struct Plain {
  private:
   // Two of the side's elements, `apart` from each other.
   template <Along kAlong>
-  static __device__ __forceinline__ void read(T (&to)[2][kDepth], const T* tile, int step, int side,
+  static __device__ __forceinline__ void read(Sum (&to)[2][kDepth], const T* tile, int step, int side,
                                               int apart, int depth) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if constexpr (kAlong == Along::depth) {
         const auto piece = *reinterpret_cast<const Vec<T, kDepth>*>(tile + (side + i * apart) * step + depth);
 #pragma unroll
-        for (int k = 0; k < kDepth; ++k) to[i][k] = piece[k];
+        for (int k = 0; k < kDepth; ++k) to[i][k] = static_cast<Sum>(piece[k]);
       } else {
 #pragma unroll
-        for (int k = 0; k < kDepth; ++k) to[i][k] = tile[(depth + k) * step + side + i * apart];
+        for (int k = 0; k < kDepth; ++k)
+          to[i][k] = static_cast<Sum>(tile[(depth + k) * step + side + i * apart]);
       }
     }
   }
 };
+
+// Where there is no mma of a type, exact products: what is asked for permits rounding, and does not demand
+// it.
+template <typename Math, Architecture kOn>
+struct AvailableOn {
+  using Type = Math;
+};
+template <>
+struct AvailableOn<TensorCore<__nv_bfloat16>, Architecture::turing> {
+  using Type = Plain<__nv_bfloat16>;
+};
+template <>
+struct AvailableOn<Tf32, Architecture::turing> {
+  using Type = Plain<float>;
+};
+template <typename Math>
+using Available = AvailableOn<Math, kArchitecture>::Type;
 
 // sums += a(row.., depth) b(depth, column..), 16 * kRowTiles by 8 * kColumnTiles results of one warp, over
 // the tiles' first `depth`, a multiple of Math::kDepth.
@@ -215,8 +238,8 @@ __device__ __forceinline__ void multiply(typename Math::Sum (&sums)[kRowTiles][k
                                          const typename Math::Element* b_tile, int b_step, int column,
                                          int depth, const Prologue& prologue) {
   static_assert(kColumnTiles % Math::kColumnTiles == 0);
-  // Two steps at a time hide the loads; where the results take the registers there is no room for that.
-#pragma unroll(kRowTiles > 2 ? 1 : 2)
+  // Where the results take the registers there is no room for more than one.
+#pragma unroll(kRowTiles > 2 ? 1 : Math::kSteps)
   for (int k = 0; k < depth; k += Math::kDepth) {
     typename Math::A a[kRowTiles];
 #pragma unroll

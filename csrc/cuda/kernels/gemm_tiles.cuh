@@ -4,7 +4,7 @@
 // than its own last pieces.
 #pragma once
 
-#include "kernels/access.cuh"
+#include "kernels/architecture.cuh"
 
 namespace effdense::kernels {
 

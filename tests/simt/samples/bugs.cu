@@ -7,6 +7,8 @@
 namespace effdense::kernels {
 namespace {
 
+using namespace ampere;
+
 constexpr int kBugThreads = 64;
 
 __global__ void divergent_barrier(const float* x, float* y) {

@@ -7,6 +7,8 @@
 namespace effdense::kernels {
 namespace {
 
+using namespace ampere;
+
 constexpr int kTile = 64, kDepth = 32, kStages = 3, kThreads = 128;
 
 template <typename T>
