@@ -31,6 +31,7 @@ PEERS = ("naive", "checkpoint", "compile")
 EFFDENSE = ("effdense-balanced", "effdense-minimal")
 IMPLS = (*PEERS, *EFFDENSE, *(f"{name}-fallback" for name in EFFDENSE))
 CHANNELS_LAST = "+channels-last"
+GROUPS = ("peers", "effdense", "all")  # of implementations, see `expand`
 FORCE_REFERENCE = "EFFDENSE_FORCE_REFERENCE"
 
 
@@ -259,6 +260,22 @@ def parse_impl(name: str) -> Impl:
         return Impl(name, kind, None, False, bool(plus))
     base, memory = kind.split("-")[:2]
     return Impl(name, base, memory, kind.endswith("-fallback"), bool(plus))
+
+
+def expand(names: Sequence[str], mode: str) -> list[str]:
+    """Return the names with groups replaced by their members, each once.
+
+    "peers" is every peer in both layouts, "effdense" its memory modes, "all" both. Inference keeps nothing for a backward, so that
+    checkpoint is naive there and "minimal" is "balanced".
+    """
+    training = mode == "train"
+    peers = [n for n in PEERS if training or n != "checkpoint"]
+    groups = {
+        "peers": [name + layout for name in peers for layout in ("", CHANNELS_LAST)],
+        "effdense": list(EFFDENSE if training else EFFDENSE[:1]),
+    }
+    groups["all"] = groups["peers"] + groups["effdense"]
+    return list(dict.fromkeys(member for name in names for member in groups.get(name, [name])))
 
 
 def default_sizes(name: str) -> tuple[int, int]:
