@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import devices, isa, measure, models
+from benchmarks.program import reports_missing_packages
 from benchmarks.worker import Settings, Worker, WorkerError
 
 if TYPE_CHECKING:  # measuring does without
@@ -320,11 +321,14 @@ def output_file(text: str) -> Path:
     return path
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 when an implementation failed."""
     parsed, settings, impls = _parse(arguments)
+    if settings.data != "synthetic":
+        import numpy  # noqa: F401 (before the measurement, as the next: what is missing must not cost it)
     if parsed.plot:
-        from benchmarks import plots  # before the measurement: a missing matplotlib must not cost it
+        from benchmarks import plots
     with progress((parsed.repeats + 2) * len(impls), console(stderr=True)) as on_progress:
         result = run(settings, impls, parsed.repeats, on_progress)
     console().print(table(result, title(settings)))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import effdense
 from benchmarks import compare, devices, isa, measure
+from benchmarks.program import reports_missing_packages
 from effdense.reference import accumulate_dtype
 from effdense.workspace import on_large_pages
 
@@ -216,7 +217,11 @@ def run(
     on.use()
     if isa_name:
         isa.check_active(isa_name)
-    environment = {**measure.environment(), **isa.record(isa_name), **on.environment()}  # with the load before
+    environment = {
+        **measure.environment(),
+        **isa.record(isa_name),
+        **on.environment(),
+    }  # with the load before
     if isa_name:
         environment["isa_variables"] = isa.variables(isa_name)
     with torch.device(on.name):
@@ -340,6 +345,7 @@ def _has_kernel(operator: str, kind: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"effdense::{operator}", kind.upper())
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parsed = _parse(arguments)
@@ -353,7 +359,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = bar.add_task("starting", total=(parsed.repeats + 1) * len(parsed.shape))
         on_progress = functools.partial(bar.update, task, advance=1, refresh=True)
         result = run(
-            *(parsed.shape, parsed.op, parsed.dtype, parsed.repeats, on_progress, parsed.device.name, parsed.isa)
+            *(
+                parsed.shape,
+                parsed.op,
+                parsed.dtype,
+                parsed.repeats,
+                on_progress,
+                parsed.device.name,
+                parsed.isa,
+            )
         )
     compare.console().print(table(result))
     if parsed.json:

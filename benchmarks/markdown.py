@@ -23,7 +23,9 @@ def _heading(result: dict[str, Any], settings: Settings) -> str:
     size = f"{settings.image_size}x{settings.image_size}"
     mode = "training" if settings.mode == "train" else "inference"
     what = [model_name(settings.model), f"batch {settings.batch}", size, mode]
-    what += [settings.dtype] * (settings.dtype != "float32") + [settings.data] * (settings.data != "synthetic")
+    what += [settings.dtype] * (settings.dtype != "float32") + [settings.data] * (
+        settings.data != "synthetic"
+    )
     what += [settings.device] * (settings.device != "cpu")
     what += [f"limited to {result['environment']['cpu_capability']}"] * bool(settings.isa)
     threads = settings.threads

@@ -342,9 +342,9 @@ def _spec(name: str) -> _Spec:
         )
     if plain_name in IMAGENET_CONFIGS and name != "torchvision:densenet264":
         if colon and not _has_torchvision():
-            raise ValueError(
-                f"model {name!r} needs torchvision, which is not installed; {plain_name!r} does not"
-            )
+            from effdense import extras  # here: peers are measured beside an effdense that does not load
+
+            raise ValueError(f"model {name!r} {extras.needed('torchvision')} ({plain_name!r} does not)")
         return _Spec(*IMAGENET_CONFIGS[plain_name])
     if match := re.fullmatch(r"densenet_(bc_)?(\d+)_(\d+)", name):
         return _cifar_spec(name, int(match[2]), int(match[3]), bottleneck=bool(match[1]))

@@ -63,7 +63,9 @@ def _autograd_has_run() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: not run with EFFDENSE_FORCE_REFERENCE=1")
     config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
-    config.addinivalue_line("markers", "isa: what depends on the instruction set (derived, tests/selection.py)")
+    config.addinivalue_line(
+        "markers", "isa: what depends on the instruction set (derived, tests/selection.py)"
+    )
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch finds no GPU here (torch.cuda.is_available() is False)")
 

@@ -16,7 +16,14 @@ import benchmarks
 
 OPERATOR_FIXTURES = ("ops", "any_ops", "runs_on")
 # Where the names of a file come from that is about what stands around the computation: programs, processes, commands.
-AROUND = {"argparse", "subprocess", "tests.processes", "tests.simt.compiler", "tests.training", "effdense.cli"}
+AROUND = {
+    "argparse",
+    "subprocess",
+    "tests.processes",
+    "tests.simt.compiler",
+    "tests.training",
+    "effdense.cli",
+}
 
 
 def asks_of_the_instruction_set(item: pytest.Function) -> bool:

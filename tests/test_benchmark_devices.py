@@ -204,6 +204,9 @@ def test_settings_of_a_gpu(one_gpu, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare._parse(["--dtype", "float16"])
     assert "--dtype float16 needs --device cuda" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit, match="2"):
+        compare._parse(["--device", "cuda", "--isa", "default"])
+    assert "--isa default is for --device cpu" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_float16_steps_have_scaled_gradients():
