@@ -86,7 +86,7 @@ def one_gpu(calls, monkeypatch):
 class InProcess:
     """A worker without a process of its own."""
 
-    def __init__(self, impl, force_reference=False):
+    def __init__(self, impl, force_reference=False, isa=None):
         self._impl, session = impl, _Session()
         self.warm_up, self.step, self.finish, self._build = (
             session.warm_up,
