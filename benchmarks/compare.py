@@ -17,24 +17,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
-
-from benchmarks import devices, measure, models
+from benchmarks import devices, isa, measure, models
+from benchmarks.program import reports_missing_packages
 from benchmarks.worker import Settings, Worker, WorkerError
 
-DEFAULT_IMPLS = "naive,checkpoint,effdense-balanced,effdense-minimal"
+if TYPE_CHECKING:  # measuring does without
+    from rich.console import Console
+    from rich.table import Table
+
 MIB = 2**20
 
 OnProgress = Callable[[str], None]
@@ -54,11 +46,14 @@ def run(
         "environment": {**measure.environment(settings.threads), **device.environment()},
         "rows": [_empty_row(settings, i) for i in impls],
     }
+    result["environment"]["isa"] = settings.isa
+    if settings.isa:
+        result["environment"]["isa_variables"] = isa.variables(settings.isa)
     with contextlib.ExitStack() as stack:
         pairs: list[tuple[dict[str, Any], Worker]] = []
         for row in result["rows"]:
             on_progress(f"{row['impl']}: build and warm up")
-            worker = Worker(row["impl"], force_reference=models.parse_impl(row["impl"]).fallback)
+            worker = Worker(row["impl"], models.parse_impl(row["impl"]).fallback, settings.isa)
             stack.callback(worker.close)
             if _try(row, worker, "build", settings) and _try(row, worker, "warm_up", device.warm_up_steps):
                 pairs.append((row, worker))
@@ -71,7 +66,11 @@ def run(
             on_progress(f"{row['impl']}: counted step")
             if "error" not in row and _try(row, worker, "finish"):
                 row.update(measure.time_statistics(row["times_ms"]))
+    for ran in {row["cpu_capability"] for row in result["rows"]} - {None}:  # one: it was the same for all
+        result["environment"]["cpu_capability"] = ran
+        (result["environment"]["effdense"] or {}).update(cpu_capability=ran)
     _note_differing_losses(result["rows"], device.loss_tolerance[settings.dtype])
+    _compare_with_peers(result["rows"])
     return result
 
 
@@ -90,6 +89,9 @@ def _empty_row(settings: Settings, impl: str) -> dict[str, Any]:
         "image_size": settings.image_size,
         "dtype": settings.dtype,
         "device": settings.device,
+        "isa": settings.isa,
+        "cpu_capability": None,
+        "vs_fastest_peer": None,
         "data": settings.data,
         "channels_last": parsed.channels_last,
         "times_ms": [],
@@ -115,6 +117,14 @@ def _note_differing_losses(rows: Sequence[dict[str, Any]], tolerance: float) -> 
             row["note"] = f"its first loss is {found:.6g}, {first['impl']}'s is {expected:.6g}"
 
 
+def _compare_with_peers(rows: Sequence[dict[str, Any]]) -> None:
+    """Set `vs_fastest_peer`: how many times as fast a row is as the fastest that is not effdense."""
+    measured = [row for row in rows if row["median_ms"]]
+    peers = [row["median_ms"] for row in measured if models.parse_impl(row["impl"]).base != "effdense"]
+    for row in measured if peers else ():
+        row["vs_fastest_peer"] = min(peers) / row["median_ms"]
+
+
 def ratio_to_naive(rows: Sequence[dict[str, Any]], row: dict[str, Any], key: str) -> float | None:
     """Return `row[key]` divided by the naive row's, or None where either was not measured."""
     naive = next((r for r in rows if r["impl"].partition("+")[0] == "naive" and r[key]), None)
@@ -123,11 +133,14 @@ def ratio_to_naive(rows: Sequence[dict[str, Any]], row: dict[str, Any], key: str
 
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the rows as a table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
     shown = Table(
         title=title, title_justify="left", caption=machine(result["environment"]), caption_justify="left"
     )
     shown.add_column("implementation", no_wrap=True)
-    for heading in ("ms/step", "p20-p80", "time vs\nnaive", "peak MiB", "memory\nvs naive", "process\nMiB"):
+    for heading in ("ms/step", "p20-p80", "vs fastest\npeer", "peak MiB", "memory\nvs naive", "process\nMiB"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("what it is")
     rows = result["rows"]
@@ -135,20 +148,25 @@ def table(result: dict[str, Any], title: str) -> Table:
         if "error" in row:
             shown.add_row(row["impl"], *["-"] * 6, f"[red]failed:[/red] {escape(row['error'])}")
             continue
-        ratios = [ratio_to_naive(rows, row, key) for key in ("median_ms", "peak_bytes")]
-        time_ratio, memory_ratio = ("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
+        ratios = (row["vs_fastest_peer"], ratio_to_naive(rows, row, "peak_bytes"))
+        as_fast, memory_ratio = ("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
         what = row["label"] + (", effdense's C++" if row["compiled"] else "")
         shown.add_row(
             row["impl"],
-            f"{row['median_ms']:.0f}" if row["median_ms"] >= 100 else f"{row['median_ms']:.1f}",
+            milliseconds(row),
             f"{row['p20_ms']:.0f}-{row['p80_ms']:.0f}",
-            time_ratio,
+            as_fast,
             f"{row['peak_bytes'] / MIB:.1f}",
             memory_ratio,
             f"{row['peak_rss_bytes'] / MIB:.0f}",
             escape(what) + (f" [yellow](note: {escape(row['note'])})[/yellow]" if "note" in row else ""),
         )
     return shown
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    """Return a row's time as a table shows it."""
+    return f"{row['median_ms']:.0f}" if row["median_ms"] >= 100 else f"{row['median_ms']:.1f}"
 
 
 def title(settings: Settings) -> str:
@@ -170,8 +188,9 @@ def machine(environment: dict[str, Any]) -> str:
     if on := environment.get("gpu"):
         gpu = f"{on['name']} (compute capability {on['compute_capability']}, driver {on['driver']}, CUDA {on['cuda']}, "
         gpu += f"cuDNN {on['cudnn']} with benchmark on, TF32 {'on' if on['tf32'] else 'off'}), "
+    asked = f", limited by --isa {environment['isa']}" if environment.get("isa") else ""
     return (
-        f"{gpu}{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads, "
+        f"{gpu}{environment['cpu']} ({environment['cpu_capability']}{asked}), {environment['threads']} threads, "
         f"torch {environment['torch']}, load before {environment['load_average']:.1f}"
     )
 
@@ -194,6 +213,16 @@ def write_text(text: str, path: Path) -> None:
 @contextlib.contextmanager
 def progress(total: int, console: Console):
     """Yield an `on_progress` that moves a bar; nothing is left on the screen afterwards."""
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -209,6 +238,8 @@ def progress(total: int, console: Console):
 
 def console(stderr: bool = False) -> Console:
     """Return a console; where there is no terminal to ask for its width, lines may be long."""
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
 
@@ -232,8 +263,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
     )
     add(
         "--impl",
-        default=DEFAULT_IMPLS,
-        help=f"some of {', '.join(models.IMPLS)}, each also with {models.CHANNELS_LAST}",
+        default="all",
+        help=f"some of {', '.join(models.IMPLS)}, each also with {models.CHANNELS_LAST}; peers: all that are not effdense "
+        "in both layouts; effdense: its memory modes; all: both (all)",
     )
     add("--mode", choices=("train", "inference"), default="train")
     add("--device", type=devices.argument, default="cpu", help="cpu, cuda or cuda:N (cpu)")
@@ -245,12 +277,15 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
     )
     add("--data", choices=("synthetic", "fashion-mnist"), default="synthetic")
     add("--channels-last", action="store_true", help="every implementation in channels-last layout")
+    isa.add_argument(parser)
     add("--threads", type=positive, metavar="N", help="PyTorch's default unless given")
     add("--repeats", type=positive, metavar="N", default=7, help="timed steps per implementation (7)")
     add("--json", type=output_file, metavar="FILE", help="write everything measured here")
+    add("--table", type=output_file, metavar="FILE.md", help="write the rows for a README here")
     add("--plot", type=output_file, metavar="FILE.png", help="draw memory and time here")
     parsed = parser.parse_args(arguments)
-    impls = list(dict.fromkeys(name.strip() for name in parsed.impl.split(",") if name.strip()))
+    isa.refuse_other_devices(parser, parsed.isa, parsed.device.type)
+    impls = models.expand([name.strip() for name in parsed.impl.split(",") if name.strip()], parsed.mode)
     try:
         if parsed.dtype not in parsed.device.loss_tolerance:
             raise ValueError(f"--dtype {parsed.dtype} needs --device cuda")
@@ -265,7 +300,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
         batch, image_size = models.default_sizes(parsed.model)
     except ValueError as error:
         parser.error(str(error))
-    shared = {key: getattr(parsed, key) for key in ("model", "mode", "dtype", "data", "threads")}
+    shared = {key: getattr(parsed, key) for key in ("model", "mode", "dtype", "data", "threads", "isa")}
     sizes = {"batch": parsed.batch or batch, "image_size": parsed.image_size or image_size}
     return parsed, Settings(**shared, **sizes, device=parsed.device.name), impls
 
@@ -286,16 +321,23 @@ def output_file(text: str) -> Path:
     return path
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 when an implementation failed."""
     parsed, settings, impls = _parse(arguments)
+    if settings.data != "synthetic":
+        import numpy  # noqa: F401 (before the measurement, as the next: what is missing must not cost it)
     if parsed.plot:
-        from benchmarks import plots  # before the measurement: a missing matplotlib must not cost it
+        from benchmarks import plots
     with progress((parsed.repeats + 2) * len(impls), console(stderr=True)) as on_progress:
         result = run(settings, impls, parsed.repeats, on_progress)
     console().print(table(result, title(settings)))
     if parsed.json:
         write_json(result, parsed.json)
+    if parsed.table:
+        from benchmarks import markdown
+
+        write_text(markdown.comparison(result, settings), parsed.table)
     if parsed.plot:
         plots.comparison(result["rows"], title(settings), parsed.plot)
     return int(any("error" in row for row in result["rows"]))

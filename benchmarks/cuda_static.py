@@ -14,12 +14,14 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import compare, cuda_library
 from benchmarks.cuda_library import Kernel, LibraryError
+from benchmarks.program import reports_missing_packages
+
+if TYPE_CHECKING:  # measuring does without
+    from rich.table import Table
 
 MOST_BYTES = 25_000_000  # of the library, all architectures together
 
@@ -315,6 +317,7 @@ def _input_file(text: str) -> Path:
     return Path(text)
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 when a kernel or the library misses a requirement."""
     parser = argparse.ArgumentParser("python -m benchmarks.cuda_static", description=__doc__.splitlines()[0])
@@ -330,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--json", type=compare.output_file, metavar="FILE", help="write everything read here")
     parsed = parser.parse_args(arguments)
+    console = compare.console()  # before what takes a minute: a missing rich must not cost it
     try:
         library = parsed.library or cuda_library.find_library()
         has = cuda_library.architectures_in(library)
@@ -344,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     library_bytes = library.stat().st_size
     faults = failures(kernels, library_bytes)
     result = verdict(kernels, architectures, library_bytes, faults)
-    compare.console().print(table(kernels, architectures))
+    console.print(table(kernels, architectures))
     if parsed.table:
         compare.write_text(markdown(kernels, architectures, result), parsed.table)
     if parsed.json:

@@ -13,14 +13,17 @@ import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks import compare, measure, separate_kernels, traced
+from benchmarks.program import reports_missing_packages
 from benchmarks.traced import Call, Like
+
+if TYPE_CHECKING:  # measuring does without
+    from rich.table import Table
 
 MODELS = {"densenet_bc_100_12": 32, "densenet121": 224, "densenet161": 224}  # and their images' size
 IMPLS = ("effdense-balanced", "effdense-minimal")
@@ -280,6 +283,8 @@ def run(
 
 def operators_table(result: dict[str, Any]) -> Table:
     """Return the operators as a table for the terminal; MB are MiB per image."""
+    from rich.table import Table
+
     title = f"CUDA operators of a training step, float16, {result['images']} image(s), MiB per image"
     caption = (
         "floor: every operand and result once; bn_relu_backward with the batch's statistics reads its maps twice\n"
@@ -309,6 +314,8 @@ def operators_table(result: dict[str, Any]) -> Table:
 
 def steps_table(result: dict[str, Any]) -> Table:
     """Return the whole steps as a table for the terminal."""
+    from rich.table import Table
+
     shown = Table(title="A training step, MiB per image (naive / this)", title_justify="left")
     shown.add_column("implementation", no_wrap=True)
     for heading in (
@@ -331,6 +338,8 @@ def steps_table(result: dict[str, Any]) -> Table:
 
 def partial_table(result: dict[str, Any]) -> Table:
     """Return the partial sums of larger batches as a table for the terminal."""
+    from rich.table import Table
+
     title = "bottleneck_backward's partial sums / its floor, by images"
     shown = Table("model", title=title, title_justify="left")
     for images in BATCHES:
@@ -351,6 +360,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 when an operator moves too much."""
     parsed = _parse(arguments)

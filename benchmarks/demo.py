@@ -13,14 +13,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import compare, data, models, plots
+from benchmarks import compare, data, models
+from benchmarks.program import reports_missing_packages
 from benchmarks.worker import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TRAINED, STEPS, BATCH = "densenet_bc_40_12", 24, 16
 MEASURED, MEASURED_BATCH, REPEATS = "densenet_bc_100_12", 64, 3
@@ -117,9 +121,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demonstration; return the exit status: 1 when float64 differs or an implementation failed."""
     parsed = _parse(arguments)
+    import numpy  # noqa: F401 (before the training, as the next: what is missing must not cost it)
+
+    from benchmarks import plots
+
     console, quiet = compare.console(), compare.console(stderr=True)
     try:
         import effdense

@@ -14,18 +14,20 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 from benchmarks import compare, devices, measure, models
 from benchmarks.compare import MIB, OnProgress
+from benchmarks.program import reports_missing_packages
 from benchmarks.worker import Settings, Worker, WorkerError
 
+if TYPE_CHECKING:  # measuring does without
+    from rich.table import Table
+
 DEFAULT_DEPTHS = "34,64,94,124,154"
+DEFAULT_IMPLS = "naive,checkpoint,effdense-balanced,effdense-minimal"
 STEP, SHALLOWEST = 6, 10  # of the depths a DenseNet-BC can have
 ROOM = 0.9  # of the machine's free memory may be asked for when counting
 STATE_BYTES = 3 * 4  # per parameter, before the step: weight, gradient and momentum in float32
@@ -188,12 +190,16 @@ def _fit(points: Points, key: str) -> Callable[[int], float]:
     depths, values = list(points), [point[key] for point in points.values()]
     if len(depths) == 1:
         return lambda depth: values[0] * depth / depths[0]
+    import numpy as np
+
     coefficients = np.polyfit(depths, values, min(2, len(depths) - 1))
     return lambda depth: float(np.polyval(coefficients, depth))
 
 
 def table(result: dict[str, Any], title: str) -> Table:
     """Return one line per depth: every implementation's peak above the built model and its time per step."""
+    from rich.table import Table
+
     impls = list(dict.fromkeys(row["impl"] for row in result["rows"]))
     labels = {row["impl"]: _what(row) for row in result["rows"] if row["label"]}
     caption = [compare.machine(result["environment"]), *(f"{impl}: {what}" for impl, what in labels.items())]
@@ -217,11 +223,15 @@ def table(result: dict[str, Any], title: str) -> Table:
 
 
 def _what(row: dict[str, Any]) -> str:
+    from rich.markup import escape
+
     return escape(row["label"] + (", effdense's C++" if row["compiled"] else ""))
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """Return a line, with rich's markup, for every row that failed, computed something else or has an open end."""
+    from rich.markup import escape
+
     lines = []
     for row in result["rows"]:
         if "error" in row:
@@ -236,6 +246,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 def budget_table(budget: dict[str, Any]) -> Table:
     """Return one line per implementation with the deepest network within the budget."""
+    from rich.table import Table
+
     shown = Table(title=f"Deepest within {_size(budget['bytes'])}", title_justify="left")
     shown.caption, shown.caption_justify = f"How found: {budget['method']}", "left"
     shown.add_column("implementation", no_wrap=True)
@@ -279,7 +291,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--image-size", type=positive, default=32, help="pixels on a side (32)")
     add(
         "--impl",
-        default=compare.DEFAULT_IMPLS,
+        default=DEFAULT_IMPLS,
         help=f"some of {', '.join(models.IMPLS)}, each also with {models.CHANNELS_LAST}",
     )
     add("--device", type=devices.argument, default="cpu", help="cpu, cuda or cuda:N (cpu)")
@@ -328,11 +340,14 @@ def _budget(text: str) -> int:
     return int(size)
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 when an implementation failed."""
     parsed = _parse(arguments)
+    if parsed.budget:
+        import numpy  # noqa: F401 (before the measurement, as the next: what is missing must not cost it)
     if parsed.plot:
-        from benchmarks import plots  # before the measurement: a missing matplotlib must not cost it
+        from benchmarks import plots
     device = parsed.device.name
     settings = Settings("", parsed.batch, parsed.image_size, threads=parsed.threads, device=device)
     title = f"DenseNet-BC, growth {parsed.growth}, training step, batch {parsed.batch}, "

@@ -14,17 +14,19 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 import effdense
-from benchmarks import compare, devices, measure
+from benchmarks import compare, devices, isa, measure
+from benchmarks.program import reports_missing_packages
 from effdense.reference import accumulate_dtype
 from effdense.workspace import on_large_pages
+
+if TYPE_CHECKING:  # measuring does without
+    from rich.table import Table
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 4096}  # rows and columns of the matrices
 COPY_BYTES = 2**28  # of each tensor: beyond every cache
@@ -202,22 +204,32 @@ def run(
     repeats: int = 9,
     on_progress: Callable[..., None] = lambda description: None,
     device: str = "cpu",
+    isa_name: str | None = None,
 ) -> dict[str, Any]:
     """Measure and return `{"environment": {...}, "ceilings": {"gemm": {...}, "copy": {...}}, "rows": [{...}, ...]}`.
 
     One row per shape and operator that it has. In every turn each is called once, and the ceilings before each shape,
     so that its first operator reads from memory; the others (on the CPU) also what is still in a cache of the ones
-    before.
+    before. `isa_name` is the instruction set that this process was started with (isa.variables), and RuntimeError says where it was not.
     `on_progress` is called before each of the `(repeats + 1) * len(shapes)` pieces of work.
     """
     on, type_ = devices.find(device), getattr(torch, dtype)
     on.use()
-    environment = {**measure.environment(), **on.environment()}  # with the load before
+    if isa_name:
+        isa.check_active(isa_name)
+    environment = {
+        **measure.environment(),
+        **isa.record(isa_name),
+        **on.environment(),
+    }  # with the load before
+    if isa_name:
+        environment["isa_variables"] = isa.variables(isa_name)
     with torch.device(on.name):
         ceilings, rows_of = _ceilings(type_, GEMM_SIZE[on.type]), []
         calls_of = [_calls(shape, type_) for shape in shapes]
     for shape, calls in zip(shapes, calls_of, strict=True):
         needs, about = least(shape, type_), {"shape": str(shape), "dtype": dtype, "device": on.name}
+        about |= isa.record(isa_name)
         about |= zip(Shape._fields[:-1], shape, strict=False)
         names = [n for n in shape.operators if n in operators]
         rows_of.append([{"op": n, **about, **_row(calls[n], needs[n])} for n in names])
@@ -242,6 +254,8 @@ def run(
 
 def table(result: dict[str, Any]) -> Table:
     """Return the rows as a table for the terminal."""
+    from rich.table import Table
+
     rows, gemm, copy = result["rows"], *result["ceilings"].values()
     caption = f"ceilings: GEMM {gemm['gflops_per_s']:.1f} GFLOP/s, copy {copy['gbytes_per_s']:.1f} GB/s; "
     caption += "below 1x: the maps were in a cache\n" + compare.machine(result["environment"])
@@ -301,6 +315,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--shape", type=_shapes, metavar="NAME", default="all", help="bc, 121, all (these) or N,H,W,C,O,K")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", type=devices.argument, default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    isa.add_argument(parser)
     add("--threads", type=positive, metavar="N", help="PyTorch's default unless given")
     add("--repeats", type=positive, metavar="N", default=9, help="timed calls of each operator (9)")
     add("--json", type=compare.output_file, metavar="FILE", help="write everything measured here")
@@ -308,6 +323,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not (build := effdense.build_info())["compiled"]:
         parser.error(f"effdense's operators are not compiled, there is nothing to time: {build['reason']}")
     kind = parsed.device.type
+    isa.refuse_other_devices(parser, parsed.isa, kind)
     if parsed.dtype == "float16" and kind == "cpu":
         parser.error("--dtype float16 needs --device cuda")
     there = [name for name in OPERATORS if _has_kernel(name, kind)]
@@ -329,15 +345,30 @@ def _has_kernel(operator: str, kind: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"effdense::{operator}", kind.upper())
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parsed = _parse(arguments)
+    if parsed.isa and not isa.is_active(parsed.isa):
+        return isa.run_again("benchmarks.kernels", arguments, parsed.isa)
+    from rich.progress import Progress
+
     torch.set_num_threads(parsed.threads or torch.get_num_threads())
     # Without the thread that refreshes: it would take time from what is timed.
     with Progress(console=compare.console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("starting", total=(parsed.repeats + 1) * len(parsed.shape))
         on_progress = functools.partial(bar.update, task, advance=1, refresh=True)
-        result = run(parsed.shape, parsed.op, parsed.dtype, parsed.repeats, on_progress, parsed.device.name)
+        result = run(
+            *(
+                parsed.shape,
+                parsed.op,
+                parsed.dtype,
+                parsed.repeats,
+                on_progress,
+                parsed.device.name,
+                parsed.isa,
+            )
+        )
     compare.console().print(table(result))
     if parsed.json:
         compare.write_json(result, parsed.json)

@@ -12,17 +12,19 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 import effdense
 from benchmarks import compare, models, nets
 from benchmarks.compare import MIB, OnProgress
+from benchmarks.program import reports_missing_packages
 from benchmarks.worker import Settings, batch_for, loss_of
+
+if TYPE_CHECKING:  # measuring does without
+    from rich.table import Table
 
 IMPLS = ("naive", "effdense-balanced")
 # With batches of half the usual size.
@@ -138,6 +140,9 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
 
 def table(result: dict[str, Any], repeats: int) -> Table:
     """Return the table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
     caption = compare.machine(result["environment"])
     title = (
         f"Training steps before and after effdense.convert, float32, medians of {repeats}; errors in float64"
@@ -182,6 +187,7 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+@reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 when something failed."""
     parsed = _parse(arguments)

@@ -31,6 +31,7 @@ PEERS = ("naive", "checkpoint", "compile")
 EFFDENSE = ("effdense-balanced", "effdense-minimal")
 IMPLS = (*PEERS, *EFFDENSE, *(f"{name}-fallback" for name in EFFDENSE))
 CHANNELS_LAST = "+channels-last"
+GROUPS = ("peers", "effdense", "all")  # of implementations, see `expand`
 FORCE_REFERENCE = "EFFDENSE_FORCE_REFERENCE"
 
 
@@ -261,6 +262,22 @@ def parse_impl(name: str) -> Impl:
     return Impl(name, base, memory, kind.endswith("-fallback"), bool(plus))
 
 
+def expand(names: Sequence[str], mode: str) -> list[str]:
+    """Return the names with groups replaced by their members, each once.
+
+    "peers" is every peer in both layouts, "effdense" its memory modes, "all" both. Inference keeps nothing for a backward, so that
+    checkpoint is naive there and "minimal" is "balanced".
+    """
+    training = mode == "train"
+    peers = [n for n in PEERS if training or n != "checkpoint"]
+    groups = {
+        "peers": [name + layout for name in peers for layout in ("", CHANNELS_LAST)],
+        "effdense": list(EFFDENSE if training else EFFDENSE[:1]),
+    }
+    groups["all"] = groups["peers"] + groups["effdense"]
+    return list(dict.fromkeys(member for name in names for member in groups.get(name, [name])))
+
+
 def default_sizes(name: str) -> tuple[int, int]:
     """Return the usual batch and image size of model `name`; ValueError when there is no such model here."""
     if name in nets.NETS:
@@ -325,9 +342,9 @@ def _spec(name: str) -> _Spec:
         )
     if plain_name in IMAGENET_CONFIGS and name != "torchvision:densenet264":
         if colon and not _has_torchvision():
-            raise ValueError(
-                f"model {name!r} needs torchvision, which is not installed; {plain_name!r} does not"
-            )
+            from effdense import extras  # here: peers are measured beside an effdense that does not load
+
+            raise ValueError(f"model {name!r} {extras.needed('torchvision')} ({plain_name!r} does not)")
         return _Spec(*IMAGENET_CONFIGS[plain_name])
     if match := re.fullmatch(r"densenet_(bc_)?(\d+)_(\d+)", name):
         return _cifar_spec(name, int(match[2]), int(match[3]), bottleneck=bool(match[1]))

@@ -73,6 +73,8 @@ def build(name: str) -> nn.Module:
         return NETS[name].make(None)
     library = package.partition(".")[0]
     if importlib.util.find_spec(library) is None:
-        raise RuntimeError(f"model {name!r} needs {library}, which is not installed")
+        from effdense import extras  # here: peers are measured beside an effdense that does not load
+
+        raise RuntimeError(f"model {name!r} {extras.needed(library)}")
     importlib.import_module(package)
     return NETS[name].make(importlib.import_module(library))

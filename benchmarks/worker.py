@@ -37,6 +37,7 @@ class Settings:
     threads: int | None = None
     seed: int = 0
     device: str = "cpu"  # or cuda, cuda:N
+    isa: str | None = None  # the largest instruction set that may be used, of isa.ISAS; None: the machine's
 
 
 class WorkerError(Exception):
@@ -46,10 +47,12 @@ class WorkerError(Exception):
 class Worker:
     """A process that measures one implementation."""
 
-    def __init__(self, impl: str, force_reference: bool = False) -> None:
+    def __init__(self, impl: str, force_reference: bool = False, isa: str | None = None) -> None:
+        from benchmarks.isa import variables
         from benchmarks.models import FORCE_REFERENCE
 
         environment = {**os.environ, **({FORCE_REFERENCE: "1"} if force_reference else {})}
+        environment |= variables(isa) if isa else {}
         self._impl = impl
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
@@ -115,13 +118,17 @@ class _Session:
     def build(self, impl: str, settings: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        from benchmarks import devices, measure, models
+        from benchmarks import devices, isa, measure, models
 
         wanted = Settings(**settings)
+        if wanted.isa:
+            isa.check_active(wanted.isa)
         self._device = devices.find(wanted.device)
         self._device.use()
         if wanted.threads:
             torch.set_num_threads(wanted.threads)
+        compiles = models.parse_impl(impl).base == "compile"
+        unlimited = isa.limit_compiler(wanted.isa) if wanted.isa and compiles else ""
         real = wanted.data != "synthetic"
         torch.manual_seed(wanted.seed)
         built = models.build(
@@ -139,7 +146,8 @@ class _Session:
         self._step: Callable[[], float] = step(built.model, images, labels, wanted.dtype)
         self._first_loss: float | None = None
         return {
-            "label": built.label,
+            "label": built.label + (f", {unlimited}" if unlimited else ""),
+            **isa.record(wanted.isa),
             "memory": built.memory,
             "compiled": built.compiled,
             "parameters": sum(p.numel() for p in built.model.parameters()),

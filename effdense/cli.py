@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import cuda, files, reference
+from effdense import cuda, extras, files, reference
 from effdense._extension import build_info
 from effdense.check import check
 from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
@@ -138,9 +138,9 @@ def _summary(arguments: argparse.Namespace) -> int:
 def _draw(arguments: argparse.Namespace, draw: Callable[[Any], None]) -> int:
     """Calls `draw` with effdense.plots and says where the picture is."""
     try:
-        from effdense import plots
-    except ImportError:
-        print(f"effdense {arguments.command}: needs matplotlib: pip install matplotlib", file=sys.stderr)
+        plots = extras.load("effdense.plots", f"effdense {arguments.command}", "train")
+    except ImportError as error:
+        print(error, file=sys.stderr)
         return 2
     try:
         draw(plots)

@@ -17,6 +17,7 @@ import effdense
 from effdense import operators, reference
 from tests.cases import BACKENDS
 from tests.on_device import OnDevice
+from tests.selection import asks_of_the_instruction_set
 from tests.simt.compiler import compile_operators, cuda_include
 
 # For what this process starts, pytest-xdist's workers above all: threads that wait leave the processor to others.
@@ -45,7 +46,10 @@ def _compiled() -> None:
     assert FALLBACK or effdense.build_info()["compiled"], effdense.build_info()["reason"]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    for item in filter(asks_of_the_instruction_set, items):
+        item.add_marker("isa")
     without = [item for item in items if FALLBACK and item.get_closest_marker("compiled")]
     config.hook.pytest_deselected(items=without)
     items[:] = [item for item in items if item not in without]
@@ -60,6 +64,9 @@ def _autograd_has_run() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: not run with EFFDENSE_FORCE_REFERENCE=1")
     config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
+    config.addinivalue_line(
+        "markers", "isa: what depends on the instruction set (derived, tests/selection.py)"
+    )
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch finds no GPU here (torch.cuda.is_available() is False)")
 

@@ -86,7 +86,7 @@ def one_gpu(calls, monkeypatch):
 class InProcess:
     """A worker without a process of its own."""
 
-    def __init__(self, impl, force_reference=False):
+    def __init__(self, impl, force_reference=False, isa=None):
         self._impl, session = impl, _Session()
         self.warm_up, self.step, self.finish, self._build = (
             session.warm_up,
@@ -204,6 +204,9 @@ def test_settings_of_a_gpu(one_gpu, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare._parse(["--dtype", "float16"])
     assert "--dtype float16 needs --device cuda" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit, match="2"):
+        compare._parse(["--device", "cuda", "--isa", "default"])
+    assert "--isa default is for --device cpu" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_float16_steps_have_scaled_gradients():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, data, demo, measure, models, plots
+from benchmarks import compare, data, demo, isa, measure, models, plots
 from benchmarks.worker import ROOT, Settings, Worker, WorkerError, batch_for
 from tests.papers import PARAMETERS
 from tests.training import write_idx
@@ -401,12 +402,83 @@ def test_a_failing_batch_is_reported():
         (["--batch", "0"], "must be a whole number of 1 or more"),
         (["--json", "/nowhere/out.json"], "cannot write a file at '/nowhere/out.json'"),
         (["--impl", ","], "names no implementation"),
+        (["--isa", "avx3"], "argument --isa: there is no 'avx3': this machine ("),
     ],
 )
 def test_compare_refuses_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_names_of_groups():
+    peers = ["naive", "naive+channels-last", "checkpoint", "checkpoint+channels-last"]
+    peers += ["compile", "compile+channels-last"]
+    assert models.expand(["peers"], "train") == peers
+    assert models.expand(["all"], "train") == models.expand(["peers", "effdense"], "train")
+    assert models.expand(["naive", "all"], "inference") == [p for p in peers if "checkpoint" not in p] + [
+        "effdense-balanced"
+    ]
+    assert all(models.parse_impl(name).base != "effdense" for name in peers)
+
+
+def test_compare_writes_readmes_rows(tmp_path, monkeypatch, capsys):
+    """Of a run with the baseline instruction set; ratios are those of what stands beside them."""
+    out, page = tmp_path / "out.json", tmp_path / "out.md"
+    impls = ["naive", "checkpoint+channels-last", "effdense-minimal"]
+    arguments = [*TINY, "--isa", "default", "--impl", ",".join(impls), "--json", str(out)]
+    assert compare.main([*arguments, "--table", str(page)]) == 0
+    result = json.loads(out.read_text())
+    rows = result["rows"]
+    assert {(row["isa"], row["cpu_capability"]) for row in rows} == {("default", "DEFAULT")}
+    environment = result["environment"]
+    assert environment["isa"] == "default" and environment["isa_variables"]["ONEDNN_MAX_CPU_ISA"] == "SSE41"
+    assert environment["cpu_capability"] == environment["effdense"]["cpu_capability"] == "DEFAULT"
+    assert "(DEFAULT, limited by --isa default)" in capsys.readouterr().out
+    fastest = min(row["median_ms"] for row in rows[:2])
+    assert [row["vs_fastest_peer"] for row in rows] == [fastest / row["median_ms"] for row in rows]
+    heading, rule, what, *lines = page.read_text().splitlines()
+    assert heading == "| | ms/step | vs fastest peer | peak MiB | vs naive |" and rule.count("---") == 5
+    assert what == "| **DenseNet-BC-22-4, batch 2, 32x32, training, limited to DEFAULT, 1 thread** | | | | |"
+    names = ["naive", "checkpoint, channels-last", 'effdense, `memory="minimal"`']
+    for row, name, line in zip(rows, names, lines, strict=True):
+        memory = row["peak_bytes"] / rows[0]["peak_bytes"]
+        cells = [name, compare.milliseconds(row), f"{fastest / row['median_ms']:.2f}x as fast"]
+        cells += [f"{row['peak_bytes'] / 2**20:.0f}", f"{memory:.2f}x"]
+        assert line == f"| {' | '.join(cells)} |"
+
+
+def test_compiled_code_is_limited_too():
+    """Its own processor would otherwise be what GCC writes scalar loops for."""
+    settings = Settings("densenet_bc_10_4", 1, 32, threads=1, isa="default")
+    (row,) = compare.run(settings, ["compile"], repeats=1)["rows"]
+    assert "error" not in row, row["error"]
+    assert row["cpu_capability"] == "DEFAULT"
+    has_setting = hasattr(torch._inductor.config.cpp, "march")
+    assert ("compiled for the machine" in row["label"]) == (not has_setting)
+
+
+def test_an_instruction_set_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(measure, "cpu_model", lambda: "AMD EPYC")
+    message = r"avx512 is not there: this machine \(AMD EPYC\) has avx2, choose one of default, avx2"
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        isa.argument("avx512")
+    assert isa.variables("default")["MKL_CBWR"] == "COMPATIBLE"
+    monkeypatch.setattr(measure, "cpu_model", lambda: "Intel(R) Xeon(R)")
+    assert "MKL_CBWR" not in isa.variables("default")
+    monkeypatch.setattr(isa.platform, "machine", lambda: "aarch64")
+    with pytest.raises(argparse.ArgumentTypeError, match="is for x86-64 and this machine is aarch64"):
+        isa.argument("default")
+
+
+def test_an_instruction_set_is_checked_where_it_runs(monkeypatch):
+    """A worker that does not run on it measures nothing, whatever the command line has found."""
+    monkeypatch.setattr(isa, "variables", lambda name: {"ATEN_CPU_CAPABILITY": "default"})
+    settings = Settings("densenet_bc_10_4", 1, 32, threads=1, isa="avx2")
+    (row,) = compare.run(settings, ["naive"], repeats=1)["rows"]
+    assert row["error"] == "isa: avx2 was asked for, and this process runs on default"
 
 
 def test_demo(tmp_path, monkeypatch, capsys):

@@ -132,6 +132,7 @@ def test_odd_shapes(sizes):
         ),
         (["--shape", "1,2,3,4,5,0"], "six whole numbers of 1 or more, got '1,2,3,4,5,0'"),
         (["--dtype", "float16"], "--dtype float16 needs --device cuda"),
+        (["--isa", "sse"], "argument --isa: there is no 'sse'"),
         (["--repeats", "0"], "argument --repeats: must be a whole number of 1 or more, got '0'"),
         (["--json", "/nowhere/out.json"], "cannot write a file at '/nowhere/out.json'"),
     ],
@@ -149,3 +150,16 @@ def test_refuses_the_fallback(monkeypatch, capsys):
         kernels.main([*TINY])
     error = capsys.readouterr().err.splitlines()[-1]
     assert "operators are not compiled, there is nothing to time: EFFDENSE_FORCE_REFERENCE is set" in error
+
+
+def test_operators_of_another_instruction_set(tmp_path):
+    """They are measured in a process that was started with it."""
+    out = tmp_path / "out.json"
+    arguments = ["--isa", "default", "--shape", "1,4,4,8,8,4", "--repeats", "1", "--op", "bn_relu"]
+    assert kernels.main([*arguments, "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    for said in (result["environment"], *result["rows"]):
+        assert (said["isa"], said["cpu_capability"]) == ("default", "DEFAULT")
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        with pytest.raises(RuntimeError, match="isa: default was asked for, and this process runs on"):
+            kernels.run([kernels.SHAPES["bc"][0]], isa_name="default")

@@ -73,4 +73,7 @@ def test_without_matplotlib(
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(importlib.import_module("effdense"), "plots", raising=False)
     assert cli.main([command, "x"]) == 2
-    assert "needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert (
+        f"effdense {command} needs matplotlib, which is not installed: pip install 'effdense[train]'"
+        in capsys.readouterr().err
+    )

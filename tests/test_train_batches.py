@@ -292,7 +292,8 @@ def test_what_is_not_installed(
     for part in ("torchvision.datasets.cifar", "PIL.Image"):
         monkeypatch.delitem(sys.modules, part, raising=False)
     with pytest.raises(
-        ImportError, match=f"needs {package}, which cannot be imported .* pip install {package}"
+        ImportError,
+        match=rf"needs {package}, which is not installed: pip install 'effdense\[(vision|train)\]'",
     ):
         images.load(settings(name, folder))
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn import functional as F
+
+if TYPE_CHECKING:  # most is measured without images
+    import numpy as np
 
 CUT = Path(__file__).with_name("fashion_mnist_train_2000.npz")
 CUT_PER_CLASS = 200
@@ -24,6 +27,8 @@ _COUNTS = {"train": 60_000, "test": 10_000}
 
 def load_cut() -> tuple[np.ndarray, np.ndarray]:
     """Return the images and labels of the 2,000 training examples kept here, 200 of each class, mixed."""
+    import numpy as np
+
     with np.load(CUT) as cut:
         return cut["images"], cut["labels"]
 

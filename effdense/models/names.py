@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from effdense import extras
 from effdense.models import densenet
 
 _NAMED: dict[str, Any] = {name: getattr(densenet, name) for name in densenet.IMAGENET}
@@ -35,7 +36,7 @@ def build(name: str, **options: Any) -> nn.Module:
     if colon and library in _LIBRARIES:
         module, function = _LIBRARIES[library]
         if importlib.util.find_spec(library) is None:
-            raise ValueError(f"model {name!r} needs {library}, which is not installed")
+            raise ValueError(f"model {name!r} {extras.needed(library)}")
         try:
             model: nn.Module = getattr(importlib.import_module(module), function)(other, **options)
         except (RuntimeError, ValueError) as error:  # what they raise for a name that they do not know

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from effdense import extras
 from effdense.train import idx
 from effdense.train.settings import Settings
 
@@ -98,7 +98,7 @@ class Folder:
         self.labels = torch.tensor([label for _, label, _ in ordered])
         self._size, self._centre = size, centre
         self._threads = ThreadPoolExecutor(max(1, workers))
-        self._pil = _imported("PIL.Image", "pillow", "a folder of images")
+        self._pil = extras.load("PIL.Image", "a folder of images")
 
     def sizes(self) -> list[tuple[int, int]]:
         """Every image's width and height."""
@@ -220,7 +220,7 @@ def _find_fashion_mnist(data_root: Path | None) -> Path:
 
 def _torchvisions(module: str, name: str, root: Path, **options: Any) -> Any:
     """One of torchvision's data sets, downloaded if it is not in `root`."""
-    reader = getattr(_imported(f"torchvision.datasets.{module}", "torchvision", name), name)
+    reader = getattr(extras.load(f"torchvision.datasets.{module}", name), name)
     try:
         return reader(str(root), download=True, **options)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -265,12 +265,3 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
     if size is None:
         _check_sizes(train, test)
     return (train, test), train.classes
-
-
-def _imported(module: str, package: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # the latter: torchvision beside another torch
-        raise ImportError(
-            f"{what} needs {package}, which cannot be imported ({error}): pip install {package}"
-        ) from error

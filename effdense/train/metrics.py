@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effdense import extras
+
 
 class Row(NamedTuple):
     """A line of metrics.csv.
@@ -67,7 +69,8 @@ class Metrics:
             board = importlib.import_module("torch.utils.tensorboard")
             self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except ImportError:
-            print("TensorBoard is not installed and gets nothing: pip install tensorboard", file=sys.stderr)
+            hint = extras.pip_install("tensorboard")
+            print(f"TensorBoard is not installed and gets nothing: {hint}", file=sys.stderr)
 
     def write(self, row: Row) -> None:
         self._csv.writerow(row)
@@ -105,7 +108,8 @@ class Display:
             try:
                 self._bar = self._start_bar()
             except ImportError:
-                print("no progress bar without rich: pip install rich", file=sys.stderr)
+                hint = extras.pip_install("rich", "train")
+                print(f"no progress bar without rich: {hint}", file=sys.stderr)
 
     def _start_bar(self) -> Any:
         progress, console = (importlib.import_module(f"rich.{name}") for name in ("progress", "console"))
