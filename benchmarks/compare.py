@@ -17,22 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import devices, measure, models
 from benchmarks.worker import Settings, Worker, WorkerError
+
+if TYPE_CHECKING:  # where rich is needed it is imported: benchmarks.gpu measures without it
+    from rich.console import Console
+    from rich.table import Table
 
 DEFAULT_IMPLS = "naive,checkpoint,effdense-balanced,effdense-minimal"
 MIB = 2**20
@@ -123,6 +115,9 @@ def ratio_to_naive(rows: Sequence[dict[str, Any]], row: dict[str, Any], key: str
 
 def table(result: dict[str, Any], title: str) -> Table:
     """Return the rows as a table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
     shown = Table(
         title=title, title_justify="left", caption=machine(result["environment"]), caption_justify="left"
     )
@@ -194,14 +189,17 @@ def write_text(text: str, path: Path) -> None:
 @contextlib.contextmanager
 def progress(total: int, console: Console):
     """Yield an `on_progress` that moves a bar; nothing is left on the screen afterwards."""
+    from rich import progress as rich
+    from rich.markup import escape
+
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        rich.SpinnerColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with rich.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=total)
         done = iter(range(total + 1))
         yield lambda what: bar.update(task, description=escape(what), completed=next(done, total))
@@ -209,6 +207,8 @@ def progress(total: int, console: Console):
 
 def console(stderr: bool = False) -> Console:
     """Return a console; where there is no terminal to ask for its width, lines may be long."""
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
 
@@ -222,7 +222,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
         "--model",
         default="densenet_bc_100_12",
         help="densenet121 ..., densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), "
-        "densenet_d2l, torchvision:NAME",
+        "densenet_d2l, densenet121_3d, torchvision:NAME",
     )
     add("--batch", type=positive, help="images per step (8 for densenet121 ..., else 64)")
     add(

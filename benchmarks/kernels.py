@@ -14,17 +14,18 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 import effdense
 from benchmarks import compare, devices, measure
 from effdense.reference import accumulate_dtype
 from effdense.workspace import on_large_pages
+
+if TYPE_CHECKING:  # where rich is needed it is imported: benchmarks.gpu measures without it
+    from rich.table import Table
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 4096}  # rows and columns of the matrices
 COPY_BYTES = 2**28  # of each tensor: beyond every cache
@@ -242,6 +243,8 @@ def run(
 
 def table(result: dict[str, Any]) -> Table:
     """Return the rows as a table for the terminal."""
+    from rich.table import Table
+
     rows, gemm, copy = result["rows"], *result["ceilings"].values()
     caption = f"ceilings: GEMM {gemm['gflops_per_s']:.1f} GFLOP/s, copy {copy['gbytes_per_s']:.1f} GB/s; "
     caption += "below 1x: the maps were in a cache\n" + compare.machine(result["environment"])
@@ -310,7 +313,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     kind = parsed.device.type
     if parsed.dtype == "float16" and kind == "cpu":
         parser.error("--dtype float16 needs --device cuda")
-    there = [name for name in OPERATORS if _has_kernel(name, kind)]
+    there = [name for name in OPERATORS if has_kernel(name, kind)]
     if set(there) == set(CONVOLUTIONS):
         parser.error(f"effdense's operators are not compiled for {kind}: install it where nvcc is")
     parsed.op = parsed.op or there
@@ -322,7 +325,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _has_kernel(operator: str, kind: str) -> bool:
+def has_kernel(operator: str, kind: str) -> bool:
     """Whether the operator runs on a device of this kind."""
     if operator in CONVOLUTIONS:
         return True
@@ -331,6 +334,8 @@ def _has_kernel(operator: str, kind: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    from rich.progress import Progress
+
     parsed = _parse(arguments)
     torch.set_num_threads(parsed.threads or torch.get_num_threads())
     # Without the thread that refreshes: it would take time from what is timed.
