@@ -20,10 +20,10 @@ TEMPORARY = results.BUILD / "objects"
 SEE = "import effdense, json; print(json.dumps(effdense.build_info()))"
 
 
-def command(python: str = sys.executable) -> list[str]:
-    """What is run, in `source_folder()`."""
-    setup = str(results.ROOT / "setup.py")
-    return [python, setup, "build_ext", "--build-lib", str(results.ROOT), "--build-temp", str(TEMPORARY)]
+def command(library: Path = results.ROOT, temporary: Path = TEMPORARY) -> list[str]:
+    """What is run, in `source_folder()`; `library` is where the module goes."""
+    line = [sys.executable, str(results.ROOT / "setup.py"), "build_ext"]
+    return [*line, "--build-lib", str(library), "--build-temp", str(temporary)]
 
 
 def environment(capability: str | None, given: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -34,9 +34,8 @@ def environment(capability: str | None, given: Mapping[str, str] = os.environ) -
     return {**given, "MAX_JOBS": cores, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
 
 
-def source_folder() -> Path:
+def source_folder(folder: Path = results.BUILD / "source") -> Path:
     """A folder that has the sources as setup.py names them, and nothing else that setuptools reads."""
-    folder = results.BUILD / "source"
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "csrc"
     if not link.is_symlink():

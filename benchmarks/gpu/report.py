@@ -50,10 +50,20 @@ def markdown(document: dict[str, Any]) -> str:
     ]
     lines += _table(["stage", "what", "outcome", "s", "limit", "finding"], rows)
     for row in document["stages"]:
-        if row["result"] and (render := _RENDER.get(row["name"])):
-            body = render(row["result"])
-            lines += ["", f"## {row['title'][0].upper()}{row['title'][1:]}", "", *body] if body else []
+        if body := _body(row):
+            lines += ["", f"## {row['title']}", "", *body]
     return "\n".join(lines) + "\n"
+
+
+def _body(row: dict[str, Any]) -> list[str]:
+    """A stage's own table; what an ended stage has left may lack anything, and must not cost the report."""
+    render = _RENDER.get(row["name"])
+    if not row["result"] or not render:
+        return []
+    try:
+        return render(row["result"])
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        return [f"Its result is not whole ({type(error).__name__}: {error}); report.json has it."]
 
 
 def _short(command: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ REST = 3600  # a limit that only the budget ends
 
 
 class Stage(NamedTuple):
-    """One process. `{…}` in its command are filled in by `command_line`."""
+    """One process. Words in braces in its command are filled in by `command_line`."""
 
     name: str
     title: str
@@ -91,9 +91,9 @@ def command_line(stage: Stage, *, json: str, device: str, seconds: float, python
         python: the interpreter; "": this one.
     """
     values = {
-        "python": python or sys.executable,
-        "json": json,
-        "device": device,
-        "seconds": f"{max(1.0, 0.95 * seconds - 2):.0f}",
+        "{python}": python or sys.executable,
+        "{json}": json,
+        "{device}": device,
+        "{seconds}": f"{max(1.0, 0.95 * seconds - 2):.0f}",
     }
-    return [word.format(**values) for word in stage.command]
+    return [values.get(word, word) for word in stage.command]
