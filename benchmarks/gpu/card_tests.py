@@ -28,7 +28,10 @@ OUTCOMES = ("passed", "failed", "skipped", "not run")
 
 def files(folder: Path = results.ROOT / "tests") -> list[str]:
     """The test files whose tests run on a backend that may be a card (conftest.py), or are marked."""
-    wanted = re.compile(r"def test_[^:]*\b(ops|any_ops|runs_on)\b\s*[:,]|mark\.gpu", re.DOTALL)
+    wanted = re.compile(
+        r"^(?:@|pytestmark = )pytest\.mark\.gpu|(?:^def test_\w+\([^)]*\b|usefixtures\(.)(?:ops|any_ops|runs_on)\b",
+        re.MULTILINE,
+    )
     return [
         f"tests/{file.name}" for file in sorted(folder.glob("test_*.py")) if wanted.search(file.read_text())
     ]
