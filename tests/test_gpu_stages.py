@@ -214,7 +214,7 @@ def test_every_file_with_a_test_for_the_card_is_found() -> None:
 
 
 @pytest.mark.skipif(cuda_include() is None, reason="needs nvcc")
-def test_the_launchers_program_is_cuda_and_finds_its_launchers(tmp_path: Path) -> None:
+def test_the_launchers_program_is_cuda_and_finds_what_the_simt_kernels_have(tmp_path: Path) -> None:
     """nvcc compiles its main; what that leaves open is in the kernels' objects, here those of the harness: the names are the same."""
     main, link = launchers.build_commands("9.0", [Path("a.o"), Path("b.o")], tmp_path / "launchers")
     done = subprocess.run(main, capture_output=True, text=True)

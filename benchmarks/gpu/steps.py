@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
+from benchmarks import devices
 from benchmarks.gpu import results
 from benchmarks.worker import Settings, Worker, WorkerError
 
@@ -116,7 +117,7 @@ def measure(group: Sequence[Measured]) -> list[dict[str, Any]]:
 def note_ratios(rows: Sequence[dict[str, Any]]) -> None:
     """Adds `speed_to_naive`, `memory_to_naive`, and a note where the first loss differs: the same weights and images give the same."""
     naive = rows[0]
-    tolerance = 5e-2 if naive["dtype"] == "bfloat16" else 1e-2
+    tolerance = devices.Cuda.loss_tolerance[naive["dtype"]]
     for row in rows:
         if "error" in row or "error" in naive:
             continue

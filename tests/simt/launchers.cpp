@@ -1,6 +1,6 @@
 // Every launcher on memory that ends where its matrices end, for the sanitizers: an executable, since in a
-// torch extension the uninstrumented libraries drown them. Results are compared elsewhere. Built by g++ it runs on the
-// CPU, by nvcc on a GPU, under compute-sanitizer (benchmarks/gpu/launchers.py).
+// torch extension the uninstrumented libraries drown them. Results are compared elsewhere. Built by g++ it
+// runs on the CPU, by nvcc on a GPU, under compute-sanitizer (benchmarks/gpu/launchers.py).
 #include "kernels/launchers.h"
 
 #include <cstdio>

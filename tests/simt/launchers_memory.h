@@ -1,5 +1,5 @@
-// The launchers' program's arrays: on the CPU, for its sanitizers, a std::vector; under nvcc memory of the device that ends
-// where the array ends, for compute-sanitizer.
+// The launchers' program's arrays: on the CPU, for its sanitizers, a std::vector; under nvcc memory of the
+// device that ends where the array ends, for compute-sanitizer.
 #pragma once
 
 #include <cstddef>
