@@ -56,6 +56,8 @@ def _device(text: str) -> str:
 
 
 def _interrupt(*_: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # once is enough: the report is being written
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -72,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="start nothing, say what would run")
     parsed = parser.parse_args(arguments)
     processes.adopt_orphans()
-    signal.signal(signal.SIGTERM, _interrupt)  # as a machine's time limit sends it: report what there is
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, a machine's time limit: report what there is
+        signal.signal(number, _interrupt)
     chosen = [stage for stage in PLAN if stage.name in parsed.stages]
     run = Run(chosen, parsed.out, parsed.budget, parsed.device, parsed.dry_run)
     status = run.all()

@@ -69,17 +69,29 @@ class Run:
         for stage in self._stages:
             row = self._row(stage)
             self.document["stages"].append(row)
-            reason = "interrupted" if interrupted else self._why_not(stage)
-            if reason:
-                row.update(outcome="skipped", reason=reason)
-            else:
-                self._say(f"{stage.name}: {stage.title}, at most {row['limit_s']:.0f} s")
-                self._run(stage, row)
-                interrupted = row["outcome"] == "interrupted"
-            self._say(f"  {report.line(row)}")
-            self._save()
+            try:
+                self._go_through(stage, row, interrupted)
+            except KeyboardInterrupt:  # at any moment; what is left of this loop takes no time
+                interrupted = True
+                if row["outcome"] not in report.BAD:
+                    row.update(outcome="interrupted", reason="interrupted")
+            interrupted = interrupted or row["outcome"] == "interrupted"
+            try:
+                self._say(f"  {report.line(row)}")
+                self._save()
+            except KeyboardInterrupt:
+                interrupted = True
+                self._save()
         bad = [row for row in self.document["stages"] if row["outcome"] in report.BAD]
         return 1 if bad else 0
+
+    def _go_through(self, stage: Stage, row: dict[str, Any], interrupted: bool) -> None:
+        reason = "interrupted" if interrupted else self._why_not(stage)
+        if reason:
+            row.update(outcome="skipped", reason=reason)
+            return
+        self._say(f"{stage.name}: {stage.title}, at most {row['limit_s']:.0f} s")
+        self._run(stage, row)
 
     def _row(self, stage: Stage) -> dict[str, Any]:
         left = max(0.0, self._budget - (time.monotonic() - self._start))
