@@ -29,7 +29,7 @@ TINY = steps.Config("tiny", "densenet_bc_10_4", 2, 8)
 def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
-        line, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        line, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
 
 
@@ -158,7 +158,7 @@ def sample(tmp_path: Path, until: float, *arguments: str) -> dict[str, Any]:
     ]
     environment = {**os.environ, sampling.VARIABLE: setting, "PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [*line, *arguments, "."], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [*line, *arguments, "."], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     return card_tests.summarize(file.read_text().splitlines())
 
