@@ -33,7 +33,7 @@ def main(given: Sequence[str] | None = None) -> int:
     findings = []
     for name, (dtype, tf32) in NUMBERS.items():
         torch.backends.cudnn.allow_tf32 = tf32  # products follow: devices.Cuda.use
-        there = [n for n in kernels.OPERATORS if kernels.has_kernel(n, "cuda")]
+        there = [n for n in kernels.OPERATORS if kernels.has_kernel(n, torch.device(options.device).type)]
         measured = kernels.run(shapes, there, dtype, REPEATS, device=options.device)
         rows = [without_times(row) for row in measured["rows"]]
         ceilings = {key: without_times(row) for key, row in measured["ceilings"].items()}

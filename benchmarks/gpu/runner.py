@@ -77,7 +77,7 @@ class Run:
                     row.update(outcome="interrupted", reason="interrupted")
             interrupted = interrupted or row["outcome"] == "interrupted"
             try:
-                self._say(f"  {report.line(row)}")
+                self._say(f"{row['name']}: {report.line(row)}")
                 self._save()
             except KeyboardInterrupt:
                 interrupted = True
