@@ -8,6 +8,10 @@ TORCH ?= torch==2.13.0
 TESTS ?=
 EXTRAS ?= test
 
+# `make gpu`: where the report goes and how long it may take. It uses PYTHON as it is and installs nothing.
+OUT ?= build/gpu/report
+BUDGET ?= 8m
+
 LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
 BIN := $(VENV)/bin
@@ -20,12 +24,13 @@ TEST_STAMP := $(VENV)/.effdense-$(EXTRAS)
 DEMO_STAMP := $(VENV)/.effdense-bench
 LINT_STAMP := $(VENV)/.lint-$(firstword $(shell echo '$(LINT_TOOLS)' | cksum))
 
-.PHONY: help torch test demo lint format clean
+.PHONY: help torch test demo gpu lint format clean
 
 help:
 	@echo 'make torch    install torch in $(VENV)'
 	@echo 'make test     install effdense in $(VENV) and run its tests'
 	@echo 'make demo     install effdense in $(VENV) and compare it with plain PyTorch on real images'
+	@echo 'make gpu      build for the GPU of this machine, check and time it, offline, with $(PYTHON) (OUT=, BUDGET=)'
 	@echo 'make lint     check formatting, style and types'
 	@echo 'make format   put the sources into the agreed format'
 	@echo 'make clean    remove what the above made, $(VENV) too'
@@ -40,6 +45,9 @@ test: $(TEST_STAMP)
 
 demo: $(DEMO_STAMP)
 	$(BIN)/python -m benchmarks.demo
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --budget $(BUDGET)
 
 lint: $(LINT_STAMP)
 	$(BIN)/ruff check .

@@ -213,24 +213,17 @@ def write_text(text: str, path: Path) -> None:
 @contextlib.contextmanager
 def progress(total: int, console: Console):
     """Yield an `on_progress` that moves a bar; nothing is left on the screen afterwards."""
+    from rich import progress as rich
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
 
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        rich.SpinnerColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with rich.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=total)
         done = iter(range(total + 1))
         yield lambda what: bar.update(task, description=escape(what), completed=next(done, total))
@@ -253,7 +246,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
         "--model",
         default="densenet_bc_100_12",
         help="densenet121 ..., densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), "
-        "densenet_d2l, torchvision:NAME",
+        "densenet_d2l, densenet121_3d, torchvision:NAME",
     )
     add("--batch", type=positive, help="images per step (8 for densenet121 ..., else 64)")
     add(

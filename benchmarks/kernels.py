@@ -326,7 +326,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     isa.refuse_other_devices(parser, parsed.isa, kind)
     if parsed.dtype == "float16" and kind == "cpu":
         parser.error("--dtype float16 needs --device cuda")
-    there = [name for name in OPERATORS if _has_kernel(name, kind)]
+    there = [name for name in OPERATORS if has_kernel(name, kind)]
     if set(there) == set(CONVOLUTIONS):
         parser.error(f"effdense's operators are not compiled for {kind}: install it where nvcc is")
     parsed.op = parsed.op or there
@@ -338,7 +338,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _has_kernel(operator: str, kind: str) -> bool:
+def has_kernel(operator: str, kind: str) -> bool:
     """Whether the operator runs on a device of this kind."""
     if operator in CONVOLUTIONS:
         return True

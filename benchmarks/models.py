@@ -27,6 +27,11 @@ IMAGENET_CONFIGS = {
     "densenet201": (32, (6, 12, 48, 32), 64),
     "densenet264": (32, (6, 12, 64, 48), 64),
 }
+# By spatial dimensions.
+BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVG_POOL = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 PEERS = ("naive", "checkpoint", "compile")
 EFFDENSE = ("effdense-balanced", "effdense-minimal")
 IMPLS = (*PEERS, *EFFDENSE, *(f"{name}-fallback" for name in EFFDENSE))
@@ -46,15 +51,16 @@ class _DenseLayer(nn.Module):
         drop_rate: float,
         memory_efficient: bool = False,
         bias: bool = False,
+        dims: int = 2,
     ) -> None:
         super().__init__()
         width = bn_size * growth_rate
-        self.norm1 = nn.BatchNorm2d(in_features)
+        self.norm1 = BATCH_NORM[dims](in_features)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(in_features, width, kernel_size=1, bias=bias)
-        self.norm2 = nn.BatchNorm2d(width)
+        self.conv1 = CONV[dims](in_features, width, kernel_size=1, bias=bias)
+        self.norm2 = BATCH_NORM[dims](width)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=bias)
+        self.conv2 = CONV[dims](width, growth_rate, kernel_size=3, padding=1, bias=bias)
         self.drop_rate = float(drop_rate)
         self.memory_efficient = memory_efficient
 
@@ -83,11 +89,12 @@ class _PlainLayer(nn.Module):
         drop_rate: float,
         bias: bool = False,
         memory_efficient: bool = False,
+        dims: int = 2,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_features)
+        self.norm1 = BATCH_NORM[dims](in_features)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(in_features, growth_rate, kernel_size=3, padding=1, bias=bias)
+        self.conv1 = CONV[dims](in_features, growth_rate, kernel_size=3, padding=1, bias=bias)
         self.drop_rate = float(drop_rate)
         self.memory_efficient = memory_efficient
 
@@ -117,14 +124,15 @@ class _DenseBlock(nn.ModuleDict):
         drop_rate: float,
         memory_efficient: bool = False,
         bias: bool = False,
+        dims: int = 2,
     ) -> None:
         super().__init__()
         for i in range(num_layers):
             width = in_features + i * growth_rate
             self[f"denselayer{i + 1}"] = (
-                _PlainLayer(width, growth_rate, drop_rate, bias, memory_efficient)
+                _PlainLayer(width, growth_rate, drop_rate, bias, memory_efficient, dims)
                 if bn_size is None
-                else _DenseLayer(width, growth_rate, bn_size, drop_rate, memory_efficient, bias)
+                else _DenseLayer(width, growth_rate, bn_size, drop_rate, memory_efficient, bias, dims)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,12 +143,12 @@ class _DenseBlock(nn.ModuleDict):
 
 
 class _Transition(nn.Sequential):
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, dims: int = 2) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(in_features)
+        self.norm = BATCH_NORM[dims](in_features)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(in_features, out_features, kernel_size=1, bias=bias)
-        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+        self.conv = CONV[dims](in_features, out_features, kernel_size=1, bias=bias)
+        self.pool = AVG_POOL[dims](kernel_size=2, stride=2)
 
 
 class DenseNet(nn.Module):
@@ -148,7 +156,7 @@ class DenseNet(nn.Module):
 
     `small_inputs` gives the CIFAR form: a 3x3 stem without normalisation and pooling. `bn_size=None` gives
     plain layers, `compression` is a transition's output channels per input channel, `bias` is for every
-    convolution. Input `[N, in_channels, H, W]`, output `[N, num_classes]`. Paper: arXiv:1608.06993, sections
+    convolution, `spatial_dims` 2 or 3. Input `[N, in_channels, *spatial]`, output `[N, num_classes]`. Paper: arXiv:1608.06993, sections
     3 and 4.
     """
 
@@ -166,45 +174,49 @@ class DenseNet(nn.Module):
         in_channels: int = 3,
         compression: float = 0.5,
         bias: bool = False,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        dims = self._dims = spatial_dims
         if small_inputs:
-            stem = {"conv0": _small_stem(in_channels, num_init_features, bias)}
+            stem = {"conv0": _small_stem(in_channels, num_init_features, bias, dims)}
         else:
             stem = {
-                "conv0": _large_stem(in_channels, num_init_features, bias),
-                "norm0": nn.BatchNorm2d(num_init_features),
+                "conv0": _large_stem(in_channels, num_init_features, bias, dims),
+                "norm0": BATCH_NORM[dims](num_init_features),
                 "relu0": nn.ReLU(inplace=True),
-                "pool0": nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+                "pool0": MAX_POOL[dims](kernel_size=3, stride=2, padding=1),
             }
         self.features = nn.Sequential(OrderedDict(stem))
         width = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
-            block = _DenseBlock(num_layers, width, bn_size, growth_rate, drop_rate, memory_efficient, bias)
+            form = (bn_size, growth_rate, drop_rate, memory_efficient, bias, dims)
+            block = _DenseBlock(num_layers, width, *form)
             self.features.add_module(f"denseblock{i}", block)
             width += num_layers * growth_rate
             if i < len(block_config):
                 compressed = int(compression * width)
-                self.features.add_module(f"transition{i}", _Transition(width, compressed, bias))
+                self.features.add_module(f"transition{i}", _Transition(width, compressed, bias, dims))
                 width = compressed
-        self.features.add_module("norm5", nn.BatchNorm2d(width))
+        self.features.add_module("norm5", BATCH_NORM[dims](width))
         self.classifier = nn.Linear(width, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, tuple(CONV.values())):
                 nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x), inplace=True)
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
+        pool = F.adaptive_avg_pool2d if self._dims == 2 else F.adaptive_avg_pool3d
+        return self.classifier(torch.flatten(pool(features, (1,) * self._dims), 1))
 
 
-def _small_stem(in_channels: int, num_init_features: int, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=bias)
+def _small_stem(in_channels: int, num_init_features: int, bias: bool = False, dims: int = 2) -> nn.Module:
+    return CONV[dims](in_channels, num_init_features, kernel_size=3, padding=1, bias=bias)
 
 
-def _large_stem(in_channels: int, num_init_features: int, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=bias)
+def _large_stem(in_channels: int, num_init_features: int, bias: bool = False, dims: int = 2) -> nn.Module:
+    return CONV[dims](in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +253,17 @@ class _Spec:
     compression: float = 0.5
     bias: bool = False
     image_channels: int = 3
+    spatial_dims: int = 2
     sizes: tuple[int, int] = (8, 224)  # batch and image size
 
 
 # Zhang et al., "Dive into Deep Learning", section 8.7: gray images of 96 pixels, plain layers, biases.
 _D2L = _Spec(32, (4, 4, 4, 4), 64, num_classes=10, bn_size=None, bias=True, image_channels=1, sizes=(64, 96))
+
+# MONAI's DenseNet-121 for volumes of one channel, in torchvision's structure: what 3D medical images are trained with.
+_VOLUMES = _Spec(
+    *IMAGENET_CONFIGS["densenet121"], num_classes=10, image_channels=1, spatial_dims=3, sizes=(4, 96)
+)
 
 
 def parse_impl(name: str) -> Impl:
@@ -296,7 +314,7 @@ def build(
 ) -> Built:
     """Build model `name` as implementation `impl`, with weights from the global random state.
 
-    `name`: densenet121, 161, 169, 201, 264; densenet_bc_<depth>_<growth>; densenet_<depth>_<growth> (plain
+    `name`: densenet121, 161, 169, 201, 264; densenet121_3d; densenet_bc_<depth>_<growth>; densenet_<depth>_<growth> (plain
     layers, no compression); densenet_d2l; torchvision:NAME; one of nets.NETS, which takes its own channels and classes
     and is not checkpointed. Unless given, `image_channels` is 3 (1 for
     densenet_d2l) and `num_classes` 1000 (10 for the models of small images). The same random state gives
@@ -350,14 +368,16 @@ def _spec(name: str) -> _Spec:
         return _cifar_spec(name, int(match[2]), int(match[3]), bottleneck=bool(match[1]))
     if name == "densenet_d2l":
         return _D2L
+    if name == "densenet121_3d":
+        return _VOLUMES
     if name == "densenet169_tutorial":
         raise ValueError(f"model {name!r} cannot be measured yet: only torchvision's and plain layers can")
     torchvisions = [f"torchvision:{known}" for known in IMAGENET_CONFIGS if known != "densenet264"]
-    others = ["densenet_bc_100_12", "densenet_40_12", "densenet_d2l"]
+    others = ["densenet_bc_100_12", "densenet_40_12", "densenet_d2l", "densenet121_3d"]
     suggestion = _did_you_mean(name, [*IMAGENET_CONFIGS, *others, *torchvisions])
     raise ValueError(
         f"unknown model {name!r}{suggestion}; there are {', '.join(IMAGENET_CONFIGS)}, "
-        "densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), densenet_d2l and "
+        "densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), densenet_d2l, densenet121_3d and "
         "torchvision:NAME"
     )
 
@@ -390,10 +410,11 @@ def _naive(spec: _Spec, memory_efficient: bool) -> tuple[nn.Module, str]:
         memory_efficient=memory_efficient,
     )
     in_channels = spec.image_channels
-    if spec.bn_size is None or not _has_torchvision():
-        form = {key: getattr(spec, key) for key in ("small_inputs", "compression", "bias")}
+    lacking = "plain layers" if spec.bn_size is None else "volumes" if spec.spatial_dims == 3 else None
+    if lacking or not _has_torchvision():
+        form = {key: getattr(spec, key) for key in ("small_inputs", "compression", "bias", "spatial_dims")}
         model = DenseNet(**arguments, in_channels=in_channels, **form)
-        return model, "plain twin" + (" (torchvision has no plain layers)" if spec.bn_size is None else "")
+        return model, "plain twin" + (f" (torchvision has no {lacking})" if lacking else "")
     import torchvision
 
     model = torchvision.models.DenseNet(**arguments)

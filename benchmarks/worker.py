@@ -1,6 +1,6 @@
 """One implementation in a process of its own: `Worker` is the parent's end, `main` the process's.
 
-They exchange one JSON object a line. Commands: build, warm_up, step, finish; whatever goes wrong in the
+They exchange one JSON object a line. Commands: build, prepare, warm_up, step, finish; whatever goes wrong in the
 process comes back as the answer's "error". A worker works only while it answers, so workers can take turns.
 """
 
@@ -71,11 +71,19 @@ class Worker:
     def warm_up(self, steps: int) -> dict[str, Any]:
         return self._ask("warm_up", steps=steps)
 
+    def prepare(self) -> dict[str, Any]:
+        return self._ask("prepare")
+
     def step(self) -> dict[str, Any]:
         return self._ask("step")
 
     def finish(self) -> dict[str, Any]:
         return self._ask("finish")
+
+    def kill(self) -> None:
+        """Closes without waiting for the process to end by itself."""
+        self._process.kill()
+        self.close()
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -159,6 +167,17 @@ class _Session:
         losses = [self._step() for _ in range(steps)]
         return {"first_loss": losses[0]}
 
+    def prepare(self) -> dict[str, Any]:
+        """One step in which torch.compile compiles and cuDNN does not try its algorithms: beside others that do the same."""
+        import torch
+
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False
+        try:
+            return {"first_loss": self._step()}
+        finally:
+            torch.backends.cudnn.benchmark = before
+
     def step(self) -> dict[str, Any]:
         gc.collect()
         return {"ms": self._device.time_step(self._step)}
@@ -203,20 +222,26 @@ def loss_of(outputs: Any, labels: Any) -> Any:
 
 
 def _train_step(model: Any, images: Any, labels: Any, dtype: str) -> Callable[[], float]:
+    step = training_step(model, images, labels, dtype)
+    return lambda: step().item()
+
+
+def training_step(model: Any, images: Any, labels: Any, dtype: str) -> Callable[[], Any]:
+    """Return a step of SGD with momentum, which returns the loss without waiting for it."""
     import torch
 
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == "float16")
     model.train()
 
-    def step() -> float:
+    def step() -> Any:
         optimizer.zero_grad(set_to_none=False)  # the gradients stay, as the optimizer's state does
         with _autocast(images, dtype):
             loss = loss_of(model(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        return loss.item()
+        return loss.detach()
 
     return step
 

@@ -1,5 +1,6 @@
 // Every launcher on memory that ends where its matrices end, for the sanitizers: an executable, since in a
-// torch extension the uninstrumented libraries drown them. Results are compared elsewhere.
+// torch extension the uninstrumented libraries drown them. Results are compared elsewhere. Built by g++ it
+// runs on the CPU, by nvcc on a GPU, under compute-sanitizer (benchmarks/gpu/launchers.py).
 #include "kernels/launchers.h"
 
 #include <cstdio>
@@ -8,28 +9,34 @@
 
 #include "kernels/bottleneck_launchers.h"
 #include "kernels/compat.cuh"
+#include "simt/launchers_memory.h"
 
 namespace effdense::kernels {
 namespace {
 
-// A matrix in a heap block of its own, from `first` elements behind its beginning to its last row's last
+template <typename T>
+std::vector<T> numbers(int64_t count) {
+  std::vector<T> values(count);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<T>(static_cast<float>(i * 37 % 101));
+  return values;
+}
+
+// A matrix in a block of memory of its own, from `first` elements behind its beginning to its last row's last
 // channel.
 template <typename T>
 struct Owner {
-  std::vector<T> memory;
+  Memory<T> memory;
   Matrix<T> matrix;
 
   Owner(Size size, int64_t step, int64_t first)
-      : memory(size.rows == 0 ? 0 : first + (size.rows - 1) * step + size.channels),
-        matrix{memory.data() + first, step} {
-    for (size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<T>(static_cast<float>(i * 37 % 101));
-  }
+      : memory(numbers<T>(size.rows == 0 ? 0 : first + (size.rows - 1) * step + size.channels)),
+        matrix{memory.data() + first, step} {}
   Matrix<const T> read() const { return {matrix.data, matrix.step}; }
 };
 
 template <typename A>
 struct Vectors {
-  std::vector<A> scale, shift, mean, rstd, a, b;
+  Memory<A> scale, shift, mean, rstd, a, b;
   explicit Vectors(int64_t channels)
       : scale(channels, A(0.5)),
         shift(channels, A(1)),
@@ -45,7 +52,7 @@ void run_maps(Size size, int64_t step, int64_t first) {
   using A = acc_t<T>;
   Owner<T> x(size, step, first), grad(size, step, first), out(size, step, first);
   Vectors<A> v(size.channels);
-  std::vector<A> workspace(workspace_size<T>(size)), one(size.channels), two(size.channels);
+  Memory<A> workspace(workspace_size<T>(size)), one(size.channels), two(size.channels);
   channel_statistics(size, x.read(), one.data(), two.data(), workspace.data(), nullptr);
   append_features(size, x.read(), out.matrix, one.data(), two.data(), workspace.data(), nullptr);
   take_gradient(size, x.read(), v.mean.data(), v.a.data(), v.b.data(), grad.read(), out.matrix, nullptr);
@@ -78,7 +85,7 @@ void run_pools(Windows windows, int64_t more, int64_t first) {
   }
   const Size averaged{windows.images * pixels(windows.out), windows.channels};
   Owner<T> pooled(averaged, step, first);
-  std::vector<A> workspace(avg_pool_workspace_size<T>(windows)), one(windows.channels), two(windows.channels);
+  Memory<A> workspace(avg_pool_workspace_size<T>(windows)), one(windows.channels), two(windows.channels);
   bn_relu_avg_pool(windows, x.read(), v.norm(), pooled.matrix, nullptr);
   bn_relu_avg_pool_backward(windows, pooled.read(), x.read(), v.norm(), grad_x.matrix, one.data(), two.data(),
                             workspace.data(), nullptr);
@@ -92,13 +99,13 @@ void run_bottleneck(Size size, int64_t out_channels, int64_t more, bool tf32) {
   Owner<T> y(out, out_channels + more, 0), grad_y(out, out_channels + more, 0);
   Owner<T> weight({out_channels, size.channels}, size.channels, 0);
   Vectors<A> v(size.channels), of_out(out_channels);
-  std::vector<A> mean(out_channels), var(out_channels), sum_d(size.channels), sum_dx(size.channels);
-  std::vector<A> grad_weight(out_channels * size.channels);
-  std::vector<A> workspace(bottleneck_workspace_size<T>(size, out_channels));
+  Memory<A> mean(out_channels), var(out_channels), sum_d(size.channels), sum_dx(size.channels);
+  Memory<A> grad_weight(out_channels * size.channels);
+  Memory<A> workspace(bottleneck_workspace_size<T>(size, out_channels));
   bottleneck<T>(size, out_channels, x.read(), v.norm(), weight.read(),
                 {of_out.mean.data(), of_out.scale.data(), of_out.shift.data()}, tf32, y.matrix, mean.data(),
                 var.data(), workspace.data(), nullptr);
-  workspace = std::vector<A>(bottleneck_backward_workspace_size<T>(size, out_channels));
+  workspace = Memory<A>(bottleneck_backward_workspace_size<T>(size, out_channels));
   const Deferred<T> deferred{y.read(),        of_out.mean.data(),  of_out.a.data(),
                              of_out.b.data(), of_out.scale.data(), of_out.shift.data()};
   bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(), deferred, v.norm(), weight.read(), tf32,
@@ -134,7 +141,7 @@ void run_all() {
 template <typename A>
 void run_vectors(int64_t channels) {
   Vectors<A> v(channels);
-  std::vector<A> rstd(channels), scale(channels), shift(channels);
+  Memory<A> rstd(channels), scale(channels), shift(channels);
   fold(channels, v.mean.data(), v.rstd.data(), v.scale.data(), v.shift.data(), A(0.1), rstd.data(),
        scale.data(), shift.data(), nullptr);
   defer(channels, v.mean.data(), v.shift.data(), v.rstd.data(), v.scale.data(), 7, v.a.data(), v.b.data(),
@@ -162,9 +169,11 @@ int main() {
       run_vectors<float>(channels);
       run_vectors<double>(channels);
     }
+    wait_for_device();
   } catch (const std::exception& error) {
     fprintf(stderr, "%s\n", error.what());
     return 2;
   }
+  puts("every launcher has run");
   return 0;
 }
