@@ -18,7 +18,7 @@ namespace effdense {
 namespace {
 
 // Scratch of one thread, in bytes, that should stay in its L2 cache.
-constexpr int64_t kTileBytes = 512 * 1024;
+constexpr int64_t kTileBytes = 256 * 1024;
 
 // Rows per tile so that `columns` columns of A fit; never so few that the GEMM starves.
 template <typename A>
