@@ -59,6 +59,7 @@ def fake_module(folder, built_for):
     return file
 
 
+@pytest.mark.core
 def test_build_info_says_what_runs():
     info = effdense.build_info()
     assert info["effdense"] == effdense.__version__
@@ -70,6 +71,7 @@ def test_build_info_says_what_runs():
     assert {"torch_built_for", "compiler", "openmp", "cuda", "arch_list"} <= info.keys()
 
 
+@pytest.mark.core
 @pytest.mark.skipif(_extension.extension is None, reason="no compiled module")
 def test_the_file_and_the_compiled_module_name_the_same_torch():
     info = effdense.build_info()
@@ -187,6 +189,7 @@ def test_an_sdist_needs_no_torch(tmp_path):
     assert f"{TORCH}\n" in (tmp_path / "effdense.egg-info" / "requires.txt").read_text()
 
 
+@pytest.mark.core
 def test_a_compiled_wheel_requires_the_torch_it_was_built_for(tmp_path):
     process = setup_py("pass", "dist_info", "--output-dir", str(tmp_path), CXX=sys.executable)
     assert process.returncode == 0, process.stderr
@@ -244,6 +247,7 @@ def test_a_newer_minor_version_of_torch_is_built_for_and_pinned(tmp_path):
     assert required_torch(tmp_path) == {f">={major}.{minor}", f"<{major}.{int(minor) + 1}"}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("version, fix", [(BEFORE_OLDEST, "--upgrade "), (NEXT, "")])
 def test_an_unsupported_torch_is_refused_by_the_import(version, fix):
     process = run_python(f"import torch; torch.__version__ = {version!r}; import effdense")
@@ -254,6 +258,7 @@ def test_an_unsupported_torch_is_refused_by_the_import(version, fix):
     )
 
 
+@pytest.mark.core
 def test_this_torch_is_one_that_has_been_tested():
     assert why_unsupported(torch.__version__, "") is None and why_untested(torch.__version__) is None
 
