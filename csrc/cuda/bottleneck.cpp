@@ -21,8 +21,8 @@ thread_local std::optional<bool> tf32_override;
 
 void override_tf32(std::optional<bool> permitted) { tf32_override = permitted; }
 
-// Whether float32 convolutions may run in TF32. torch 2.8 has one setting for everything that cuDNN does; later versions
-// name the operation, 2.9 by a string, and then by an enumerator.
+// Whether float32 convolutions may run in TF32. torch 2.8 has one setting for everything that cuDNN does;
+// later versions name the operation, 2.9 by a string, and then by an enumerator.
 bool ask(bool (at::Context::*permits)() const) { return (at::globalContext().*permits)(); }
 
 bool ask(bool (at::Context::*permits)(const std::string&) const) {
