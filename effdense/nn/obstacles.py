@@ -79,7 +79,7 @@ def global_obstacle() -> str | None:
     if nn.modules.module._has_any_global_hook():
         return "a global module hook is registered"
     if torch.compiler.is_compiling():
-        # What torch.compiler.is_exporting() returns; but until torch 2.12 it is true under torch.compile as well.
+        # What torch.compiler.is_exporting() returns; but in torch 2.8 to 2.11 it is true under torch.compile too.
         exporting = torch.compiler._is_exporting_flag
         return "torch.export wants PyTorch's own operators" if exporting else None
     if torch._C._get_tracing_state() is not None:
