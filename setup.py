@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import sysconfig
 from glob import glob
@@ -12,7 +11,7 @@ from typing import Any
 from setuptools import setup
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_backend"))
-from effdense_build import TORCH, find_compiler
+from effdense_build import TORCH, find_compiler, torch_range
 from effdense_cuda import architectures, cuda_toolkit
 
 # These say what a wheel needs or what is in it; every other command does without torch.
@@ -27,12 +26,11 @@ def compiled() -> dict[str, Any]:
         sys.exit(
             f"effdense: the build needs {TORCH} but cannot import it ({error}); run: pip install '{TORCH}'"
         )
-    major, minor = (int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
-    if (major, minor) < (2, 13):
-        sys.exit(
-            f"effdense: needs {TORCH}, but {os.path.dirname(torch.__file__)} is torch {torch.__version__}; "
-            f"run: pip install --upgrade '{TORCH}'"
-        )
+    if unsupported := torch_range["why_unsupported"](torch.__version__, os.path.dirname(torch.__file__)):
+        sys.exit(unsupported)
+    if untested := torch_range["why_untested"](torch.__version__):
+        print(untested, file=sys.stderr)
+    major, minor = torch_range["minor_version"](torch.__version__)
     # The ninja of an environment that is not activated is not on the PATH.
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
     # Python's own flags are before these and often ask for debug information.

@@ -7,6 +7,7 @@ would fetch a second torch of several GB, and compile for that one, not for the 
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import site
@@ -29,7 +30,9 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-TORCH = "torch>=2.13"
+# Without importing effdense, which imports torch.
+torch_range = runpy.run_path(str(Path(__file__).parents[1] / "effdense" / "_torch_range.py"))
+TORCH: str = torch_range["TORCH"]
 
 Config = dict[str, Any] | None
 

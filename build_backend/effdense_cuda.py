@@ -42,6 +42,8 @@ def cuda_toolkit(version: str | None) -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes) or None)
     wanted, reason = os.environ.get("FORCE_CUDA", "0") != "0", "nvcc was not found"
+    major = version.split(".")[0]
+    fix = f"install CUDA {major}'s toolkit with its nvcc on the PATH, or name its folder in CUDA_HOME"
     if nvcc:
         # What is on the PATH may be a script outside of the toolkit: nvcc itself knows where it is.
         told = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
@@ -49,11 +51,16 @@ def cuda_toolkit(version: str | None) -> str | None:
         release = re.search(
             r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         )
-        if found and release and release[1] == version.split(".")[0]:
+        if found and release and release[1] == major:  # other minor versions go together, as for torch itself
             return os.path.realpath(found[1].strip())
-        reason = f"{nvcc} is of CUDA {release[1] if release else 'of unknown version'}"
+        reason = f"{nvcc} is of {f'CUDA {release[1]}' if release else 'an unknown version'}"
+        if release and release[1] != major:
+            fix += f", or install a torch that is built for CUDA {release[1]}"
     message = f"effdense: torch is built for CUDA {version}, but {reason}"
     if wanted:
-        sys.exit(f"{message}; FORCE_CUDA is set, so nothing was built")
-    print(f"{message}: CUDA kernels are left out, on a GPU plain PyTorch will run.", file=sys.stderr)
+        sys.exit(f"{message}; FORCE_CUDA is set, so nothing was built: {fix}")
+    print(
+        f"{message}: CUDA kernels are left out, on a GPU plain PyTorch will run; to have them, {fix}.",
+        file=sys.stderr,
+    )
     return None

@@ -3,13 +3,14 @@
 `convert(model)` makes an existing model run fused; `nn` has the modules, `functional` the operator.
 """
 
-from effdense import functional, models, nn
-from effdense._extension import build_info
+# _extension first: it refuses a torch on which the others may not even load.
+from effdense import _extension, functional, models, nn
 from effdense.convert import convert, report, revert
 from effdense.memory import plan
 from effdense.summary import summary
 from effdense.workspace import empty_cache
 
+build_info = _extension.build_info
 __version__ = "0.1.0"
 
 __all__ = [

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from effdense._torch_range import minor_version, why_unsupported
+
+if _unsupported := why_unsupported(torch.__version__, str(Path(torch.__file__ or "").parent)):
+    raise ImportError(_unsupported)
+
 MODULE = "_effdense"
 REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir"
-
-
-def _minor(version: str | None) -> list[str]:
-    return re.findall(r"\d+", version or "")[:2]
 
 
 def _read_built_for(file: Path | None) -> str | None:
@@ -44,7 +45,7 @@ def _load() -> tuple[ModuleType | None, str | None, str | None]:
     target = "."
     if file is None:
         reason = f"there is no compiled module {MODULE} (was effdense installed without a C++ compiler?)"
-    elif _minor(built_for) != _minor(torch.__version__):
+    elif not built_for or minor_version(built_for) != minor_version(torch.__version__):
         reason = f"{file} was built for torch {built_for}, and this is torch {torch.__version__}"
         target = "-e ." if (file.parent / "setup.py").exists() else "."
     else:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from effdense._extension import build_info
+from effdense._extension import REINSTALL, build_info
 from effdense.check import Shape, check
 
 LEAST_CAPABILITY = (7, 5)  # of a card, for any kernels to be built for it
@@ -50,7 +50,13 @@ def why_unsupported(index: int) -> str | None:
     """Why there are no kernels for a card, in words that follow "because"; None where there are."""
     info = build_info()
     if info["cuda"] is None:
-        return "effdense was built without its CUDA kernels (nvcc of torch's CUDA version is needed to build them)"
+        version = torch.version.cuda
+        fix = (
+            f"; to build them, install CUDA {version.split('.')[0]}'s toolkit and run `{REINSTALL} .` in effdense's source directory"
+            if version
+            else ", and this torch is not built for CUDA"
+        )
+        return f"effdense was built without its CUDA kernels{fix}"
     capability = torch.cuda.get_device_capability(index)
     if runs_on(info["arch_list"], capability):
         return None

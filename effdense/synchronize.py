@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def _name_of(norm: Any) -> str:
-    group: Any = norm.process_group or dist.group.WORLD
+# Not of the norm: in torch 2.8 such a function takes no modules.
+def _name_of(processes: Any) -> str:
+    group: Any = processes or dist.group.WORLD
     return str(group.group_name) if dist.get_world_size(group) > 1 else ""
 
 
@@ -27,7 +28,7 @@ def group_of(norm: nn.Module) -> str:
     """The name of the process group over which a norm would take its batch's statistics now; "" where it would not."""
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return ""
-    return _name_of(norm) if dist.is_available() and dist.is_initialized() else ""
+    return _name_of(norm.process_group) if dist.is_available() and dist.is_initialized() else ""
 
 
 def _processes(group: str) -> Any:

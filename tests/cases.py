@@ -11,6 +11,11 @@ from torch import Tensor
 
 from effdense import reference
 
+# The settings of TF32. torch 2.8 has one for everything that cuDNN does.
+_TF32 = "fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"
+CONVOLUTIONS: Any = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+PRODUCTS: Any = torch.backends.cuda.matmul
+
 # The operators' implementations that stand beside the twin. All must be there: a run without would prove nothing.
 # simt: the CUDA kernels, run on the CPU. A test file whose operators not all of them have says so in its own BACKENDS.
 BACKENDS = {"cpu": torch.ops.effdense, "simt": torch.ops.effdense_simt}
@@ -234,3 +239,11 @@ def assert_refused(
     wrong = {**arguments, name: change(arguments[name])}
     with pytest.raises(error, match=rf"^{op}: {name}( |(?=\[)){message}"):
         getattr(ops, op)(**wrong)
+
+
+def permit_tf32(setting: Any, permitted: bool) -> Any:
+    """Of CONVOLUTIONS or PRODUCTS. Returns a function that sets it back."""
+    before = getattr(setting, _TF32)
+    value: Any = permitted if _TF32 == "allow_tf32" else "tf32" if permitted else "ieee"
+    setattr(setting, _TF32, value)
+    return lambda: setattr(setting, _TF32, before)

@@ -298,6 +298,7 @@ def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
         assert_repeatable(run, ops, reference.accumulate_dtype(dtype))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape, dtype", OPCHECKS)
 def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     c = to_dtype(make_norm_case(shape, dtype), dtype)

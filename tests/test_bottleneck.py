@@ -375,6 +375,7 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str,
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape, dtype", OPCHECKS)
 def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     forward, backward = arguments(make_case(shape), dtype)
@@ -382,6 +383,7 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.effdense.bottleneck_backward.default, (), backward)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape, dtype", OPCHECKS[:1])
 def test_opcheck_of_what_may_be_left_out(shape: tuple, dtype: torch.dtype) -> None:
     forward, backward = arguments(make_case(shape), dtype)

@@ -16,6 +16,7 @@ import torch
 
 import effdense
 from effdense import _extension
+from effdense._torch_range import NEWEST_TESTED, OLDEST, TORCH, why_unsupported, why_untested
 
 ROOT = Path(__file__).parents[1]
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -58,6 +59,7 @@ def fake_module(folder, built_for):
     return file
 
 
+@pytest.mark.core
 def test_build_info_says_what_runs():
     info = effdense.build_info()
     assert info["effdense"] == effdense.__version__
@@ -69,6 +71,7 @@ def test_build_info_says_what_runs():
     assert {"torch_built_for", "compiler", "openmp", "cuda", "arch_list"} <= info.keys()
 
 
+@pytest.mark.core
 @pytest.mark.skipif(_extension.extension is None, reason="no compiled module")
 def test_the_file_and_the_compiled_module_name_the_same_torch():
     info = effdense.build_info()
@@ -144,7 +147,7 @@ def test_the_backend_asks_for_torch_where_there_is_none(backend, monkeypatch, tm
     monkeypatch.setattr(site, "PREFIXES", [str(tmp_path)])
     monkeypatch.delenv("CXX", raising=False)
     assert backend.find_torch() is None
-    assert backend.requirements() == ["torch>=2.13"]
+    assert backend.requirements() == [TORCH]
     monkeypatch.setenv("CXX", "/nonexistent/c++ -m64")
     assert backend.requirements() == [], "a wheel without compiled code is built without torch"
 
@@ -172,9 +175,13 @@ def setup_py(before, *arguments, **environment):
 
 
 def required_torch(folder):
-    (metadata,) = folder.rglob("METADATA")
-    (versions,) = re.findall(r"^Requires-Dist: torch([<>].*)$", metadata.read_text(), re.MULTILINE)
+    """The bounds in the metadata, in whatever order setuptools wrote them."""
+    (metadata,) = [*folder.rglob("METADATA"), *folder.rglob("requires.txt")]
+    (versions,) = re.findall(r"^(?:Requires-Dist: )?torch([<>].*)$", metadata.read_text(), re.MULTILINE)
     return set(versions.split(","))
+
+
+SUPPORTED = set(TORCH.removeprefix("torch").split(","))
 
 
 NO_TORCH = "sys.modules['torch'] = None"
@@ -183,9 +190,10 @@ NO_TORCH = "sys.modules['torch'] = None"
 def test_an_sdist_needs_no_torch(tmp_path):
     process = setup_py(NO_TORCH, "egg_info", "--egg-base", str(tmp_path))
     assert process.returncode == 0, process.stderr
-    assert "torch>=2.13\n" in (tmp_path / "effdense.egg-info" / "requires.txt").read_text()
+    assert required_torch(tmp_path) == SUPPORTED
 
 
+@pytest.mark.core
 def test_a_compiled_wheel_requires_the_torch_it_was_built_for(tmp_path):
     process = setup_py("pass", "dist_info", "--output-dir", str(tmp_path), CXX=sys.executable)
     assert process.returncode == 0, process.stderr
@@ -197,25 +205,66 @@ def test_without_a_compiler_setup_says_so_and_any_torch_will_do(tmp_path):
     process = setup_py(NO_TORCH, "dist_info", "--output-dir", str(tmp_path), CXX="/nonexistent/c++")
     assert process.returncode == 0, process.stderr
     assert "effdense: no C++ compiler was found (/nonexistent/c++ cannot be run)" in process.stderr
-    assert required_torch(tmp_path) == {">=2.13"}
+    assert required_torch(tmp_path) == SUPPORTED
+
+
+def fake_torch(version):
+    return f"types.SimpleNamespace(__version__={version!r}, __file__='/there/torch/__init__.py', version=types.SimpleNamespace(cuda=None))"
+
+
+BEFORE_OLDEST = f"{OLDEST[0]}.{OLDEST[1] - 1}.1+cpu"
+AFTER_NEWEST = f"{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + 1}.0"
+NEXT = f"{OLDEST[0] + 1}.0.0"
 
 
 @pytest.mark.parametrize(
     "torch_module, message",
     [
-        ("None", "the build needs torch>=2.13 but cannot import it"),
+        ("None", f"effdense: the build needs {TORCH} but cannot import it"),
         (
-            "types.SimpleNamespace(__version__='2.11.0+cpu', __file__='/old/torch/__init__.py')",
-            "needs torch>=2.13, but /old/torch is torch 2.11.0+cpu; run: pip install --upgrade 'torch>=2.13'",
+            fake_torch(BEFORE_OLDEST),
+            f"effdense needs {TORCH}, but /there/torch is torch {BEFORE_OLDEST}; run: pip install --upgrade '{TORCH}'\n",
+        ),
+        (
+            fake_torch(NEXT),
+            f"effdense needs {TORCH}, but /there/torch is torch {NEXT}; run: pip install '{TORCH}'\n",
         ),
     ],
+    ids=["none", BEFORE_OLDEST, NEXT],
 )
 def test_a_build_without_a_usable_torch_is_an_error(tmp_path, torch_module, message):
     before = f"import types; sys.modules['torch'] = {torch_module}"
     process = setup_py(before, "dist_info", "--output-dir", str(tmp_path), CXX=sys.executable)
     assert process.returncode != 0
-    assert process.stderr.startswith("effdense: ") and message in process.stderr
+    assert process.stderr.startswith(message)
     assert process.stderr.count("\n") == 1
+
+
+def test_a_newer_minor_version_of_torch_is_built_for_and_pinned(tmp_path):
+    """What PyTorch releases next is tried, and said not to have been tested."""
+    before = f"import torch; torch.__version__ = {AFTER_NEWEST!r}"
+    process = setup_py(before, "dist_info", "--output-dir", str(tmp_path), CXX=sys.executable, FORCE_CUDA="0")
+    assert process.returncode == 0, process.stderr
+    assert "effdense has been tested with torch" in process.stderr
+    assert f"this is torch {AFTER_NEWEST}; should the build" in process.stderr
+    major, minor = AFTER_NEWEST.split(".")[:2]
+    assert required_torch(tmp_path) == {f">={major}.{minor}", f"<{major}.{int(minor) + 1}"}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("version, fix", [(BEFORE_OLDEST, "--upgrade "), (NEXT, "")])
+def test_an_unsupported_torch_is_refused_by_the_import(version, fix):
+    process = run_python(f"import torch; torch.__version__ = {version!r}; import effdense")
+    assert process.returncode != 0
+    folder = Path(torch.__file__).parent
+    assert process.stderr.splitlines()[-1] == (
+        f"ImportError: effdense needs {TORCH}, but {folder} is torch {version}; run: pip install {fix}'{TORCH}'"
+    )
+
+
+@pytest.mark.core
+def test_this_torch_is_one_that_has_been_tested():
+    assert why_unsupported(torch.__version__, "") is None and why_untested(torch.__version__) is None
 
 
 # ---- The CUDA kernels
@@ -248,6 +297,7 @@ def test_the_toolkit_is_found_behind_a_script(cuda_build, monkeypatch, tmp_path)
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{path}:/bin")
     assert cuda_build.cuda_toolkit("13.0") == str(toolkit)
+    assert cuda_build.cuda_toolkit("13.2") == str(toolkit), "the same major version"
     assert cuda_build.cuda_toolkit(None) is None, "torch is without CUDA"
     monkeypatch.setenv("FORCE_CUDA", "0")
     assert cuda_build.cuda_toolkit("13.0") is None
@@ -258,22 +308,31 @@ def test_the_toolkit_is_found_behind_a_script(cuda_build, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "release, reason", [("12.8", "nvcc is of CUDA 12"), (None, "nvcc was not found")], ids=str
+    "release, reason, fix",
+    [
+        ("12.8", "nvcc is of CUDA 12", ", or install a torch that is built for CUDA 12"),
+        ("what", "nvcc is of an unknown version", ""),
+        (None, "nvcc was not found", ""),
+    ],
+    ids=str,
 )
 def test_without_a_toolkit_for_this_torch_there_are_no_kernels(
-    cuda_build, monkeypatch, tmp_path, capsys, release, reason
+    cuda_build, monkeypatch, tmp_path, capsys, release, reason, fix
 ):
     path = make_nvcc(tmp_path, release)[1] if release else tmp_path
     for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{path}:/bin" if release else str(path))
-    assert cuda_build.cuda_toolkit("13.0") is None
+    assert cuda_build.cuda_toolkit("13.2") is None
     told = capsys.readouterr().err
-    assert told.startswith("effdense: torch is built for CUDA 13.0, but ") and reason in told
-    assert "CUDA kernels are left out, on a GPU plain PyTorch will run" in told
+    assert told.startswith("effdense: torch is built for CUDA 13.2, but ") and reason in told
+    fix = f"install CUDA 13's toolkit with its nvcc on the PATH, or name its folder in CUDA_HOME{fix}"
+    assert told.endswith(
+        f"CUDA kernels are left out, on a GPU plain PyTorch will run; to have them, {fix}.\n"
+    )
     monkeypatch.setenv("FORCE_CUDA", "1")
-    with pytest.raises(SystemExit, match="FORCE_CUDA is set, so nothing was built"):
-        cuda_build.cuda_toolkit("13.0")
+    with pytest.raises(SystemExit, match=f"FORCE_CUDA is set, so nothing was built: {fix}$"):
+        cuda_build.cuda_toolkit("13.2")
 
 
 @pytest.mark.parametrize(

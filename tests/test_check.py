@@ -15,6 +15,7 @@ from torch import Tensor
 from effdense import check, cli, reference
 
 
+@pytest.mark.core
 def test_everything_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check"]) == 0
     out = capsys.readouterr().out
@@ -22,6 +23,7 @@ def test_everything_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert "compiled operators on cpu" in out
 
 
+@pytest.mark.core
 def test_every_operator_is_checked() -> None:
     schemas = Path(__file__).parents[1] / "csrc" / "schemas.h"
     registered = set(re.findall(r'm\.def\(\s*"(\w+)\(', schemas.read_text()))
@@ -47,6 +49,7 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "device 'cuda:7' cannot be used here" in capsys.readouterr().err
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("force", ["0", "1"])
 def test_the_twin_can_be_forced(force: str) -> None:
     code = "import effdense; print(effdense.build_info()['implementation'])"

@@ -18,6 +18,8 @@ from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
 from tests.stages import assert_close, step
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:

@@ -300,6 +300,7 @@ def arguments(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
     return forward, {**backward, **dict.fromkeys(("accumulate", "need_x", "need_weight"), True)}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape, dtype", OPCHECKS)
 def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     forward, backward = arguments(make_case(shape), dtype)

@@ -59,6 +59,7 @@ def assert_same_step(
         assert torch.allclose(b, a, rtol=tolerance, atol=tolerance), name
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])
 def test_a_converted_model_trains_like_the_naive_one(memory: str, drop_rate: float) -> None:
@@ -120,6 +121,7 @@ def test_every_part_of_torchvisions_models_is_converted(name: str) -> None:
     assert f"DenseLayer: {layers} of {layers} run fused" in str(report)
 
 
+@pytest.mark.core
 def test_state_dict_goes_both_ways() -> None:
     naive, other = make_small(), make_small()
     ours = effdense.convert(make_small())
@@ -170,6 +172,7 @@ def test_converting_again_changes_the_memory_mode_only() -> None:
     assert {m.memory for m in model.modules() if isinstance(m, DenseLayer)} == {"minimal"}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_work(how: str) -> None:
     model = effdense.convert(make_small(), memory="minimal")
@@ -198,6 +201,7 @@ HOOKED = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_see_what_they_see_in_the_naive_model(when: str) -> None:
     naive = make_small()
@@ -294,6 +298,7 @@ def quantise(layer: Any) -> None:
     layer.conv1.weight = nn.Parameter(weight, requires_grad=False)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -372,6 +377,7 @@ def test_the_twin_alone_trains_like_the_naive_model(memory: str, monkeypatch: py
     assert_same_step(naive, ours, make_batch(), 1e-9)
 
 
+@pytest.mark.core
 def test_checkpointed_layers_are_converted() -> None:
     naive = make_small()
     ours = models.DenseNet(4, (2, 3, 2), 6, num_classes=5, memory_efficient=True).double()
@@ -454,6 +460,7 @@ def test_a_block_under_autocast_takes_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.core
 def test_a_model_on_the_meta_device_is_converted() -> None:
     with torch.device("meta"):
         model = models.DenseNet(4, (2, 2), 6)

@@ -9,6 +9,8 @@ import pytest
 import effdense
 from tests.test_convert import assert_same_step, make_batch, make_small
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("part", ["features.denseblock2", "features.denseblock1.denselayer2", "features"])
 def test_what_is_half_converted_becomes_whole(part: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effdense import check, cuda, operators, reference
-from tests.cases import channels_last
+from tests.cases import CONVOLUTIONS, channels_last
 from tests.on_device import OnDevice
 
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
@@ -131,7 +131,7 @@ def test_the_check_leaves_the_settings_alone(card: Card, monkeypatch: pytest.Mon
     def changed(self: Any, name: str, value: Any) -> None:
         raise AssertionError(f"{name} was set")
 
-    monkeypatch.setattr(type(torch.backends.cudnn.conv), "__setattr__", changed)
+    monkeypatch.setattr(type(CONVOLUTIONS), "__setattr__", changed)
     assert card.operators() is torch.ops.effdense and card.checks == 1
 
 

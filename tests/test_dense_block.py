@@ -58,6 +58,7 @@ def test_1d_and_3d(plain: bool, tail: str, spatial: tuple[int, ...]) -> None:
         assert_same(pair, make_input(spatial))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("tail", ["block", "transition"])
@@ -115,6 +116,7 @@ def test_compiled_operators_and_the_twin_agree(
 # ---- dropout
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("drop_rate", [0.4, 1.0])
@@ -317,6 +319,7 @@ def test_every_parameter_alone(plain: bool, tail: str) -> None:
         assert_same((naive, ours), x, steps=1, need_x=False)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("first", range(LAYERS + 1))
 @pytest.mark.parametrize("need_x", [False, True])

@@ -20,6 +20,8 @@ from effdense import dense_block
 from tests.processes import run_in_processes
 from tests.stages import assert_close
 
+pytestmark = pytest.mark.core
+
 PROCESSES = 2
 
 

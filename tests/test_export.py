@@ -15,6 +15,8 @@ import effdense
 from benchmarks import structures
 from tests.stages import assert_close
 
+pytestmark = pytest.mark.core
+
 
 def own_net() -> nn.Module:
     return effdense.models.DenseNet(4, (1, 1), 6, num_classes=5).double()

@@ -16,6 +16,8 @@ from effdense import models, operators, reference
 from tests.simt.compiler import ROOT, compile_fake_device
 from tests.stages import MEMORY, kept_tensors
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -174,6 +174,7 @@ def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
         assert_repeatable(make_run(SHAPES[5], dtype), ops, dtype)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape, dtype", OPCHECKS)
 def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     features = lay_out(to_dtype(make_features(*shape[:3]), dtype), 2)

@@ -14,6 +14,8 @@ from torch import Tensor
 from effdense.functional import cat_bn_relu_conv1x1
 from tests.cases import SHAPES, make_features, rms
 
+pytestmark = pytest.mark.core
+
 
 def naive(
     features: list[Tensor],

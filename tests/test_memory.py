@@ -61,6 +61,7 @@ def bound(depth: int, memory: str) -> int:
 DEPTHS = [40, 64, 100]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", ["balanced", "minimal"])
 def test_memory_stays_under_a_bound_that_is_linear_in_depth(memory: str) -> None:
     peaks = [measure(depth, f"effdense-{memory}") for depth in DEPTHS]

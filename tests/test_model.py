@@ -48,6 +48,7 @@ def make_pair(change: Any = None, memory: str = "balanced", **options: Any) -> t
     return naive, ours
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("small_inputs", [False, True])
@@ -105,6 +106,7 @@ def test_the_stems_convolution_is_channels_last(
         assert not {image.shape, stem.shape} & set(seen.copies)
 
 
+@pytest.mark.core
 def test_inference_is_the_naive_one() -> None:
     naive, ours = make_pair()
     x = make_input()
@@ -385,6 +387,7 @@ def through_file(model: nn.Module) -> nn.Module:
 COPIES = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_file]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("used", [False, True])
 def test_copies(copied: Callable[[Any], Any], used: bool) -> None:
@@ -412,6 +415,7 @@ def test_modules_built_by_hand() -> None:
     assert_same((naive, ours), make_input())
 
 
+@pytest.mark.core
 def test_symbolic_tracing() -> None:
     """A traced model calls submodules one by one; dropout's mode is traced too, as in the naive model."""
     naive, ours = make_pair()

@@ -63,6 +63,7 @@ def assert_same(
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("training", [True, False])
 def test_layer_is_the_naive_layer(memory: str, training: bool) -> None:
@@ -161,6 +162,7 @@ def test_frozen_parts_get_no_gradient(frozen: str, memory: str) -> None:
     assert_same(naive, ours, features)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("spatial", [(7,), (4, 3, 5)])
 @pytest.mark.parametrize("memory", MEMORY)
 def test_1d_and_3d(spatial: tuple[int, ...], memory: str) -> None:
@@ -299,6 +301,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_what_is_put_on_later_is_never_bypassed(name: str) -> None:
@@ -311,6 +314,7 @@ def test_what_is_put_on_later_is_never_bypassed(name: str) -> None:
             optimizer.step()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 def test_under_checkpoint_statistics_move_once(memory: str) -> None:
     _, ours = make_pair(memory)

@@ -158,6 +158,7 @@ def test_the_model_is_not_touched() -> None:
     assert "meta" not in operators._COMPILED
 
 
+@pytest.mark.core
 def test_nothing_is_allocated() -> None:
     model = build("densenet_bc_40_12", "effdense-balanced")
     effdense.plan(model, (1000, 3, 32, 32))  # imports
@@ -214,6 +215,7 @@ def test_the_commands_models_are_the_benchmarks(name: str) -> None:
     }
 
 
+@pytest.mark.core
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", "densenet_bc_22_12", "--image-size", "32", "--batch", "8"]
     assert cli.main([*command, "--budget", "100 MiB"]) == 0

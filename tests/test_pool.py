@@ -310,6 +310,7 @@ def arguments(
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("op", arguments())
 @pytest.mark.parametrize("dims, dtype", [(2, torch.float64), (1, torch.float32), (3, torch.bfloat16)])
 def test_opcheck(op: str, dims: int, dtype: torch.dtype) -> None:

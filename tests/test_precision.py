@@ -57,6 +57,7 @@ def dtypes_at(model: nn.Module, name: str, x: Tensor) -> Any:
     return [*seen, y.dtype]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("parameters", [torch.float32, LOW])
 @pytest.mark.parametrize("net", NETS)
 def test_autocasts_dtypes_are_those_of_the_naive_model(net: str, parameters: torch.dtype) -> None:
@@ -115,6 +116,7 @@ def test_in_another_dtype_as_exact_as_the_naive_model(net: str, dtype: torch.dty
     assert_as_exact(runs, dtype)
 
 
+@pytest.mark.core
 def test_back_to_float64() -> None:
     naive, ours = make_pair("bottleneck")
     x = images_for(naive, 32)
@@ -157,6 +159,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, overflow: int) -> li
     return [*seen, *(p.detach().clone() for p in model.parameters()), *model.buffers()]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("overflow", [0, 1])
 def test_grad_scaler(overflow: int) -> None:
     naive, ours = (model.double() for model in make_pair("bottleneck"))

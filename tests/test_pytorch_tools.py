@@ -19,6 +19,8 @@ from benchmarks import models, structures
 from effdense import dense_block
 from tests.stages import assert_close, assert_same
 
+pytestmark = pytest.mark.core
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "torchvision's structure": lambda: models.DenseNet(4, (2, 2), 6, num_classes=5),
     "gpleiss's": structures.StarNet,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effdense import reference
-from tests.cases import rms
+from tests.cases import CONVOLUTIONS, PRODUCTS, permit_tf32, rms
 from tests.test_bottleneck import VECTORS
 from tests.test_simt_harness import ORDERS
 
@@ -55,7 +55,7 @@ CASES = [(a, s) for a in ARITHMETICS for s in ([*NARROW, *WIDE] if a in ("half",
 @pytest.fixture
 def arithmetic(simt: Any, request: pytest.FixtureRequest) -> Arithmetic:
     """What `simt` computes in; the setting is taken back after every test."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if request.param == "tf32" else "ieee"
+    permit_tf32(CONVOLUTIONS, request.param == "tf32")
     return ARITHMETICS[request.param]
 
 
@@ -421,20 +421,19 @@ def test_each_element_moves_once(simt: Any, arithmetic: Arithmetic, shape: tuple
 def test_tf32_is_what_pytorch_permits(simt: Any, arithmetic: Arithmetic) -> None:
     """The setting of convolutions decides, not that of matrix products."""
     case = make_case(WIDE[0], torch.float32)
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before, results = products.fp32_precision, {}
+    results = {}
 
     def run(arithmetic: Arithmetic) -> list[Tensor]:
         return [forward(simt, case, arithmetic)[0], *backward(simt, case, arithmetic).values()]
 
     exact = run(ARITHMETICS["double"])
-    for precision, of_products in (("ieee", "ieee"), ("ieee", "tf32"), ("tf32", "ieee")):
-        convolutions.fp32_precision = precision
-        products.fp32_precision = of_products
+    for of_convolutions, of_products in ((False, False), (False, True), (True, False)):
+        permit_tf32(CONVOLUTIONS, of_convolutions)
+        set_back = permit_tf32(PRODUCTS, of_products)
         try:
-            results[precision, of_products] = run(arithmetic)
+            results[of_convolutions, of_products] = run(arithmetic)
         finally:
-            products.fp32_precision = before
+            set_back()
     for i, x in enumerate(exact):
         ieee, same, tf32 = (result[i] for result in results.values())
         assert torch.equal(ieee, same)

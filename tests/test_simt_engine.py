@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import effdense
 from benchmarks import models
 from effdense.engine import empty_buffer
+from tests.cases import CONVOLUTIONS, permit_tf32
 from tests.stages import MEMORY, TAILS, assert_same, converted, make_input, make_naive, make_pair, step
 
 BACKENDS = ["simt"]
@@ -57,8 +58,8 @@ def test_float32_rounds_to_tf32_where_pytorch_permits_it(tail: str) -> None:
     naive, x = make_naive(tail=tail), make_input((13, 12), 8)
     exact = step(copy.deepcopy(naive), x)
     errors = []
-    for permitted in ("ieee", "tf32"):
-        torch.backends.cudnn.conv.fp32_precision = permitted
+    for permitted in (False, True):
+        permit_tf32(CONVOLUTIONS, permitted)
         errors.append(relative_error(step(converted(naive, "balanced").float(), x.float()), exact))
     bfloat16 = relative_error(step(low_precision(naive.float(), torch.bfloat16), x.bfloat16()), exact)
     assert errors[0] < 1e-4 and 20 * errors[0] < errors[1] < bfloat16, (errors, bfloat16)

@@ -45,6 +45,7 @@ def test_an_output_changed_in_place_is_never_silent(tail: str) -> None:
         assert_close(results[1], results[0])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("what", ["parameter", "detached output"])
 def test_what_the_backward_reads_may_not_change(what: str) -> None:
     ours = converted(make_naive(), "balanced")
@@ -64,6 +65,7 @@ def test_double_backward_is_refused(tail: str) -> None:
         grad.sum().backward()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("tail", TAILS)
 def test_two_backwards_through_one_graph(memory: str, tail: str) -> None:
@@ -131,6 +133,7 @@ def test_gradients_that_come_in(layout: str, tail: str) -> None:
     assert_close(results[1], results[0])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_checkpoint(reentrant: bool) -> None:
     ours = converted(make_naive(tail="transition", drop_rate=0.2), "minimal")
@@ -218,6 +221,7 @@ def gradients_by_func(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [*grads.values(), grad_x]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("training", [True, False])
 def test_func_grad(memory: str, training: bool) -> None:
@@ -246,6 +250,7 @@ def by_hessian(model: nn.Module, x: Tensor) -> Tensor:
     return torch.func.hessian(lambda v: model(x + v).square().sum())(x.new_zeros(1))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("how", [by_jvp, by_dual, by_vmap, by_hessian])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_transforms_are_those_of_the_naive_stage(

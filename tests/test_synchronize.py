@@ -16,6 +16,8 @@ from benchmarks.structures import growing_net
 from effdense.models import DenseNet
 from tests.processes import run_in_processes
 
+pytestmark = pytest.mark.core
+
 PARTS = (3, 2)  # images of the two processes
 
 

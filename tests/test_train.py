@@ -94,6 +94,7 @@ def test_results_say_what_was_run(whole: Path) -> None:
     assert results["best test accuracy"] == max(epoch["test"]["accuracy"] for epoch in results["epochs"])
 
 
+@pytest.mark.core
 def test_the_checkpoint_holds_the_model(whole: Path, root: Path) -> None:
     saved = load(whole)
     assert (saved["model"], saved["in_channels"]) == ("densenet_bc_10_4", 1) and len(
@@ -166,6 +167,7 @@ def test_killed_in_the_middle_of_an_epoch(whole: Path, root: Path, tmp_path: Pat
     assert_tensorboard_has_the_rows(tmp_path)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed(
     number: int, whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -330,6 +332,7 @@ def test_dropout_where_there_is_no_augmentation(root: Path, tmp_path: Path) -> N
     assert load(tmp_path)["recipe"]["drop_rate"] == load(tmp_path)["options"]["drop_rate"] == 0.2
 
 
+@pytest.mark.core
 def test_compile_takes_what_trains(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.compile then makes of it is test_compile's matter."""
     given: list[torch.nn.Module] = []

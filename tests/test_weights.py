@@ -58,6 +58,7 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_round_trips(layout: str, on_disk: bool, tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def train(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     return [t.detach() for t in (*model.parameters(), *model.buffers())]
 
 
+@pytest.mark.core
 def test_two_threads_with_a_model_each() -> None:
     models = [
         converted(make_naive(plain, "transition"), memory)
@@ -229,6 +230,7 @@ class Transformed(Dataset):  # type: ignore[type-arg]
         return step(self.model, x)[1][0]  # a gradient: both ways run in the worker
 
 
+@pytest.mark.core
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_in_a_forked_worker() -> None:
     ours = converted(make_naive(), "minimal").eval()

@@ -6,6 +6,8 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <optional>
+#include <string>
 #include <tuple>
 
 #include "cuda/bindings.h"
@@ -19,10 +21,21 @@ thread_local std::optional<bool> tf32_override;
 
 void override_tf32(std::optional<bool> permitted) { tf32_override = permitted; }
 
-// What PyTorch asks before it runs a float32 convolution in TF32; this is one.
-bool tf32_permitted() {
-  return tf32_override.value_or(at::globalContext().allowTF32CuDNN(at::Float32Op::CONV));
+// Whether float32 convolutions may run in TF32. torch 2.8 has one setting for everything that cuDNN does;
+// later versions name the operation, 2.9 by a string, and then by an enumerator.
+bool ask(bool (at::Context::*permits)() const) { return (at::globalContext().*permits)(); }
+
+bool ask(bool (at::Context::*permits)(const std::string&) const) {
+  return (at::globalContext().*permits)("conv");
 }
+
+template <typename Operation>
+bool ask(bool (at::Context::*permits)(std::optional<Operation>) const) {
+  return (at::globalContext().*permits)(Operation::CONV);
+}
+
+// What PyTorch asks before it runs a float32 convolution in TF32; this is one.
+bool tf32_permitted() { return tf32_override.value_or(ask(&at::Context::allowTF32CuDNN)); }
 
 template <typename A>
 const A* data_or_null(const std::optional<Tensor>& vector) {

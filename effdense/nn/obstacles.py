@@ -79,7 +79,9 @@ def global_obstacle() -> str | None:
     if nn.modules.module._has_any_global_hook():
         return "a global module hook is registered"
     if torch.compiler.is_compiling():
-        return "torch.export wants PyTorch's own operators" if torch.compiler.is_exporting() else None
+        # What torch.compiler.is_exporting() returns; but in torch 2.8 to 2.11 it is true under torch.compile too.
+        exporting = torch.compiler._is_exporting_flag
+        return "torch.export wants PyTorch's own operators" if exporting else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace wants PyTorch's own operators"
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
