@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       wide.bn_relu(tile.rows(), channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
         const Block<A> to{partial.mutable_data_ptr<A>() + slot * out_channels * channels, channels};
-        add_transposed(tile.rows(), out_channels, channels, tile_dy, constant(z), to, started[slot], transposed);
+        add_transposed(tile.rows(), out_channels, channels, tile_dy, constant(z), to, started[slot],
+                       transposed);
         started[slot] = true;
       }
       if (!need_features) return;

@@ -1,6 +1,6 @@
-// The machine's GEMM on small dense matrices, from inside a parallel region, and who multiplies. float: our own
-// products on AVX2 (products.h), elsewhere oneDNN's micro-kernel, which ATen exports (and which falls back to the
-// BLAS where oneDNN has none); double: ATen's mm on the BLAS.
+// The machine's GEMM on small dense matrices, from inside a parallel region, and who multiplies. float: our
+// own products on AVX2 (products.h), elsewhere oneDNN's micro-kernel, which ATen exports (and which falls
+// back to the BLAS where oneDNN has none); double: ATen's mm on the BLAS.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -40,8 +40,9 @@ const Products* own_products() {
   return std::is_same_v<A, float> ? products() : nullptr;
 }
 
-// Elements from row to row of a scratch matrix of n columns. Ours read columns of it: with an odd number of cache
-// lines to a row they are spread over the whole cache. Whole vectors are read, so kPanel more are needed at the end.
+// Elements from row to row of a scratch matrix of n columns. Ours read columns of it: with an odd number of
+// cache lines to a row they are spread over the whole cache. Whole vectors are read, so kPanel more are
+// needed at the end.
 template <typename A>
 int64_t row_step(int64_t n) {
   if (own_products<A>() == nullptr) return n;
@@ -79,15 +80,16 @@ class Factor {
     gemm(m, n_, k_, a, {data(), n_}, c, false);
   }
 
-  // dz [m, n] = dy [m, k] times this, and what is behind it. `dz` is scratch, used where dz is not kept in registers.
+  // dz [m, n] = dy [m, k] times this, and the pass over it. `dz` is scratch, used where dz is not kept in
+  // registers.
   template <typename T>
   void multiply_backward(const Rows<T>& loops, int64_t m, Block<const A> dy, Block<A> dz,
-                         const Behind<T>& behind) const {
+                         const GradientPass<T>& pass) const {
     if constexpr (std::is_same_v<T, float>)
-      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), behind);
+      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), pass);
     multiply(m, dy, dz);
-    loops.bottleneck_backward(m, n_, behind.x, behind.mean, behind.z, constant(dz), behind.scale, behind.grad,
-                              behind.accumulate, behind.sum_d, behind.sum_dx);
+    loops.bottleneck_backward(m, n_, pass.x, pass.mean, pass.z, constant(dz), pass.scale, pass.grad,
+                              pass.accumulate, pass.sum_d, pass.sum_dx);
   }
 
  private:
@@ -97,7 +99,8 @@ class Factor {
   Tensor data_;
 };
 
-// c [m, n] = or += a^T b, a [rows, m], b [rows, n]. `scratch` [m, rows] is used where who multiplies wants a^T.
+// c [m, n] = or += a^T b, a [rows, m], b [rows, n]. `scratch` [m, rows] is used where who multiplies wants
+// a^T.
 template <typename A>
 void add_transposed(int64_t rows, int64_t m, int64_t n, Block<const A> a, Block<const A> b, Block<A> c,
                     bool accumulate, Block<A> scratch) {

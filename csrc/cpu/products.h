@@ -1,5 +1,5 @@
-// Products of small float matrices with what surrounds them, for the instruction sets where that beats the library's
-// GEMM: AVX2. gemm.inc holds their source; gemm.h decides who multiplies.
+// Products of small float matrices with what surrounds them, for the instruction sets where that beats the
+// library's GEMM: AVX2. products.inc holds their source; gemm.h decides who multiplies.
 #pragma once
 
 #include "cpu/rows.h"
@@ -9,16 +9,17 @@ namespace effdense {
 // The right factor lies in panels of so many columns, each [k, kPanel], the last one filled up with zeros.
 constexpr int64_t kPanel = 16;
 
-// Sums over pixels are taken so many at a time: their rounding errors grow with the root of this, not of a tile.
+// Sums over pixels are taken so many at a time: their rounding errors grow with the root of this, not of a
+// tile.
 constexpr int64_t kPixels = 64;
 
 // What bottleneck_backward in rows.h does with a product dz: masks it by z, sums it, writes it to grad.
 template <typename T>
-struct Behind {
+struct GradientPass {
   Block<const acc_t<T>> x, z;
   const acc_t<T>*mean, *scale;
-  Block<T> grad;  // null: not wanted
-  bool accumulate;    // grad += scale * d
+  Block<T> grad;    // null: not wanted
+  bool accumulate;  // grad += scale * d
   double *sum_d, *sum_dx;
 };
 
@@ -26,12 +27,13 @@ struct Products {
   // c [m, n] = a [m, k] b [k, n]
   void (*multiply)(int64_t m, int64_t n, int64_t k, Block<const float> a, const float* b_panels,
                    Block<float> c);
-  // c [m, n] = or += a^T b, a [rows, m], b [rows, n], of which whole vectors are read: up to kPanel - 1 columns more
+  // c [m, n] = or += a^T b, a [rows, m], b [rows, n], of which whole vectors are read: up to kPanel - 1
+  // columns more
   void (*add_transposed)(int64_t rows, int64_t m, int64_t n, Block<const float> a, Block<const float> b,
                          Block<float> c, bool accumulate);
-  // dz [m, n] = dy [m, k] b [k, n], and what is behind it; dz itself is not stored
+  // dz [m, n] = dy [m, k] b [k, n], and the pass over it; dz itself is not stored
   void (*multiply_backward)(int64_t m, int64_t n, int64_t k, Block<const float> dy, const float* b_panels,
-                            const Behind<float>& behind);
+                            const GradientPass<float>& pass);
 };
 
 namespace avx2 {

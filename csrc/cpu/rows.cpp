@@ -51,7 +51,8 @@ const Rows<bfloat16>& rows<bfloat16>() {
   return EFFDENSE_PICK(bfloat16);
 }
 
-// oneDNN's micro-kernel has the masks and registers of AVX-512 to itself; on AVX2 ours are faster (docs/performance.md).
+// oneDNN's micro-kernel has the masks and registers of AVX-512 to itself; on AVX2 ours are faster
+// (docs/performance.md).
 const Products* products() {
 #if defined(__x86_64__)
   if (isa() == Isa::avx2) return &avx2::products;

@@ -1,4 +1,4 @@
-// The row loops and products for x86-64 with AVX2. The options hold for these alone: all headers come before them.
+// Row loops and products for x86-64 with AVX2. The options hold for these alone: all headers come before.
 #include "cpu/products.h"
 
 #if defined(__x86_64__)
@@ -10,9 +10,7 @@
 #endif
 
 #define EFFDENSE_ISA avx2
-#include "cpu/rows.inc"
-
-#include "cpu/gemm.inc"
+#include "cpu/products.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop
