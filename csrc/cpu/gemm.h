@@ -107,9 +107,21 @@ void add_transposed(int64_t rows, int64_t m, int64_t n, Block<const A> a, Block<
   if constexpr (std::is_same_v<A, float>)
     if (const Products* own = products()) return own->add_transposed(rows, m, n, a, b, c, accumulate);
   effdense::rows<A>().transpose(rows, m, a, scratch);
-  for (int64_t r = 0; r < rows; r += kPixels)
-    gemm(m, n, std::min(kPixels, rows - r), constant(from_column(scratch, r)), from_row(b, r), c,
-         accumulate || r > 0);
+  const auto product = [&](int64_t r, Block<A> to, bool add) {
+    const int64_t k = std::min(kPixels, rows - r);
+    gemm(m, n, k, constant(from_column(scratch, r)), from_row(b, r), to, add);
+  };
+  if (!blas_multiplies()) {
+    for (int64_t r = 0; r < rows; r += kPixels) product(r, c, accumulate || r > 0);
+    return;
+  }
+  std::vector<A> part(m * n);
+  for (int64_t r = 0; r < rows; r += kPixels) {
+    product(r, {part.data(), n}, false);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j)
+        c.row(i)[j] = accumulate || r > 0 ? c.row(i)[j] + part[i * n + j] : part[i * n + j];
+  }
 }
 
 }  // namespace effdense

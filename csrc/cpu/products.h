@@ -43,4 +43,8 @@ extern const Products products;
 // Those of this machine, or null: the library multiplies.
 const Products* products();
 
+// Whether the library's float products may be the BLAS's, as on the baseline: what these add to a matrix they
+// may sum on from there, in a chain as long as the batch. oneDNN's begin at zero and add the result.
+bool blas_multiplies();
+
 }  // namespace effdense

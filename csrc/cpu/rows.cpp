@@ -60,4 +60,6 @@ const Products* products() {
   return nullptr;
 }
 
+bool blas_multiplies() { return isa() == Isa::baseline; }
+
 }  // namespace effdense
