@@ -159,7 +159,10 @@ def each(value: int | Iterable[int], spatial: int) -> tuple[int, ...]:
 
 def dimensions(norm: Any) -> int | None:
     """How many spatial dimensions a batch norm is for; None: any."""
-    return next((i for i, kind in enumerate(NORMS[:3], start=1) if isinstance(norm, kind)), None)
+    for i, kind in enumerate(NORMS[:3], start=1):
+        if isinstance(norm, kind):
+            return i
+    return None
 
 
 def same_processes(norms: Iterable[nn.Module]) -> bool:
