@@ -9,6 +9,8 @@ import re
 
 OLDEST = 2, 8
 NEWEST_TESTED = 2, 15  # CI runs beside both
+# Before, torch.compile cannot trace what decides whether a module runs fused, and runs it as PyTorch would.
+FUSED_UNDER_COMPILE = 2, 13
 NEXT_MAJOR = OLDEST[0] + 1
 TORCH = f"torch>={OLDEST[0]}.{OLDEST[1]},<{NEXT_MAJOR}"
 

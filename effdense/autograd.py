@@ -15,7 +15,9 @@ from effdense.checks import check_features, check_same_dtype
 def autocast_enabled(x: Tensor) -> bool:
     """Whether torch.autocast is on for the device of x."""
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # torch.compile cannot trace is_autocast_available before torch 2.13, and what it compiles for has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -6,13 +6,19 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import effdense
 from benchmarks import models
+from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
 from tests.cases import rms
 
+FUSED = minor_version(torch.__version__) >= FUSED_UNDER_COMPILE
+fused_under_compile = pytest.mark.skipif(
+    not FUSED, reason="this torch compiles PyTorch's own operators instead"
+)
 MEMORY = ["balanced", "minimal"]
 TAILS = ["block", "transition", "head"]
 GROWTH, CHANNELS, LAYERS = 4, 5, 3

@@ -16,7 +16,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 import effdense
 from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
-from tests.stages import assert_close, step
+from effdense.nn import obstacles
+from tests.stages import assert_close, fused_under_compile, step
 
 pytestmark = pytest.mark.core
 
@@ -64,6 +65,7 @@ VECTORS = (
 FORWARD, BACKWARD = {"dense_stage": 2}, {"dense_stage_backward": 2}
 
 
+@fused_under_compile
 @pytest.mark.parametrize("name", NETS)
 def test_one_node_per_block_each_way_and_one_graph_for_every_batch_size(name: str) -> None:
     """The second size makes a graph with a symbol in its place; no other does."""
@@ -79,6 +81,7 @@ def test_one_node_per_block_each_way_and_one_graph_for_every_batch_size(name: st
     assert recorder.graphs == [FORWARD]
 
 
+@fused_under_compile
 def test_a_dynamic_batch_is_one_graph_from_the_start() -> None:
     ours, recorder = effdense.nn.DenseBlock(2, 3, 2, 2, 0.0).double(), Recorder()
     compiled = torch.compile(ours, fullgraph=True, backend=recorder.backend)
@@ -89,6 +92,7 @@ def test_a_dynamic_batch_is_one_graph_from_the_start() -> None:
     assert len(recorder.graphs) == 2
 
 
+@fused_under_compile
 @pytest.mark.parametrize("training", [True, False])
 def test_by_inductor_with_the_memory_of_eager(training: bool) -> None:
     ours = effdense.convert(small_net()).train(training)
@@ -107,6 +111,7 @@ def test_by_inductor_with_the_memory_of_eager(training: bool) -> None:
     assert peak <= eager + VECTORS, (peak, eager)
 
 
+@fused_under_compile
 @pytest.mark.parametrize("how", ["torch.compile", "in place"])
 def test_convert_after_compile_is_not_stale(how: str) -> None:
     naive, recorder = d2l_like().double(), Recorder()
@@ -123,3 +128,14 @@ def test_convert_after_compile_is_not_stale(how: str) -> None:
     assert all(e.converted and e.reason is None for e in effdense.report(model))
     assert_close(step(model, x, False), step(naive, x, False))
     assert recorder.graphs[:2] == [FORWARD, BACKWARD]
+
+
+def test_an_older_compiler_gets_pytorchs_own_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obstacles, "FUSED_UNDER_COMPILE", (3, 0))
+    ours, recorder = effdense.convert(small_net()), Recorder()
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend=recorder.backend)
+    x = make_images()
+    with pytest.warns(RuntimeWarning, match=r"PyTorch's own operators under torch.compile .* use torch 3.0"):
+        results = step(compiled, x, False)
+    assert recorder.graphs and not any(recorder.graphs)
+    assert_close(results, step(ours, x, False))

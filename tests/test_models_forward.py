@@ -15,7 +15,7 @@ import effdense
 from benchmarks import models as twins
 from effdense import models
 from tests import stages
-from tests.stages import MEMORY, assert_close, step
+from tests.stages import MEMORY, assert_close, fused_under_compile, step
 
 
 def random_(model: nn.Module) -> nn.Module:
@@ -208,6 +208,7 @@ def test_the_tutorials_net(memory: str, dropped: str) -> None:
 # ---- traced
 
 
+@fused_under_compile
 @pytest.mark.compiled
 def test_a_whole_model_is_traced_and_compiled() -> None:
     model = models.DenseNet(4, (1, 1), 6, num_classes=5).double()

@@ -20,6 +20,7 @@ from tests.stages import (
     assert_as_exact,
     assert_close,
     converted,
+    fused_under_compile,
     make_input,
     make_naive,
     make_pair,
@@ -289,6 +290,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@fused_under_compile
 @pytest.mark.compiled
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("memory", MEMORY)

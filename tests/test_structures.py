@@ -26,7 +26,7 @@ from tests.conversions import (
     kinds,
     randomised,
 )
-from tests.stages import MEMORY
+from tests.stages import MEMORY, fused_under_compile
 
 WRITTEN: dict[str, Callable[[], nn.Module]] = {
     "gpleiss": structures.StarNet,
@@ -194,6 +194,7 @@ def test_a_forward_looks_at_every_module_once(monkeypatch: pytest.MonkeyPatch) -
     assert len(seen) == len(set(seen)) and set(seen) >= parts
 
 
+@fused_under_compile
 @pytest.mark.parametrize("training", [True, False])
 def test_a_foreign_block_is_compiled_whole(training: bool) -> None:
     block = effdense.convert(structures.NetBlock(2, 6, 4)).train(training)

@@ -15,6 +15,7 @@ from benchmarks import models as naive
 from benchmarks.structures import growing_net
 from effdense.models import DenseNet
 from tests.processes import run_in_processes
+from tests.stages import FUSED, fused_under_compile
 
 pytestmark = pytest.mark.core
 
@@ -151,10 +152,11 @@ def _everything() -> dict[str, Any]:
                 str(effdense.report(model)),
             )
     name = "bottlenecks"
-    model = sync(_build(name))
-    results[f"{name}, compiled"] = _step(
-        model, torch.compile(model, backend="aot_eager", fullgraph=True), part
-    )
+    if FUSED:  # PyTorch's own SyncBatchNorm does not run on CPUs
+        for group in (None, dist.new_group([0, 1])):
+            model = sync(_build(name), group)
+            run = torch.compile(model, backend="aot_eager", fullgraph=True)
+            results[f"{name}, compiled, {'a group' if group else 'all'}"] = _step(model, run, part)
 
     everything = slice(0, None) if dist.get_rank() == 0 else slice(0, 0)
     model = sync(_build(name))
@@ -208,11 +210,21 @@ def _whole(name: str, part: slice) -> dict[str, Tensor]:
 ORDERS = [f"{name}, {order} first" for name in MODELS for order in ("converted", "synchronised")]
 
 
-@pytest.mark.parametrize("case", [*ORDERS, "bottlenecks, compiled", "bottlenecks, all images here or there"])
+COMPILED = [f"bottlenecks, compiled, {group}" for group in ("all", "a group")]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *ORDERS,
+        *(pytest.param(case, marks=fused_under_compile) for case in COMPILED),
+        "bottlenecks, all images here or there",
+    ],
+)
 def test_two_processes_are_one_with_the_joint_batch(
     case: str, processes: list[dict[str, Any]], whole: dict[str, dict[str, Tensor]]
 ) -> None:
-    expected = whole[case.rsplit(", ", 1)[0]]
+    expected = whole[case.split(", ")[0]]
     got = [p[case] for p in processes]
     assert got[0].keys() == got[1].keys() == expected.keys()
     for key, value in expected.items():

@@ -136,9 +136,10 @@ class DenseNet(dense.DenseNet):
 
     def _check_images(self, x: Tensor) -> None:
         stem: Any = self.features.conv0
-        conv: Any = next((m for m in stem.modules() if isinstance(m, CONVS)), None)
-        if conv is None:  # a user has put something else there
+        convs: list[Any] = [m for m in stem.modules() if isinstance(m, CONVS)]
+        if not convs:  # a user has put something else there
             return
+        conv = convs[0]
         channels, spatial = conv.in_channels, len(conv.kernel_size)
         if x.dim() != spatial + 2 or x.shape[1] != channels:
             form = ", ".join(["N", str(channels), *("DHW"[-spatial:])])

@@ -5,6 +5,7 @@ Every function returns the reason in words, or None.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
 from effdense.synchronize import processes_of
 
 NORMS = (
@@ -74,14 +76,31 @@ def conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
     return f"{name}.{attribute} is {is_}, not {wanted}"
 
 
+def _fused_under_compile() -> bool:
+    if minor_version(torch.__version__) >= FUSED_UNDER_COMPILE:
+        return True
+    warnings.warn(
+        f"effdense runs on PyTorch's own operators under torch.compile (same results, memory as without effdense), because "
+        f"this is torch {torch.__version__}; use torch {'.'.join(map(str, FUSED_UNDER_COMPILE))} or newer, or do not compile",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+# torch.compiler.assume_constant_result, without the two seconds that importing torch._dynamo takes: called, not traced
+_fused_under_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def global_obstacle() -> str | None:
     """Why nothing can run fused at the moment: hooks that every module would call, and what can take PyTorch's own operators only."""
     if nn.modules.module._has_any_global_hook():
         return "a global module hook is registered"
     if torch.compiler.is_compiling():
-        # What torch.compiler.is_exporting() returns; but in torch 2.8 to 2.11 it is true under torch.compile too.
-        exporting = torch.compiler._is_exporting_flag
-        return "torch.export wants PyTorch's own operators" if exporting else None
+        # What torch.compiler.is_exporting() returns; but in torch 2.11 and before it is true under torch.compile too.
+        if torch.compiler._is_exporting_flag:
+            return "torch.export wants PyTorch's own operators"
+        return None if _fused_under_compile() else "this torch's compiler wants PyTorch's own operators"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace wants PyTorch's own operators"
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -140,7 +159,10 @@ def each(value: int | Iterable[int], spatial: int) -> tuple[int, ...]:
 
 def dimensions(norm: Any) -> int | None:
     """How many spatial dimensions a batch norm is for; None: any."""
-    return next((i for i, kind in enumerate(NORMS[:3], start=1) if isinstance(norm, kind)), None)
+    for i, kind in enumerate(NORMS[:3], start=1):
+        if isinstance(norm, kind):
+            return i
+    return None
 
 
 def same_processes(norms: Iterable[nn.Module]) -> bool:
