@@ -23,14 +23,19 @@ void override_tf32(std::optional<bool> permitted) { tf32_override = permitted; }
 
 // Whether float32 convolutions may run in TF32. torch 2.8 has one setting for everything that cuDNN does;
 // later versions name the operation, 2.9 by a string, and then by an enumerator.
-bool ask(bool (at::Context::*permits)() const) { return (at::globalContext().*permits)(); }
+// Templates, of which only the one that fits is used.
+template <typename Context>
+bool ask(bool (Context::*permits)() const) {
+  return (at::globalContext().*permits)();
+}
 
-bool ask(bool (at::Context::*permits)(const std::string&) const) {
+template <typename Context>
+bool ask(bool (Context::*permits)(const std::string&) const) {
   return (at::globalContext().*permits)("conv");
 }
 
-template <typename Operation>
-bool ask(bool (at::Context::*permits)(std::optional<Operation>) const) {
+template <typename Context, typename Operation>
+bool ask(bool (Context::*permits)(std::optional<Operation>) const) {
   return (at::globalContext().*permits)(Operation::CONV);
 }
 
