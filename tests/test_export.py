@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import structures
+from effdense._torch_range import minor_version
 from tests.stages import assert_close
 
 pytestmark = pytest.mark.core
@@ -47,6 +48,10 @@ def operators_in(program: Any) -> set[str]:
 @pytest.mark.parametrize("training, strict", [(False, False), (True, False), (False, True)])
 def test_a_fused_model(make: Callable[[], nn.Module], training: bool, strict: bool) -> None:
     """For any batch size, and back from a file; in training statistics move and gradients flow. The program needs no effdense."""
+    if strict and make is own_net and minor_version(torch.__version__) < (2, 11):
+        pytest.skip(
+            "strict export of torch 2.8 refuses modules with a dict, as DenseLayer is; 2.11 takes them"
+        )
     ours = effdense.convert(make()).train(training)
     shapes = ({0: torch.export.Dim("images", min=2)},)
     program = torch.export.export(copy.deepcopy(ours), (make_images(),), dynamic_shapes=shapes, strict=strict)
