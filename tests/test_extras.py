@@ -16,7 +16,8 @@ from effdense import cli, extras
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("effdense", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
-OWN = {"torch", "effdense", "benchmarks", "tests", "_effdense"}
+# pytest is what benchmarks/gpu/sampling.py is a plugin of.
+OWN = {"torch", "effdense", "benchmarks", "tests", "_effdense", "pytest"}
 SMALL = ["--model", "densenet_bc_10_4", "--batch", "1", "--threads", "1", "--repeats", "1"]
 
 TRAIN = ["--model", "densenet_bc_10_4", "--data"]
@@ -29,6 +30,7 @@ PROGRAMS = {
     "benchmarks.data.make_cut": ([], "bench"),
     "benchmarks.demo": ([], "bench"),
     "benchmarks.depth_sweep": ([], "bench"),
+    "benchmarks.gpu": (["--help"], None),  # runs on a machine with torch and pytest alone
     "benchmarks.isa": (["default"], None),
     "benchmarks.kernels": ([], "bench"),
     "benchmarks.libraries": ([], "bench"),
@@ -39,7 +41,7 @@ COMMANDS = {
     "summary": (["timm:densenet121", "--image-size", "32"], "peers"),
     "reuse": (["x.pt"], "train"),
     "plot": (["x"], "train"),
-    "train": ([*TRAIN, "cifar10", "--data-root", "/nowhere", "--out", "/nowhere/out"], "vision"),
+    "train": ([*TRAIN, "cifar10", "--data-root", "FOLDER", "--out", "FOLDER/out"], "vision"),
 }
 # One package alone is missing, from what needs it in some cases only.
 SOME = [
@@ -78,7 +80,7 @@ def assert_names(extra: str | None, result: dict, what: object) -> None:
 def test_every_program_is_here() -> None:
     """Those with a command line: a new one must say what it is called with."""
     programs = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
         for path in SOURCES
         if "__main__" in (text := path.read_text())
         and "ArgumentParser" in text
@@ -94,9 +96,10 @@ def test_every_command_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert listed and set(COMMANDS) == set(listed[1].split(","))
 
 
-def test_programs_without_any_package() -> None:
+def test_programs_without_any_package(tmp_path: Path) -> None:
     calls = {name: [name, *arguments] for name, (arguments, _) in PROGRAMS.items()}
     calls |= {name: ["effdense", name, *arguments] for name, (arguments, _) in COMMANDS.items()}
+    calls = {name: [part.replace("FOLDER", str(tmp_path)) for part in call] for name, call in calls.items()}
     results = run_without(",".join(extras.PACKAGES), list(calls.values()))
     for (name, call), result in zip(calls.items(), results, strict=True):
         assert_names((PROGRAMS | COMMANDS)[name][1], result, call)

@@ -34,7 +34,7 @@ ROW = {
         "p80_ms",
         "gflops_per_s",
     ),
-    *("gbytes_per_s", "floor_ms", "bound", "time_to_floor"),
+    *("gbytes_per_s", "floor_ms", "bound", "time_to_floor", "isa", "cpu_capability"),
 }
 
 
