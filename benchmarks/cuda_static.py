@@ -251,6 +251,8 @@ def table(kernels: Sequence[Kernel], architectures: Sequence[str]) -> Table:
     """Return every kernel as a row for the terminal."""
     caption = "per architecture: registers of a thread / blocks on a multiprocessor / part of its threads; "
     caption += "SASS: least and most of all architectures"
+    from rich.table import Table
+
     shown = Table(
         title="CUDA kernels as compiled", title_justify="left", caption=caption, caption_justify="left"
     )

@@ -184,8 +184,12 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
             known = re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE)
             assert what.partition("[")[0] == "." and set(extras) <= set(known)
-        case ["make", target]:
-            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["make", target, *settings]:
+            makefile = (ROOT / "Makefile").read_text()
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+            assert all(re.search(rf"^{s.partition('=')[0]} \?=", makefile, re.MULTILINE) for s in settings)
+        case ["mkdir" | "cp", *_]:
+            pass
         case ["pytest", "-m", mark]:
             assert f'"markers", "{mark}:' in (ROOT / "tests" / "conftest.py").read_text()
         case _:
