@@ -64,7 +64,7 @@ def _autograd_has_run() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: not run with EFFDENSE_FORCE_REFERENCE=1")
     config.addinivalue_line(
-        "markers", "core: what CI runs beside the oldest and the newest torch, with -k 'not simt'"
+        "markers", "core: a short selection to run beside the oldest and the newest torch, with -k 'not simt'"
     )
     config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
     config.addinivalue_line(
