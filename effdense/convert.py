@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from effdense.checks import check_memory
-from effdense.examine import Examiner
-from effdense.nn.classes import OURS, adopt, give_back
-from effdense.nn.foreign import Foreign
+from effdense.code import walk
+from effdense.examine import Examiner, named
+from effdense.nn.classes import OURS, Foreign, adopt, give_back, is_fused_kind
 
 
 class Entry(NamedTuple):
@@ -50,7 +50,7 @@ class Report(list[Entry]):
 def _check_model(op: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
+    for name, module in named(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
                 f"{op}: {name or 'model'} is a {type(module).__name__}: its code is fixed already; "
@@ -86,10 +86,10 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     before = [(m, type(m), dict(vars(m))) for m, _ in found]
     try:
         for module, ours in found:
-            adopt(module, ours, memory, examine.everywhere.get(module, False))
+            adopt(module, ours, memory, *examine.found.get(module, ()))
     except BaseException:  # such as Ctrl-C: all or nothing
         for module, original, state in before:
-            module.__class__ = original
+            object.__setattr__(module, "__class__", original)
             module.__dict__.clear()
             module.__dict__.update(state)
         raise
@@ -110,7 +110,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
+    for module in walk(model):
         give_back(module)
     return model
 
@@ -123,7 +123,7 @@ def report(model: nn.Module) -> Report:
     _check_model("report", model)
     entries = Report()
     for name, module, ours, reason in Examiner().find(model):
-        converted = isinstance(module, (*OURS, Foreign))
+        converted = is_fused_kind(module)
         if converted:
             reason = module.obstacle()  # type: ignore[operator]
         elif reason is None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from effdense.code import Reads, code_of, code_of_tree, is_known, kind_of, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
-from effdense.nn.classes import LAYERS, OURS
+from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition
 from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
@@ -22,6 +23,7 @@ from effdense.nn.structure import (
     layers_of,
     looks_like_block,
     looks_like_transition,
+    own_tensors,
     read_block,
     read_transition,
 )
@@ -31,9 +33,10 @@ from effdense.probe import difference
 def _looks_like(module: nn.Module) -> type | None:
     """Which of our classes a module might be, by the names of its submodules alone."""
     names = set(module._modules)
-    if type(module).forward is nn.Module.forward:
+    cls: Any = type(module)
+    if cls.forward is nn.Module.forward:
         return None  # a container that nobody calls
-    if type(module) is nn.Sequential and _holds_blocks(module):
+    if cls.forward is nn.Sequential.forward and _holds_blocks(module) and is_known(module):
         return DenseFeatures
     if {"norm1", "conv1", "norm2", "conv2"} <= names:
         return DenseLayer
@@ -41,8 +44,9 @@ def _looks_like(module: nn.Module) -> type | None:
         return PlainDenseLayer
     if {"norm", "conv", "pool"} <= names:
         return Transition
-    if {"features", "classifier"} == names and _holds_blocks(module._modules["features"]):
-        return DenseNet
+    if {"features", "classifier"} <= names and _holds_blocks(module._modules["features"]):
+        read = code_of(cls).reads
+        return None if any(n in read for n in names - {"features", "classifier"}) else DenseNet
     layers = list(module._modules.values())
     if layers and all(m is not None and _looks_like(m) in LAYERS for m in layers):
         return DenseBlock
@@ -51,48 +55,38 @@ def _looks_like(module: nn.Module) -> type | None:
 
 def _holds_blocks(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Sequential) and any(
-        isinstance(m, ForeignBlock) or _looks_like(m) is DenseBlock or looks_like_block(m) for m in module
+        m is not None and (isinstance(m, (DenseBlock, ForeignBlock)) or _looks_like(m) is DenseBlock or looks_like_block(m))
+        for m in module._modules.values()
     )
 
 
 def _successors(model: nn.Module) -> dict[nn.Module, set[nn.Module]]:
     """What comes behind a module in a sequence."""
     behind: dict[nn.Module, set[nn.Module]] = {}
-    for m in model.modules():
+    for m in walk(model):
         if isinstance(m, nn.Sequential):
-            for before, after in itertools.pairwise(m):
+            for before, after in itertools.pairwise(filter(None, m._modules.values())):
                 behind.setdefault(before, set()).add(after)
     return behind
 
 
-# Parts of torchvision's own layer that are of no use outside of its forward.
-_INTERNAL = {"any_requires_grad", "bn_function", "call_checkpoint_bottleneck"}
-
-
-def _structure_obstacle(module: nn.Module, ours: type) -> str | None:
+def _structure_obstacle(module: nn.Module, ours: type, reads: Reads) -> str | None:
     """Why a module is not made like ours, or None."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if type(module).__call__ is not nn.Module.__call__:
         return "its class has a __call__ of its own"
-    own = [*module._parameters, *module._buffers]
-    if own:
+    if own := own_tensors(module, reads):
         return f"it has parameters or buffers of its own: {', '.join(own)}"
+    if (reason := class_obstacle(module, ours)) is not None:
+        return reason
     if issubclass(ours, Foreign):
-        taken = {n for n in (*vars(ours), *vars(Foreign)) if not n.startswith("__")} & set(dir(module)) - {
-            "forward"
-        }
-        if taken:
-            return f"its class has attributes that would be hidden: {', '.join(sorted(taken))}"
+        read: Any = read_block if ours is ForeignBlock else read_transition
         try:
-            read_block(module, hooks=False) if ours is ForeignBlock else read_transition(module, hooks=False)
-        except Obstacle as reason:
-            return str(reason)
+            read(module, hooks=False, reads=reads)
+        except Obstacle as obstacle:
+            return str(obstacle)
         return None
-    lost = {name for name in set(dir(type(module))) - set(dir(ours)) - _INTERNAL if not name.startswith("_")}
-    if lost:
-        more = ", …" if len(lost) > 5 else ""
-        return f"its class has more than a DenseNet's: {', '.join(sorted(lost)[:5])}{more}"
     if ours is Transition:
         return transition_obstacle(module._modules, ignore_hooks=True)
     if not issubclass(ours, LAYERS):
@@ -111,9 +105,10 @@ class Examiner:
     """
 
     def __init__(self) -> None:
-        self.known: dict[Any, str | None] = {}
+        self.known: dict[Any, tuple[str | None, bool, frozenset[str]]] = {}
         self.blocks: set[type] = set()  # the classes of what looks like a block
-        self.everywhere: dict[nn.Module, bool] = {}  # blocks that drop behind every convolution
+        # Of what can be converted: whether a block drops behind every convolution, and the attributes that count.
+        self.found: dict[nn.Module, tuple[bool, Reads]] = {}
 
     def find(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, type, str | None]]:
         """Every part that is converted or might be: its name, itself, its class in effdense.nn, why it is not that.
@@ -122,14 +117,14 @@ class Examiner:
         """
         successors, behind = _successors(model), set[nn.Module]()
         inside: set[nn.Module] = set()
-        blocks = (m for m in model.modules() if looks_like_block(m))
-        self.blocks = {m.original if isinstance(m, Foreign) else type(m) for m in blocks} - {nn.Sequential}
-        for name, module in model.named_modules():
+        blocks = (m for m in walk(model) if looks_like_block(m))
+        self.blocks = {original(type(m)) for m in blocks} - {nn.Sequential}
+        for name, module in named(model):
             if module in inside:
                 continue
-            ours: type | None = type(module)
+            ours: type | None = kind_of(module)
             reason = None
-            if not isinstance(module, (*OURS, Foreign)):
+            if not is_fused_kind(module):
                 ours, reason = self._kind(module, module in behind)
             if ours is None:
                 continue
@@ -137,12 +132,15 @@ class Examiner:
             if issubclass(ours, (DenseBlock, ForeignBlock)):
                 behind |= successors.get(module, set())
             if issubclass(ours, Foreign):
-                inside.update(module.modules())
+                inside.update(walk(module))
 
     def _kind(self, module: nn.Module, behind: bool) -> tuple[type | None, str | None]:
         """What a module might become, and why not."""
         ours = _looks_like(module)
-        if ours in (None, DenseBlock) and not any(self._is_layer(m) for m in module._modules.values()):
+        if ours is None or (
+            ours is DenseBlock
+            and not (has_base(type(module), ours) and any(self._is_layer(m) for m in module._modules.values()))
+        ):
             reason = self._no_foreign_block(module, ours is DenseBlock or type(module) in self.blocks)
             if reason != "":
                 return ForeignBlock, reason
@@ -151,10 +149,12 @@ class Examiner:
             return ours, self(module, ours)
         if behind and looks_like_transition(module):
             # With torchvision's names and all that it has, it can become our own.
-            if ours is Transition and self(module, Transition) is None:
+            if ours is Transition and has_base(type(module), ours) and self(module, Transition) is None:
                 return Transition, None
             return ForeignTransition, self(module, ForeignTransition)
-        return ours, None if ours is None else self(module, ours)
+        if ours is None or not has_base(type(module), ours):
+            return None, None
+        return ours, self(module, ours)
 
     def _no_foreign_block(self, module: nn.Module, expected: bool) -> str | None:
         """Why it is no foreign block, or None; "" where nothing but the reason speaks for one.
@@ -171,21 +171,31 @@ class Examiner:
 
     def _is_layer(self, module: Any) -> bool:
         """Whether it is one of our layers, or can be."""
-        ours = type(module) if isinstance(module, LAYERS) else _looks_like(module)
-        return isinstance(module, LAYERS) or (ours in LAYERS and self(module, ours) is None)
+        if isinstance(module, LAYERS):
+            return True
+        ours = _looks_like(module)
+        return ours is not None and issubclass(ours, LAYERS) and self(module, ours) is None
 
     def __call__(self, module: nn.Module, ours: type) -> str | None:
-        structure = _structure_obstacle(module, ours)
-        if (
-            structure is not None or ours is DenseFeatures
-        ):  # nn.Sequential itself: there is nothing to compare
+        reads = Reads() if ours is DenseFeatures else code_of_tree(module).reads
+        structure = _structure_obstacle(module, ours, reads)
+        if structure is not None:
             return structure
-        key = _code_of(module, ours)
+        if ours is DenseFeatures:  # nn.Sequential's own forward: there is nothing to compare
+            self.found[module] = False, reads
+            return None
+        key = _same_code(module, ours)
         if key not in self.known:
-            self.known[key] = self._compare(module, ours)
-        return self.known[key]
+            self.known[key] = self._compare(module, ours, reads)
+        reason, everywhere, without = self.known[key]
+        if reason is None:
+            self.found[module] = everywhere, reads._replace(without=without)
+        return reason
 
-    def _compare(self, module: nn.Module, ours: type) -> str | None:
+    def _compare(
+        self, module: nn.Module, ours: type, reads: Reads
+    ) -> tuple[str | None, bool, frozenset[str]]:
+        """Why it does something else; whether it drops everywhere; and which truth values make no difference."""
         # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
         with (
             torch.inference_mode(False),
@@ -194,18 +204,45 @@ class Examiner:
             torch.autocast("cpu", enabled=False),
             torch.random.fork_rng(devices=[]),
         ):
-            reason = difference(module, ours)
+            reason, everywhere = difference(module, ours), False
             if reason is not None and ours is ForeignBlock and difference(module, ours, True) is None:
-                self.everywhere[module] = True
-                return None
-        return reason
+                reason, everywhere = None, True
+            if reason is not None:
+                return reason, False, frozenset()
+            switches = {
+                name
+                for m in walk(module)
+                for name, value in vars(m).items()
+                if isinstance(value, bool) and name not in MODULE_STATE and name in reads and not is_plain(m)
+            }
+            same = (n for n in switches if difference(module, ours, everywhere, n) is None)
+            return None, everywhere, frozenset(same)
 
 
-def _code_of(module: nn.Module, ours: type) -> Any:
+def is_plain(module: nn.Module) -> bool:
+    """Whether its class is PyTorch's: what it does is read from it, not compared."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def named(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, as named_modules() names them, without a call of any method that a class may override."""
+    seen: set[nn.Module] = set()
+    pending = [(name, module)]
+    while pending:
+        path, now = pending.pop()
+        if now in seen:
+            continue
+        seen.add(now)
+        yield path, now
+        children = [(f"{path}.{n}" if path else n, m) for n, m in now._modules.items() if m is not None]
+        pending += reversed(children)
+
+
+def _same_code(module: nn.Module, ours: type) -> Any:
     """What modules that run the same code have in common; of a foreign one, nothing is known before its probe."""
     if issubclass(ours, Foreign):
         return ours, module
     attributes = {k: repr(v) for k, v in vars(module).items() if k not in MODULE_STATE}
     whole = ours not in (DenseBlock, DenseNet)
-    children = tuple((n, type(m)) for n, m in module.named_modules()) if whole else ()
+    children = tuple((n, type(m)) for n, m in named(module)) if whole else ()
     return ours, type(module), *sorted(attributes.items()), *children

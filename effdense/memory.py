@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from effdense import engine, operators
 from effdense.convert import convert, report
+from effdense.code import kind_of
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.plain import CHECKPOINTED
 from effdense.stage import Settings
@@ -283,9 +284,9 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
     for module in bare.modules() if memory == "checkpoint" else ():
         if isinstance(module, ForeignBlock):
             raise NotCheckpointed(
-                f'plan: memory="checkpoint" is not known of {module.original.__name__}, only of blocks with torchvision\'s layers'
+                f'plan: memory="checkpoint" is not known of {type(module).__name__}, only of blocks with torchvision\'s layers'
             )
-        module.__class__ = CHECKPOINTED.get(type(module), type(module))
+        module.__class__ = CHECKPOINTED.get(kind_of(module), type(module))
     tensors, wanted = [*bare.parameters(), *bare.buffers()], [p for p in bare.parameters() if p.requires_grad]
     dtype = next((p.dtype for p in tensors if p.is_floating_point()), torch.float32)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -11,53 +10,115 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdense.code import code_of_tree, original, walk
 from effdense.nn import DenseBlock, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
 from effdense.nn.foreign import ForeignTransition
-from effdense.nn.structure import DROPOUTS, drop_attributes
+from effdense.nn.obstacles import CONVS
+from effdense.nn.structure import DROPOUTS, drop_attributes, read_transition
+from effdense.watch import Attributes, Watch, chance
 
 
-def _bare_copy(module: nn.Module, ours: type) -> nn.Module:
-    """A copy in float64 with random parameters and buffers and without hooks.
+class _StandIn(nn.Module):
+    """In the place of what is called in the same way with effdense and without: it is not run."""
 
-    A block's layers become small ones, a net's features a convolution; a foreign block stays whole, but what could drop does.
+    def forward(self, x: Tensor) -> Tensor:
+        """Something else than x."""
+        return x * 1.5
+
+
+class _Copier:
+    """Copies modules in float64 with random parameters and buffers and without hooks, and calls no method of theirs."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, Any] = {}
+
+    def module(self, module: nn.Module) -> Any:
+        """The copy of a module; attributes that are neither containers nor tensors are the same objects."""
+        if id(module) in self.known:
+            return self.known[id(module)]
+        cls: Any = original(type(module))
+        copied = object.__new__(cls)
+        self.known[id(module)] = copied
+        state = vars(nn.Module())
+        for name, value in vars(module).items():
+            if name == "process_group":
+                state[name] = None
+            elif not name.endswith("_hooks") and name not in ("_modules", "_parameters", "_buffers", "_effdense"):
+                state[name] = self.value(value)
+        for name in ("_modules", "_parameters", "_buffers"):
+            state[name] = {k: self.value(v) for k, v in vars(module)[name].items()}
+        vars(copied).update(state)
+        return copied
+
+    def value(self, value: Any) -> Any:
+        """What an attribute of the copy holds."""
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, Tensor):
+            if id(value) not in self.known:
+                dtype = torch.float64 if value.is_floating_point() else value.dtype
+                bare = torch.zeros(value.shape, dtype=dtype, device="cpu")
+                self.known[id(value)] = nn.Parameter(bare) if isinstance(value, nn.Parameter) else bare
+            return self.known[id(value)]
+        if type(value) in (list, tuple, set, frozenset):
+            return type(value)(map(self.value, value))
+        if type(value) in (dict, OrderedDict):
+            return type(value)((k, self.value(v)) for k, v in value.items())
+        return value
+
+
+def _parameters(module: nn.Module) -> list[Any]:
+    return list(dict.fromkeys(p for m in walk(module) for p in m._parameters.values() if p is not None))
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    return list(dict.fromkeys(b for m in walk(module) for b in m._buffers.values() if b is not None))
+
+
+def _bare_copy(module: nn.Module, ours: type, flipped: str | None = None) -> nn.Module:
+    """A copy with random weights on which every dropout is switched on.
+
+    A block's layers become small ones, a net's features a convolution; a foreign block stays whole. What is called behind a
+    transition's convolution or a net's head, and is no class of PyTorch's, gets a stand-in. `flipped`: an attribute whose
+    truth values are turned round.
     """
-    memo: dict[int, Any] = {}
+    copier = _Copier()
     if ours is DenseBlock:
         for i, layer in enumerate(module._modules.values()):
-            memo[id(layer)] = DenseLayer(_CHANNELS + 2 * i, 2, 1, 0.0)
+            copier.known[id(layer)] = DenseLayer(_CHANNELS + 2 * i, 2, 1, 0.0).double()
     if ours is DenseNet:
-        conv, classifier = _first_conv(module), module.classifier
-        width = classifier.in_features if isinstance(classifier, nn.Linear) else _CHANNELS
-        memo[id(module.features)] = nn.Sequential(type(conv)(_CHANNELS, width, 1))
-    for submodule in module.modules():
-        for name, value in submodule.__dict__.items():
-            if name.endswith("_hooks"):
-                memo[id(value)] = OrderedDict()
-            elif name == "process_group":
-                memo[id(value)] = None
-        if id(submodule) in memo:
-            continue
-        for tensor in (*submodule._parameters.values(), *submodule._buffers.values()):
-            if tensor is not None:
-                bare = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-                memo[id(tensor)] = nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare
-    probe = copy.deepcopy(module, memo).double()
+        features, classifier = module._modules["features"], module._modules["classifier"]
+        conv = _first_conv(module)
+        width = classifier.in_features if type(classifier) is nn.Linear else _CHANNELS
+        copier.known[id(features)] = nn.Sequential(type(conv)(_CHANNELS, width, 1)).double()
+        if type(classifier) is not nn.Linear:
+            copier.known[id(classifier)] = _StandIn()
+    if ours is ForeignTransition:
+        for behind in read_transition(module, hooks=False)[0].behind:
+            if type(behind).__module__.partition(".")[0] != "torch":
+                copier.known[id(behind)] = _StandIn()
+    probe = copier.module(module)
     generator = torch.Generator().manual_seed(0)
+    modules = list(walk(probe))
     with torch.no_grad():
-        for name, tensor in (*probe.named_parameters(), *probe.named_buffers()):
-            if tensor.is_floating_point():
+        for m in modules:
+            for name, tensor in (*m._parameters.items(), *m._buffers.items()):
+                if tensor is None or not tensor.is_floating_point():
+                    continue
                 tensor.uniform_(0.5, 1.5, generator=generator)
                 if name.endswith(("bias", "running_mean")) or tensor.dim() > 1:
                     tensor.sub_(1)
                 if tensor.dim() > 1:
                     tensor.mul_(4 / tensor[0].numel() ** 0.5)
-    for submodule in probe.modules():
-        if not isinstance(submodule, DROPOUTS):
-            for attribute in drop_attributes(submodule):
-                setattr(submodule, attribute, 0.5)
-        if isinstance(submodule, DROPOUTS) and submodule.p == 0:
-            submodule.p = 0.5
+    for m in modules:
+        if not isinstance(m, DROPOUTS):
+            for attribute in drop_attributes(m):
+                m.__dict__[attribute] = 0.5
+        elif m.p == 0:
+            m.p = 0.5
+        if flipped is not None and isinstance(m.__dict__.get(flipped), bool):
+            m.__dict__[flipped] = not m.__dict__[flipped]
     return probe
 
 
@@ -65,7 +126,12 @@ _CHANNELS = 3  # of a block's probe
 
 
 def _first_conv(module: nn.Module) -> Any:
-    return next(m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    return next(m for m in walk(module) if isinstance(m, CONVS))
+
+
+def _set_modes(probe: nn.Module, training: bool) -> None:
+    for m in walk(probe):
+        m.__dict__["training"] = training
 
 
 def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
@@ -75,15 +141,21 @@ def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
     size = 4 if ours in (Transition, ForeignTransition) else 2  # a pool's windows must fit
     shape = (2, conv.in_channels, *(size,) * (len(conv.kernel_size) - 1), size + 1)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-    probe.train(training).zero_grad()
+    parameters = _parameters(probe)
+    _set_modes(probe, training)
+    for p in parameters:
+        p.grad = None
     torch.manual_seed(2)  # the same dropout both times
+    given: Any = [x] if ours in LAYERS else x
     with _alone(probe):
-        y = probe([x] if ours in LAYERS else x)
+        y = probe(given)
+        if ours in LAYERS and (len(given) != 1 or given[0] is not x):
+            raise Unseen("its forward changes the list that it is given")
         # Before the backward: checkpointing updates them again there.
-        buffers = [b.clone() for b in probe.buffers()]
+        buffers = [b.clone() for b in _buffers(probe)]
         weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         (y * weights).sum().backward()
-    grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *probe.parameters()))
+    grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *parameters))
     return [y.detach(), *buffers, *grads]
 
 
@@ -94,7 +166,7 @@ def _autocasts() -> tuple[bool, ...]:
 @contextlib.contextmanager
 def _alone(probe: nn.Module) -> Iterator[None]:
     """Lets SyncBatchNorms take their batch's statistics without other processes, on the CPU too: in evaluation, with none running."""
-    norms = [m for m in probe.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    norms = [m for m in walk(probe) if isinstance(m, nn.SyncBatchNorm) and m.training]
     buffers = [norm._buffers for norm in norms]
     for norm in norms:
         norm.training, norm._buffers = False, dict.fromkeys(norm._buffers)
@@ -111,19 +183,29 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.numel() == 0 or bool((a - b).abs().max() <= 1e-9 * (1 + b.abs().max()))
 
 
-def difference(module: nn.Module, ours: type, everywhere: bool = False) -> str | None:
-    """Compares a module's forward with the fused one on copies; says what differs, or None."""
+class Unseen(Exception):
+    """What a comparison of numbers does not show."""
+
+
+def difference(module: nn.Module, ours: type, everywhere: bool = False, flipped: str | None = None) -> str | None:
+    """Compares a module's forward with the fused one on copies; says what differs, or None. `flipped`: see _bare_copy."""
+    others = chance()
     try:
-        theirs = _bare_copy(module, ours)
-        mine = copy.deepcopy(theirs)
+        theirs, mine = (_bare_copy(module, ours, flipped) for _ in range(2))
+        code = code_of_tree(theirs)
+        if code.obstacle is not None:
+            return code.obstacle
         adopt(mine, ours, "balanced", everywhere)
+        attributes = Attributes(theirs)
         outside, inside = _autocasts(), list[Any]()
         _first_conv(theirs).register_forward_pre_hook(lambda *_: inside.append(_autocasts()))
         for training in (True, False):
             # Where theirs is checkpointed, its backward has moved the statistics once more.
-            for buffer, moved_once in zip(theirs.buffers(), mine.buffers(), strict=True):
+            for buffer, moved_once in zip(_buffers(theirs), _buffers(mine), strict=True):
                 buffer.copy_(moved_once)
-            expected, got = (_run(probe, training, ours) for probe in (theirs, mine))
+            with Watch(code.own) as watch:
+                expected = _run(theirs, training, ours)
+            got = _run(mine, training, ours)
             if any(autocasts != outside for autocasts in inside):
                 return "its forward switches autocast"
             if expected[0].shape != got[0].shape:
@@ -131,6 +213,16 @@ def difference(module: nn.Module, ours: type, everywhere: bool = False) -> str |
             if not all(_close(a, b) for a, b in zip(got, expected, strict=True)):
                 mode = "training" if training else "evaluation"
                 return f"its forward computes something else ({mode}, on a probe)"
+            if watch.found is not None:
+                return watch.found
+            if (name := attributes.changed()) is not None:
+                return f"its forward changes its attribute {name}"
+        if not _close(_run(theirs, False, ours)[0], expected[0]):
+            return "its forward gives another result when it is called again"
+        if chance() != others:
+            return "its forward draws random numbers"
+    except Unseen as reason:
+        return str(reason)
     except Exception as error:
         return f"its forward failed on a probe ({type(error).__name__}: {error})"
     return None

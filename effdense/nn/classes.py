@@ -1,45 +1,174 @@
-"""A module's class changed to one of ours, and given back."""
+"""A module's class changed to one that runs fused, and given back.
+
+The new class is a subclass of the module's own, of its name, with a fused forward in front: all that the own class defines or
+overrides stays, `isinstance` too. Where something stands in the way, or the call is another one, the own forward runs.
+"""
 
 from __future__ import annotations
 
+import copyreg
+import functools
+from abc import ABCMeta
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from effdense.nn.foreign import Foreign, ForeignBlock, foreign_class
+from effdense.code import Reads, kind_of, original
+from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Noted, noted_of
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.model import DenseFeatures, DenseNet
-from effdense.nn.structure import read_block, read_transition
+from effdense.nn.obstacles import refuse_scripting
+from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read_transition, see
 
 LAYERS = (DenseLayer, PlainDenseLayer)
 OURS = (*LAYERS, DenseBlock, Transition, DenseFeatures, DenseNet)
+# Of which class a module must be for one of ours to add no methods that it would not have.
+_BASES: dict[type, type] = {DenseBlock: nn.ModuleDict, Transition: nn.Sequential, DenseFeatures: nn.Sequential}
 
 
-def adopt(module: Any, ours: type, memory: str, everywhere: bool = False) -> None:
-    """Makes a module one of ours, or changes the memory mode of one that is. `everywhere`: see read_block."""
-    if isinstance(module, Foreign):
-        module._effdense = module._effdense and (memory, *module._effdense[1:])
-    elif issubclass(ours, Foreign):
-        read: Any = read_block if ours is ForeignBlock else read_transition
-        seen = read(module, hooks=False)[1]
-        classes: Any = ours, type(module)
-        module.__class__ = foreign_class(*classes)
-        module._effdense = memory, everywhere, tuple(seen)
-    elif type(module) is not ours:
-        module._effdense_original = type(module), set(vars(module))
-        module.__class__ = ours
-    if issubclass(ours, LAYERS):
-        module.memory = memory
-        module.__dict__.setdefault("drop_rate", 0.0)  # a class without dropout need not have it
+class Converted:
+    """In front of every converted module's class."""
+
+    __prepare_scriptable__ = refuse_scripting
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Does not tell the own class, which may keep a list of its subclasses."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By its own class: pickle would find that one under this name."""
+        usual: Any = super().__reduce_ex__(protocol)
+        if usual[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return usual
+        return _new, (kind_of(self), original(type(self))), *usual[2:]  # type: ignore[arg-type]
+
+
+def has_base(cls: type, kind: type) -> bool:
+    """Whether a subclass of a class can run as a `kind` without methods that it would not have."""
+    return issubclass(cls, _BASES.get(kind, nn.Module))
+
+
+def class_obstacle(module: nn.Module, kind: type) -> str | None:
+    """Why there can be no subclass of a module's class that runs fused as a `kind`, or None."""
+    cls = type(module)
+    if type(cls) not in (type, ABCMeta):
+        return f"its class is made by {type(cls).__name__}, not by type"
+    ours = {n for c in kind.__mro__ if c.__module__.startswith("effdense.") for n in vars(c) if not n.startswith("__")}
+    theirs = {n for c in cls.__mro__ if not c.__module__.startswith(("torch.", "effdense.")) for n in vars(c)}
+    theirs |= {*vars(module).keys() - MODULE_STATE, *module._modules}
+    if taken := ours & theirs - {"forward", "drop_rate"}:
+        return f"its class has attributes that would be hidden: {', '.join(sorted(taken))}"
+    return None
+
+
+def _attempt(kind: Any, module: Any, x: Any) -> Tensor | None:
+    """What a converted module gives where it can run fused, else None."""
+    if issubclass(kind, LAYERS):
+        if not all(isinstance(t, Tensor) for t in (x if isinstance(x, (list, tuple)) else [x])):
+            return None
+    elif not isinstance(x, Tensor):
+        return None
+    if issubclass(kind, Foreign):
+        fused = module.fused()
+        return None if fused is None else fused(x)
+    if changed_since(module) is not None:
+        return None
+    if kind is DenseNet:
+        return kind.fused(module, x)
+    y: Tensor | None = kind.forward(module, x) if module.obstacle() is None else None
+    return y
+
+
+def changed_since(module: Any) -> str | None:
+    """What of a module that runs as one of ours is not what convert has compared, or None."""
+    if original(type(module)).__module__.startswith("torch."):
+        return None  # nn.Sequential: there was nothing to compare
+    try:
+        noted = noted_of(module)
+        noted.check(_see_ours(module, noted.reads))
+    except Obstacle as reason:
+        return str(reason)
+    return None
+
+
+def _see_ours(module: nn.Module, reads: Reads) -> list[Seen]:
+    return [see(module, reads, "drop_rate" if isinstance(module, LAYERS) else None)]
+
+
+@functools.cache
+def fused_class(kind: Any, own: Any) -> type:
+    """A subclass of a module's own class that runs fused as a `kind`, one of OURS or Foreign's."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Fused where it is called with one argument and nothing stands in the way, else as its own class does."""
+        y = _attempt(kind, self, args[0]) if len(args) == 1 and not kwargs else None
+        return own.forward(self, *args, **kwargs) if y is None else y
+
+    def obstacle(self: Any) -> str | None:
+        """Why its own forward runs at the moment, or None where it runs fused."""
+        reason = None if issubclass(kind, Foreign) else changed_since(self)
+        return kind.obstacle(self) if reason is None else reason
+
+    names = {n: getattr(own, n) for n in ("__module__", "__qualname__", "__doc__")}
+    noted = {"_effdense_kind": kind, "_effdense_original": own, "_effdense_forward": own.forward}
+    if issubclass(kind, LAYERS) and not hasattr(own, "drop_rate"):
+        noted["drop_rate"] = 0.0  # of a class without dropout
+    bases = (Converted, kind) if issubclass(kind, own) else (Converted, own, kind)
+    return type(own)(own.__name__, bases, {**names, **noted, "forward": forward, "obstacle": obstacle})
+
+
+def _new(kind: type, own: type) -> Any:
+    cls: Any = fused_class(kind, own)
+    return cls.__new__(cls)
+
+
+def is_fused_kind(module: nn.Module) -> bool:
+    """Whether a module is one of effdense's: built as that, or converted."""
+    return isinstance(module, (*OURS, Converted))
+
+
+def adopt(module: Any, kind: type, memory: str, everywhere: bool = False, reads: Reads | None = None) -> None:
+    """Makes a module one of ours, or changes the memory mode of one that is.
+
+    `everywhere`, `reads`: see read_block.
+    """
+    state = module.__dict__
+    if isinstance(module, Converted):
+        if (noted := state.get("_effdense")) is not None:
+            state["_effdense"] = noted._replace(memory=memory)
+    elif not isinstance(module, OURS):
+        reads = Reads() if reads is None else reads
+        seen: Sequence[Seen]
+        if issubclass(kind, Foreign):
+            read: Any = read_block if kind is ForeignBlock else read_transition
+            seen = read(module, hooks=False, reads=reads)[1]
+        else:
+            seen = [see(module, reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
+        object.__setattr__(module, "__class__", fused_class(kind, type(module)))
+        state["_effdense"] = Noted(memory, everywhere, reads, tuple(seen))
+    if isinstance(module, LAYERS):
+        state["_memory"] = memory
 
 
 def give_back(module: nn.Module) -> None:
     """Undoes what adopt has done, if it has."""
-    state = module.__dict__
-    if isinstance(module, Foreign):
-        module.__class__ = module.original
-        state.pop("_effdense", None)
-    elif "_effdense_original" in state:
-        module.__class__, had = state.pop("_effdense_original")
-        for name in {"_memory", "drop_rate"} - had:
-            state.pop(name, None)
+    if isinstance(module, Converted):
+        object.__setattr__(module, "__class__", original(type(module)))
+        for name in ("_effdense", "_memory"):
+            module.__dict__.pop(name, None)
+
+
+__all__ = [
+    "LAYERS",
+    "OURS",
+    "Converted",
+    "Foreign",
+    "ForeignBlock",
+    "ForeignTransition",
+    "adopt",
+    "class_obstacle",
+    "fused_class",
+    "give_back",
+    "has_base",
+    "is_fused_kind",
+]

@@ -1,37 +1,54 @@
 """Blocks and transitions of other libraries, and users' own: they run fused and stay what they are otherwise.
 
-A converted one's class is a subclass of its own class, with a fused forward in front. So its methods stay, and where
-something stands in the way, it is its own forward that runs.
+They are read anew before every forward; where something stands in the way, it is their own forward that runs (classes.py).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from effdense.code import Reads
 from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
-from effdense.nn.obstacles import refuse_scripting
 from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, Seen, read_block, read_transition
+
+
+class Noted(NamedTuple):
+    """What convert keeps of a module: `_effdense` in its attributes."""
+
+    memory: str
+    everywhere: bool  # whether a layer's rate of dropout is for all its convolutions
+    reads: Reads  # the attributes that count
+    seen: tuple[Seen, ...]  # of its modules when it was compared
+
+    def check(self, seen: Sequence[Seen]) -> None:
+        """What was changed since may do something else, though the structure is the same."""
+        if len(seen) != len(self.seen):
+            raise Obstacle(
+                "it has not the modules that effdense.convert has compared (revert, then convert again)"
+            )
+        for now, then in zip(seen, self.seen, strict=True):
+            if (change := now.differs(then)) is not None:
+                raise Obstacle(f"effdense.convert has not compared {change} (revert, then convert again)")
+
+
+def noted_of(module: nn.Module) -> Noted:
+    """What convert has noted; an Obstacle where the module, or its class's forward, is another one since."""
+    noted: Noted | None = module.__dict__.get("_effdense")
+    if noted is None:
+        raise Obstacle("it was made from a converted module and has not been compared (revert, then convert)")
+    cls: Any = type(module)
+    if cls._effdense_original.forward is not cls._effdense_forward:
+        raise Obstacle("its class has another forward since effdense.convert (revert, then convert again)")
+    return noted
 
 
 class Foreign(nn.Module):
     """What both kinds have."""
 
-    original: ClassVar[type]
     kind: ClassVar[str]  # what a report calls it
-    # The memory mode; whether a layer's rate of dropout is for all its convolutions; what was seen of its modules when it
-    # was compared. Of an object that its own methods have made since (a slice of a Sequential): None.
-    _effdense: tuple[str, bool, tuple[Seen, ...]] | None = None
-    __prepare_scriptable__ = refuse_scripting
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """By its own class: the subclass has no name that pickle could find."""
-        usual: Any = super().__reduce_ex__(protocol)
-        base = ForeignBlock if isinstance(self, ForeignBlock) else ForeignTransition
-        return _new, (base, self.original), *usual[2:]
 
     def read(self) -> Any:
         """What a fused forward takes of it; an Obstacle where it cannot run fused."""
@@ -45,30 +62,6 @@ class Foreign(nn.Module):
             return str(reason)
         return None
 
-    def adopted(self) -> tuple[str, bool, tuple[Seen, ...]]:
-        """What convert has noted."""
-        if self._effdense is None:
-            raise Obstacle(
-                "it was made from a converted module and has not been compared (revert, then convert)"
-            )
-        return self._effdense
-
-    def check(self, seen: Sequence[Seen]) -> None:
-        """What was changed since may do something else, though the structure is the same."""
-        compared = self.adopted()[2]
-        if len(seen) != len(compared):
-            raise Obstacle(
-                "it has not the modules that effdense.convert has compared (revert, then convert again)"
-            )
-        for now, then in zip(seen, compared, strict=True):
-            if (change := now.differs(then)) is not None:
-                raise Obstacle(f"effdense.convert has not compared {change} (revert, then convert again)")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Fused where it is called with one tensor and nothing stands in the way, else as its own class does."""
-        fused = self.fused() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
-        return super().forward(*args, **kwargs) if fused is None else fused(args[0])
-
     def fused(self) -> Callable[[Tensor], Tensor] | None:
         """Its fused forward, or None where something stands in the way."""
         raise NotImplementedError
@@ -81,10 +74,10 @@ class ForeignBlock(Foreign):
 
     def read(self) -> tuple[list[Chain], str]:
         """What run_stage takes of it."""
-        memory, everywhere, _ = self.adopted()
-        chains, seen = read_block(self, everywhere)
-        self.check(seen)
-        return chains, memory
+        noted = noted_of(self)
+        chains, seen = read_block(self, noted.everywhere, reads=noted.reads)
+        noted.check(seen)
+        return chains, noted.memory
 
     def chains(self) -> tuple[list[Chain], str] | None:
         """See DenseBlock."""
@@ -106,8 +99,9 @@ class ForeignTransition(Foreign):
 
     def read(self) -> Passage:
         """Its parts."""
-        passage, seen = read_transition(self)
-        self.check(seen)
+        noted = noted_of(self)
+        passage, seen = read_transition(self, reads=noted.reads)
+        noted.check(seen)
         return passage
 
     def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
@@ -136,16 +130,3 @@ class ForeignTransition(Foreign):
             # Contiguous, so that on the CPU dropout draws what it would have drawn.
             y = module(y.contiguous() if type(module) in DROPOUTS else y)
         return y
-
-
-@functools.cache
-def foreign_class(base: type, original: type) -> type:
-    """`original` with the forward of ForeignBlock or ForeignTransition in front."""
-    return type(
-        f"Fused{original.__name__}", (base, original), {"original": original, "__doc__": original.__doc__}
-    )
-
-
-def _new(base: type, original: type) -> Any:
-    cls: Any = foreign_class(base, original)
-    return cls.__new__(cls)

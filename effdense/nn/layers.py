@@ -20,6 +20,7 @@ from effdense.checks import (
     check_spatial_dims,
     check_vector,
 )
+from effdense.code import kind_of
 from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,
@@ -266,7 +267,7 @@ class DenseBlock(nn.ModuleDict):
         layers: list[Any] = list(self.values())
         if not layers:
             return "it has no layers"
-        kind = type(layers[0]) if type(layers[0]) in _LAYERS else DenseLayer
+        kind = kind_of(layers[0]) if kind_of(layers[0]) in _LAYERS else DenseLayer
         for name, layer in zip(self, layers, strict=True):
             reason = module_obstacle(name, layer, (kind,))
             if reason is None and (inner := layer.obstacle()) is not None:

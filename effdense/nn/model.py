@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from effdense import pool
 from effdense.batch_norm import read_module, update_modules
+from effdense.code import kind_of
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
 from effdense.nn.layers import DenseBlock, Transition, run_stage
 from effdense.nn.obstacles import (
@@ -32,7 +33,7 @@ _TRANSITIONS = (Transition, ForeignTransition)
 def _is_part(module: nn.Module, kinds: tuple[type, ...]) -> Any:
     """Whether it is a block or transition, of our class or a foreign one, and nothing on it that a call would run."""
     ours, foreign = kinds
-    return (type(module) is ours or isinstance(module, foreign)) and changed("", module, False) is None
+    return (kind_of(module) is ours or isinstance(module, foreign)) and changed("", module, False) is None
 
 
 def _is(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -150,9 +151,13 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, *spatial] -> what the classifier makes of the pooled features."""
-        features: Any = self.features
-        pooled = features.pooled(x) if isinstance(x, Tensor) and isinstance(features, DenseFeatures) else None
-        if pooled is None:
-            pooled = F.relu(features(x)).flatten(2).mean(2)
-        out: Tensor = self.classifier(pooled)
+        out = self.fused(x) if isinstance(x, Tensor) else None
+        if out is None:
+            out = self.classifier(F.relu(self.features(x)).flatten(2).mean(2))
         return out
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """What forward gives, the head run with the last block; None where it cannot."""
+        features: Any = self.features
+        pooled = features.pooled(x) if isinstance(features, DenseFeatures) else None
+        return None if pooled is None else self.classifier(pooled)

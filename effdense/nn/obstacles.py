@@ -5,6 +5,7 @@ Every function returns the reason in words, or None.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
+from effdense.code import is_librarys, kind_of
 from effdense.synchronize import processes_of
 
 NORMS = (
@@ -34,7 +36,7 @@ def module_obstacle(
     name: str, module: Any, kinds: tuple[type, ...], ignore_hooks: bool = False
 ) -> str | None:
     """Why calling `module` could do something else than its class says."""
-    if type(module) not in kinds:
+    if kind_of(module) not in kinds:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         return f"{name} is {type(module).__name__}, not {wanted}"
     return changed(name, module, kinds in (NORMS, CONVS), ignore_hooks)
@@ -155,6 +157,20 @@ def each(value: int | Iterable[int], spatial: int) -> tuple[int, ...]:
     """A size as pools take it, one number or one per dimension, as one per dimension."""
     sizes = (value,) if isinstance(value, int) else tuple(value)
     return sizes * spatial if len(sizes) == 1 else sizes
+
+
+# Of other libraries: subclasses of batch norms that compute a batch norm, and what their submodules do behind it.
+_LISTED_NORMS = {("timm.layers.norm_act", "BatchNormAct2d")}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm itself: PyTorch's very class, or a listed library's."""
+    kind = type(module)
+    if kind in NORMS:
+        return True
+    name = kind.__module__, kind.__name__
+    listed = name in _LISTED_NORMS and getattr(sys.modules.get(name[0]), name[1], None) is kind
+    return listed and is_librarys(kind.forward)
 
 
 def dimensions(norm: Any) -> int | None:

@@ -8,11 +8,12 @@ before every forward, so a reader looks at every module once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from effdense.code import Reads, code_of_tree, constants_of, original, walk
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     CONVS,
@@ -22,6 +23,7 @@ from effdense.nn.obstacles import (
     conv_obstacle,
     dimensions,
     global_obstacle,
+    is_norm,
     plain_avg_pool,
     same_processes,
 )
@@ -29,6 +31,7 @@ from effdense.nn.obstacles import (
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SILENT = (*ACTIVATIONS, nn.Identity)  # the forward may as well have functions in their place
 _WEIGHTED = (*NORMS, *CONVS)
+_LEAVES = (*_WEIGHTED, *ACTIVATIONS, *DROPOUTS)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -78,23 +81,30 @@ class Obstacle(Exception):
     """Why a module has not the structure, or cannot run fused at the moment."""
 
 
-def _check(name: str, module: nn.Module, hooks: bool) -> None:
+def own_tensors(module: nn.Module, reads: Container[str]) -> list[str]:
+    """Names of a container's parameters, and of those buffers that its forward may read: tools leave others."""
+    return [*module._parameters, *(name for name in module._buffers if name in reads)]
+
+
+def _check(name: str, module: nn.Module, hooks: bool, reads: Container[str]) -> None:
     weighted = isinstance(module, _WEIGHTED)
     if (reason := changed(name, module, weighted, not hooks)) is not None:
         raise Obstacle(reason)
-    if module._modules and not weighted and (own := [*module._parameters, *module._buffers]):
+    if module._modules and not weighted and (own := own_tensors(module, reads)):
         raise Obstacle(
             f"{name}, {type(module).__name__}, has parameters or buffers of its own: {', '.join(own)}"
         )
 
 
-def _walk(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, Any]]) -> None:
+def _walk(
+    name: str, module: nn.Module, hooks: bool, reads: Container[str], found: list[tuple[str, Any]]
+) -> None:
     """Collects a module and all inside of it in their order; an Obstacle where one was changed."""
-    _check(name, module, hooks)
+    _check(name, module, hooks, reads)
     found.append((name, module))
     for child_name, child in module._modules.items():
         if child is not None:
-            _walk(f"{name}.{child_name}", child, hooks, found)
+            _walk(f"{name}.{child_name}", child, hooks, reads, found)
 
 
 def _is_idle(module: Any) -> bool:
@@ -114,7 +124,7 @@ def drop_attributes(module: nn.Module) -> list[str]:
 
 
 # Ours, and what PyTorch puts there: nn.DataParallel, Module.compile.
-_OTHERS = "_effdense", "_effdense_original", "_former_parameters", "_is_replica", "_compiled_call_impl"
+_OTHERS = "_effdense", "_memory", "_former_parameters", "_is_replica", "_compiled_call_impl"
 MODULE_STATE = frozenset((*vars(nn.Module()), *_OTHERS))
 _NORM_STATE = MODULE_STATE | {"eps", "momentum", "track_running_stats"}  # read at every forward
 
@@ -143,13 +153,16 @@ _SEEN: dict[type, Seen] = {kind: Seen(kind, {}) for kind in (*CONVS, *_SILENT, *
 _SEEN |= dict.fromkeys(NORMS, Seen(nn.BatchNorm2d, {}))
 
 
-def _see(module: nn.Module, rate: str | None = None) -> Seen:
-    """`rate`: an attribute that is read at every forward."""
-    kind = type(module)
-    if kind in _SEEN:
-        return _SEEN[kind]
+def see(module: nn.Module, reads: Reads, rate: str | None = None) -> Seen:
+    """What a forward that `reads` attributes may depend on. `rate`: an attribute that is read at every forward."""
+    if (known := _SEEN.get(type(module))) is not None:
+        return known
+    kind = original(type(module))
     state, ignored = module.__dict__, _NORM_STATE if isinstance(module, NORMS) else MODULE_STATE
-    return Seen(kind, {k: None if k == rate else state[k] for k in state.keys() - ignored})
+    attributes = {k: None if k == rate else state[k] for k in state.keys() - ignored if k in reads}
+    for name in constants_of(kind, reads):
+        attributes.setdefault(name, getattr(kind, name))
+    return Seen(kind, attributes)
 
 
 def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool) -> Chain:
@@ -170,7 +183,7 @@ def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool
             spatial.add(CONVS.index(kind) + 1)
             if len(convs) > len(norms):
                 raise Obstacle(f"{path} has no norm before it")
-        elif isinstance(module, NORMS):
+        elif is_norm(module):
             norms.append(module)
             spatial.add(dimensions(module))
         elif kind in DROPOUTS and convs:
@@ -178,7 +191,7 @@ def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool
                 raise Obstacle(f"{path} is a dropout that is not behind a convolution alone")
             drops[-1] = Drop(module.p if module.training else 0.0, kind is not nn.Dropout)
             dropouts = True
-        elif kind not in _SILENT and not module._modules:
+        elif kind not in _SILENT and (not module._modules or isinstance(module, _LEAVES)):
             raise Obstacle(
                 f"{path} is {kind.__name__}, not one of a dense layer's norms, ReLUs, convolutions or dropouts"
             )
@@ -201,33 +214,34 @@ def layers_of(block: nn.Module) -> dict[str, nn.Module]:
     prefix = ""
     if len(children) == 1:
         ((name, only),) = children.items()
-        if isinstance(only, _CONTAINERS) and not any(isinstance(m, CONVS) for m in only.children()):
+        if isinstance(only, _CONTAINERS) and not any(isinstance(m, CONVS) for m in only._modules.values()):
             children, prefix = only._modules, f"{name}."
     return {prefix + name: layer for name, layer in children.items() if layer is not None}
 
 
 def read_block(
-    block: nn.Module, everywhere: bool = False, hooks: bool = True
+    block: nn.Module, everywhere: bool = False, hooks: bool = True, reads: Reads | None = None
 ) -> tuple[list[Chain], list[Seen]]:
     """The chains of a dense block, or an Obstacle: layers of which each reads what the one before it reads and adds.
 
     And what was seen of all modules. `everywhere`: a rate of dropout that a layer keeps is for all its convolutions, not
-    only the last.
+    only the last. `reads`: the attributes that count; found out unless given.
     """
+    reads = code_of_tree(block).reads if reads is None else reads
     if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
-    seen = [Seen(nn.Module, _see(block).attributes)]
+    seen = [see(block, reads)]
     if len(block._modules) == 1:
         ((name, only),) = block._modules.items()
         if only is not None:
-            _check(name, only, hooks)
-            seen.append(_see(only))
+            _check(name, only, hooks, reads)
+            seen.append(see(only, reads))
     chains: list[Chain] = []
     for name, layer in layers_of(block).items():
         found: list[tuple[str, Any]] = []
-        _walk(name, layer, hooks, found)
+        _walk(name, layer, hooks, reads, found)
         rate = next(iter(drop_attributes(layer)), None)
-        seen += [_see(layer, rate), *(_see(module) for _, module in found[1:])]
+        seen += [see(layer, reads, rate), *(see(module, reads) for _, module in found[1:])]
         chains.append(_read_layer(found, rate, everywhere))
     if not chains:
         raise Obstacle("it has no layers")
@@ -248,7 +262,7 @@ def looks_like_block(module: nn.Module) -> bool:
     """Whether the widths of its layers are those of a dense block, whatever may stand in the way of running it fused."""
     widths: list[tuple[int, int]] = []
     for layer in layers_of(module).values():
-        convs = [m for m in layer.modules() if isinstance(m, CONVS)]
+        convs: list[Any] = [m for m in walk(layer) if isinstance(m, CONVS)]
         if not convs or len(convs) > 2 or not layer._modules:
             return False
         widths.append((convs[0].in_channels, convs[-1].out_channels))
@@ -258,11 +272,13 @@ def looks_like_block(module: nn.Module) -> bool:
 
 def looks_like_transition(module: nn.Module) -> bool:
     """Whether what comes behind a block is made of several modules with one convolution, of one pixel."""
-    convs = [m for m in module.modules() if isinstance(m, CONVS)]
+    convs: list[Any] = [m for m in walk(module) if isinstance(m, CONVS)]
     return len(convs) == 1 and module is not convs[0] and set(convs[0].kernel_size) == {1}
 
 
-def _flatten(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, Any]]) -> bool:
+def _flatten(
+    name: str, module: nn.Module, hooks: bool, reads: Container[str], found: list[tuple[str, Any]]
+) -> bool:
     """Collects what a transition calls: up to its convolution one by one, whole after it; returns whether there was one."""
     passed = False
     for child_name, child in module._modules.items():
@@ -270,20 +286,23 @@ def _flatten(name: str, module: nn.Module, hooks: bool, found: list[tuple[str, A
         if child is None:
             continue
         if not passed:
-            _check(path, child, hooks)
+            _check(path, child, hooks, reads)
         whole = passed or not child._modules or isinstance(child, _WEIGHTED)
         if whole:
             found.append((path, child))
-        passed = passed or (_flatten(path, child, hooks, found) if not whole else type(child) in CONVS)
+        passed = passed or (_flatten(path, child, hooks, reads, found) if not whole else type(child) in CONVS)
     return passed
 
 
-def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Passage, list[Seen]]:
+def read_transition(
+    module: nn.Module, hooks: bool = True, reads: Reads | None = None
+) -> tuple[Passage, list[Seen]]:
     """A norm, ReLUs, a 1x1 convolution and whatever comes behind them; or an Obstacle. And what was seen of all its modules."""
+    reads = code_of_tree(module).reads if reads is None else reads
     if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
     found: list[tuple[str, Any]] = []
-    _flatten("", module, hooks, found)
+    _flatten("", module, hooks, reads, found)
     norm: Any = None
     for i, (path, part) in enumerate(found):
         if type(part) in CONVS and norm is not None:
@@ -291,14 +310,13 @@ def read_transition(module: nn.Module, hooks: bool = True) -> tuple[Passage, lis
                 raise Obstacle(reason)
             if dimensions(norm) not in (None, CONVS.index(type(part)) + 1):
                 raise Obstacle("its submodules have different numbers of spatial dimensions")
-            inner = [_see(m) for m in module.modules() if m is not module]
-            seen = [Seen(nn.Module, _see(module).attributes), *inner]
+            seen = [see(m, reads) for m in walk(module)]
             return Passage(norm, part, [m for _, m in found[i + 1 :]]), seen
-        if isinstance(part, NORMS) and norm is None:
+        if is_norm(part) and norm is None:
             norm = part
             inside: list[tuple[str, Any]] = []
-            for child_name, child in part.named_children():
-                _walk(f"{path}.{child_name}", child, hooks, inside)
+            for child_name, child in part._modules.items():
+                _walk(f"{path}.{child_name}", child, hooks, reads, inside)
             others = [(p, m) for p, m in inside if type(m) not in _SILENT]
         else:
             others = [(path, part)] if type(part) not in _SILENT else []

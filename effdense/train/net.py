@@ -9,8 +9,7 @@ from torch import nn
 
 from effdense import models
 from effdense.convert import convert
-from effdense.nn.classes import OURS
-from effdense.nn.foreign import Foreign
+from effdense.nn.classes import is_fused_kind
 from effdense.nn.obstacles import CONVS
 from effdense.nn.plain import run_plain
 from effdense.train.settings import Settings
@@ -49,7 +48,7 @@ def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, d
         features.requires_grad_(False)
     if settings.impl == "effdense":
         convert(model, memory=settings.memory)
-        if not any(isinstance(module, (*OURS, Foreign)) for module in model.modules()):
+        if not any(is_fused_kind(module) for module in model.modules()):
             raise ValueError(
                 f"--impl effdense: nothing in model {settings.model!r} can be converted; --impl naive trains it as it is"
             )

@@ -1,0 +1,328 @@
+"""The code behind a module's forward: whose it is, what it reads, and whether running it on a probe could be seen.
+
+`convert` compares a forward with the fused one by running it on a copy. A user's own code may do more than compute: append to a
+global list, count calls in a class attribute, draw from `random`. So it is read before it is run. What it may use: its module,
+tensors, local names, PyTorch's functions, and functions of the same kind. Code of the libraries is known to do nothing else.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import os
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+# The root packages of PyTorch, of effdense, and of the libraries whose DenseNets `convert` knows.
+LIBRARIES = frozenset(
+    ("torch", "effdense", "torchvision", "timm", "monai", "torchxrayvision", "segmentation_models_pytorch", "pytorchcv")
+)
+_TORCH = "torch"
+# Called by statements, not by name.
+_IMPLICIT = frozenset(
+    "__getattr__ __getattribute__ __setattr__ __iter__ __len__ __bool__ __getitem__ __contains__ __next__ __enter__".split()
+)
+_BUILTINS = frozenset(
+    "abs all any bool callable dict enumerate filter float getattr hasattr id int isinstance issubclass iter len list map max min"
+    " next object pow range repr reversed round set slice sorted str sum super tuple type zip NotImplemented".split()
+)
+_MODULES = frozenset(("torch", "math", "functools", "itertools", "operator", "collections", "typing"))
+# Of torch's functions, those that do something that stays, and those that ask what is switched on around the call.
+_LASTING = tuple(
+    "save load manual_seed seed set_ use_deterministic compile fork_rng _C library is_autocast get_".split()
+)
+# Names through which code can read every attribute.
+_EVERY = frozenset(
+    "__dict__ vars dir getattr _parameters _buffers parameters buffers named_parameters named_buffers state_dict".split()
+)
+_SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class Reads(NamedTuple):
+    """The attributes that code may read: what else a module has changes nothing that it computes."""
+
+    names: frozenset[str] = frozenset()
+    every: bool = False  # all but `without`
+    without: frozenset[str] = frozenset()  # of which it is known that their values make no difference
+
+    def __contains__(self, name: object) -> bool:
+        return (self.every or name in self.names) and name not in self.without
+
+
+class Code(NamedTuple):
+    """What is known of a forward."""
+
+    own: frozenset[types.FunctionType]  # functions that it can reach and that are no library's
+    reads: Reads
+    obstacle: str | None  # why it must not be run on a probe
+
+
+def is_librarys(function: Any) -> bool:
+    """Whether a function is what a known library defines, and not something put in its place."""
+    name = getattr(function, "__module__", None) or ""
+    if name.partition(".")[0] not in LIBRARIES:
+        return False
+    code = getattr(function, "__code__", None)
+    if code is None:  # compiled
+        return True
+    package = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+    return package is not None and code.co_filename.startswith(os.path.dirname(package) + os.sep)
+
+
+def _is_compiled(function: Any) -> bool:
+    """Whether it is a compiled function of a module that may be used."""
+    owner = getattr(function, "__self__", None)
+    name = getattr(owner, "__module__", None) or getattr(owner, "__name__", "")
+    return isinstance(function, types.BuiltinFunctionType) and name.partition(".")[0] in _MODULES
+
+
+def plain(function: Any) -> Any:
+    """The function inside a method."""
+    return getattr(function, "__func__", function)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names(function: types.FunctionType) -> frozenset[str]:
+    """Global names, attributes, and strings that may name some."""
+    found: set[str] = set()
+    for code in _codes(function.__code__):
+        found.update(code.co_names)
+        found.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+    return frozenset(found)
+
+
+class _Reader:
+    """Follows a class's forward through all that it can reach."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        # Torch's own containers are known: what they do is call their submodules.
+        self.owners = [c for c in cls.__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object]
+        self.done: dict[types.FunctionType, None] = {}
+        self.names: set[str] = set()
+        self.obstacle: str | None = None
+
+    def refuse(self, reason: str) -> None:
+        """Keeps the first reason."""
+        self.obstacle = self.obstacle or reason
+
+    def read(self, start: Any, called: frozenset[str]) -> Code:
+        """All that `start`, the class's forward, can reach, and what has one of the names `called`."""
+        self.visit(start, "forward")
+        for owner in self.owners:
+            for name in (_IMPLICIT | called) & vars(owner).keys():
+                self.attribute(owner, name)
+        own = frozenset(f for f in self.done if not is_librarys(f))
+        every = any(_names(f) & _EVERY for f in own)
+        return Code(own, Reads(frozenset(self.names), every), self.obstacle)
+
+    def visit(self, function: Any, name: str) -> None:
+        """A function that may be called."""
+        function = plain(function)
+        if function in self.done:
+            return
+        if not isinstance(function, types.FunctionType):
+            if not (is_librarys(function) or _is_compiled(function)):
+                self.refuse(f"its forward uses {name}, which convert cannot look into ({type(function).__name__})")
+            return
+        if function.__module__ is not None and function.__module__.partition(".")[0] == _TORCH and is_librarys(function):
+            return
+        self.done[function] = None
+        names = _names(function)
+        self.names |= names
+        if not is_librarys(function):
+            self.inspect(function)
+        for owner in self.owners:
+            for found in names & vars(owner).keys():
+                self.attribute(owner, found)
+
+    def attribute(self, owner: type, name: str) -> None:
+        """A class attribute that the code may read."""
+        value = vars(owner)[name]
+        if isinstance(value, property):
+            self.visit(value.fget, name)
+        elif isinstance(value, (staticmethod, classmethod, types.FunctionType)):
+            self.visit(plain(value), name)
+        elif (
+            not (isinstance(value, type) or is_simple(value))
+            and owner.__module__.partition(".")[0] not in LIBRARIES
+        ):
+            self.refuse(f"its forward reads {owner.__name__}.{name}, {_kind(value)} that all objects share")
+
+    def inspect(self, function: types.FunctionType) -> None:
+        """A function of a user's: everything it does that could be seen afterwards."""
+        free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        for code in _codes(function.__code__):
+            instructions = list(dis.get_instructions(code))
+            for i, step in enumerate(instructions):
+                op, name = step.opname, step.argval
+                if op in ("STORE_ATTR", "DELETE_ATTR"):
+                    self.refuse(f"its {function.__name__} sets the attribute {name}")
+                elif op in ("STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME"):
+                    self.refuse(f"its {function.__name__} changes the global {name}")
+                elif op in ("STORE_DEREF", "DELETE_DEREF") and name in free:
+                    self.refuse(f"its {function.__name__} changes {name} of the function around it")
+                elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
+                    self.loaded(name, _global(function, name), instructions[i + 1 :])
+                elif "DEREF" in op and name in free and name != "__class__":
+                    self.loaded(name, _contents(free[name]), instructions[i + 1 :])
+
+    def loaded(self, name: str, value: Any, behind: list[dis.Instruction]) -> None:
+        """A global name, or one of the function around; `behind`: the instructions that may take attributes of it."""
+        if isinstance(value, types.ModuleType):
+            value, path = _follow(value, behind, name)
+            if isinstance(value, types.ModuleType) or value is None:
+                self.refuse(f"its forward uses the module {path}")
+                return
+            name = path
+            if any(part.startswith(_LASTING) for part in path.split(".")[1:]):
+                self.refuse(f"its forward uses {path}")
+                return
+        if isinstance(value, type):
+            known = issubclass(value, (nn.Module, BaseException)) or value.__module__.partition(".")[0] == _TORCH
+            if not known and not (value.__module__ == "builtins" and value.__name__ in _BUILTINS):
+                self.refuse(f"its forward uses the class {name}")
+        elif value is getattr(builtins, name, builtins):
+            if name not in _BUILTINS:
+                self.refuse(f"its forward uses {name}()")
+        elif callable(value):
+            self.visit(value, name)
+        else:
+            self.refuse(f"its forward reads the global {name}, {_kind(value)}")
+
+
+def _follow(module: Any, behind: list[dis.Instruction], path: str) -> tuple[Any, str]:
+    """What a chain of attributes that begins with a module ends with, as far as it leads through allowed modules."""
+    value: Any = module
+    for step in behind:
+        root = value.__name__.partition(".")[0] if isinstance(value, types.ModuleType) else None
+        if root is None or "ATTR" not in step.opname and "METHOD" not in step.opname:
+            break
+        if root not in _MODULES and root not in LIBRARIES:
+            break
+        value, path = getattr(value, step.argval, None), f"{path}.{step.argval}"
+    return value, path
+
+
+def _global(function: types.FunctionType, name: str) -> Any:
+    return function.__globals__.get(name, getattr(builtins, name, None))
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def is_simple(value: Any) -> bool:
+    """Whether nothing can be changed in a value, or through it."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(is_simple, value))
+    return isinstance(value, _SIMPLE)
+
+
+def _is_copied(value: Any) -> bool:
+    """Whether the probe's copy of an attribute is a copy indeed."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_copied, value))
+    if isinstance(value, dict):
+        return all(_is_copied(v) for pair in value.items() for v in pair)
+    return is_simple(value) or isinstance(value, (torch.Tensor, nn.Module))
+
+
+def original(cls: Any) -> Any:
+    """A class, or the one that a converted module had."""
+    return cls.__dict__.get("_effdense_original", cls)
+
+
+def kind_of(module: nn.Module) -> type:
+    """The class in effdense.nn that a module was built as, or converted to; else its own class."""
+    kind: type = type(module).__dict__.get("_effdense_kind", type(module))
+    return kind
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(cls: type, forward: Any, called: frozenset[str]) -> Code:
+    return _Reader(cls).read(forward, called)
+
+
+def code_of(cls: Any, called: frozenset[str] = frozenset()) -> Code:
+    """What is known of a class's forward; of a converted module's, of the class that it had.
+
+    `called`: names of methods that other modules' code may call.
+    """
+    cls = original(cls)
+    return _read(cls, cls.forward, called)
+
+
+@functools.lru_cache(maxsize=4096)
+def constants_of(cls: Any, reads: Reads) -> tuple[str, ...]:
+    """Names of the class attributes, not methods, that the code may read."""
+    owners = [c for c in original(cls).__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object]
+    found = {name: value for owner in reversed(owners) for name, value in vars(owner).items() if name in reads}
+    return tuple(n for n, v in found.items() if is_simple(v) and not n.startswith("__"))
+
+
+def walk(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all inside of it, once each, without a call of any method that a class may override."""
+    seen: dict[nn.Module, None] = {}
+    pending = [module]
+    while pending:
+        now = pending.pop()
+        if now not in seen:
+            seen[now] = None
+            yield now
+            pending += [m for m in reversed(now._modules.values()) if m is not None]
+
+
+def code_of_tree(module: nn.Module) -> Code:
+    """What is known of the forwards of a module and all inside of it; what their attributes hold counts."""
+    modules = list(walk(module))
+    called = frozenset(name for m in modules for name in code_of(type(m)).reads.names)
+    codes = [code_of(type(m), called) for m in modules]
+    own = frozenset(f for c in codes for f in c.own)
+    reads = Reads(frozenset(name for c in codes for name in c.reads.names), any(c.reads.every for c in codes))
+    obstacles = [c.obstacle for c in codes]
+    if own:
+        obstacles += [_attribute_obstacle(m, reads) for m in modules]
+    return Code(own, reads, next((o for o in obstacles if o is not None), None))
+
+
+def _attribute_obstacle(module: nn.Module, reads: Reads) -> str | None:
+    """Why what a module's attributes hold keeps its forward from being run on a probe."""
+    for name, value in vars(module).items():
+        if name in _STATE or name not in reads or _is_copied(value):
+            continue
+        if not callable(value) or isinstance(value, type):
+            return f"its forward reads {name}, {_kind(value)}"
+        reader = _Reader(type(module))
+        reader.visit(value, name)
+        if reader.obstacle is not None:
+            return reader.obstacle
+    return None
+
+
+_STATE = frozenset(vars(nn.Module())) | {"_effdense"}
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module runs a library's code alone, whatever else its class overrides."""
+    return not code_of(type(module)).own
