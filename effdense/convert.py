@@ -16,7 +16,7 @@ from torch import nn
 from effdense.checks import check_memory
 from effdense.code import walk
 from effdense.examine import Examiner, named
-from effdense.nn.classes import OURS, Foreign, adopt, give_back, is_fused_kind
+from effdense.nn.classes import OURS, Foreign, Form, adopt, give_back, is_fused_kind
 
 
 class Entry(NamedTuple):
@@ -86,7 +86,7 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     before = [(m, type(m), dict(vars(m))) for m, _ in found]
     try:
         for module, ours in found:
-            adopt(module, ours, memory, *examine.found.get(module, ()))
+            adopt(module, ours, memory, examine.forms.get(module, Form()))
     except BaseException:  # such as Ctrl-C: all or nothing
         for module, original, state in before:
             object.__setattr__(module, "__class__", original)

@@ -15,12 +15,15 @@ from torch import nn
 from effdense.code import Reads, code_of, code_of_tree, is_known, kind_of, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
-from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition
+from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
+from effdense.nn.model import stem_of
 from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,
     Obstacle,
+    drop_attributes,
     layers_of,
+    lead_of,
     looks_like_block,
     looks_like_transition,
     own_tensors,
@@ -36,7 +39,7 @@ def _looks_like(module: nn.Module) -> type | None:
     cls: Any = type(module)
     if cls.forward is nn.Module.forward:
         return None  # a container that nobody calls
-    if cls.forward is nn.Sequential.forward and _holds_blocks(module) and is_known(module):
+    if cls.forward is nn.Sequential.forward and is_known(module) and _holds_blocks(module):
         return DenseFeatures
     if {"norm1", "conv1", "norm2", "conv2"} <= names:
         return DenseLayer
@@ -105,10 +108,11 @@ class Examiner:
     """
 
     def __init__(self) -> None:
-        self.known: dict[Any, tuple[str | None, bool, frozenset[str]]] = {}
+        self.known: dict[Any, str | Form] = {}
         self.blocks: set[type] = set()  # the classes of what looks like a block
-        # Of what can be converted: whether a block drops behind every convolution, and the attributes that count.
-        self.found: dict[nn.Module, tuple[bool, Reads]] = {}
+        self.sequences: set[nn.Module | None] = set()  # what a DenseFeatures looks into by itself
+        self.dense = False  # whether there are blocks, or nothing but a transition
+        self.forms: dict[nn.Module, Form] = {}  # of what can be converted
 
     def find(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, type, str | None]]:
         """Every part that is converted or might be: its name, itself, its class in effdense.nn, why it is not that.
@@ -117,8 +121,9 @@ class Examiner:
         """
         successors, behind = _successors(model), set[nn.Module]()
         inside: set[nn.Module] = set()
-        blocks = (m for m in walk(model) if looks_like_block(m))
+        blocks = [m for m in walk(model) if looks_like_block(m)]
         self.blocks = {original(type(m)) for m in blocks} - {nn.Sequential}
+        self.dense = bool(blocks) or looks_like_transition(model)
         for name, module in named(model):
             if module in inside:
                 continue
@@ -129,10 +134,14 @@ class Examiner:
             if ours is None:
                 continue
             yield name, module, ours, reason
+            if ours is DenseFeatures:
+                self.sequences.update(module._modules.values())
             if issubclass(ours, (DenseBlock, ForeignBlock)):
                 behind |= successors.get(module, set())
-            if issubclass(ours, Foreign):
-                inside.update(walk(module))
+            if issubclass(ours, Foreign) and (reason is None or ours is ForeignBlock):
+                lead = lead_of(module) if ours is ForeignBlock else None
+                inside.update(set(walk(module)) - ({lead, *walk(lead)} if lead is not None else set()))
+                behind |= set() if lead is None else {lead}
 
     def _kind(self, module: nn.Module, behind: bool) -> tuple[type | None, str | None]:
         """What a module might become, and why not."""
@@ -145,16 +154,36 @@ class Examiner:
             if reason != "":
                 return ForeignBlock, reason
             ours = None
+        if ours is None and self.dense and module not in self.sequences and self._is_stem(module):
+            return DenseFeatures, self(module, DenseFeatures)
         if ours not in (None, Transition):
             return ours, self(module, ours)
+        own = ours is Transition and has_base(type(module), ours)
+        if not behind and self.dense and not own and looks_like_transition(module):
+            reason = self(module, ForeignTransition)
+            if reason is None and self._has_pool(module):
+                return ForeignTransition, None
         if behind and looks_like_transition(module):
             # With torchvision's names and all that it has, it can become our own.
-            if ours is Transition and has_base(type(module), ours) and self(module, Transition) is None:
+            if own and self(module, Transition) is None:
                 return Transition, None
             return ForeignTransition, self(module, ForeignTransition)
         if ours is None or not has_base(type(module), ours):
             return None, None
         return ours, self(module, ours)
+
+    def _is_stem(self, module: nn.Module) -> bool:
+        """Whether a sequence outside of those that hold blocks has a norm, relu and max pool."""
+        cls: Any = type(module)
+        parts = list(filter(None, module._modules.values()))
+        if cls.forward is not nn.Sequential.forward or not is_known(module):
+            return False
+        return any(stem_of(parts[i:]) is not None for i in range(len(parts)))
+
+    def _has_pool(self, module: nn.Module) -> bool:
+        """Without one, or a block before it, it is not known for a transition."""
+        form = self.forms[module]
+        return bool(form.pool) or read_transition(module, hooks=False, reads=form.reads)[0].has_pool()
 
     def _no_foreign_block(self, module: nn.Module, expected: bool) -> str | None:
         """Why it is no foreign block, or None; "" where nothing but the reason speaks for one.
@@ -182,20 +211,19 @@ class Examiner:
         if structure is not None:
             return structure
         if ours is DenseFeatures:  # nn.Sequential's own forward: there is nothing to compare
-            self.found[module] = False, reads
+            self.forms[module] = Form(reads=reads)
             return None
         key = _same_code(module, ours)
         if key not in self.known:
             self.known[key] = self._compare(module, ours, reads)
-        reason, everywhere, without = self.known[key]
-        if reason is None:
-            self.found[module] = everywhere, reads._replace(without=without)
-        return reason
+        known = self.known[key]
+        if isinstance(known, str):
+            return known
+        self.forms[module] = known
+        return None
 
-    def _compare(
-        self, module: nn.Module, ours: type, reads: Reads
-    ) -> tuple[str | None, bool, frozenset[str]]:
-        """Why it does something else; whether it drops everywhere; and which truth values make no difference."""
+    def _compare(self, module: nn.Module, ours: type, reads: Reads) -> str | Form:
+        """Why it does something else; or what the probe has found out."""
         # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
         with (
             torch.inference_mode(False),
@@ -204,19 +232,33 @@ class Examiner:
             torch.autocast("cpu", enabled=False),
             torch.random.fork_rng(devices=[]),
         ):
-            reason, everywhere = difference(module, ours), False
-            if reason is not None and ours is ForeignBlock and difference(module, ours, True) is None:
-                reason, everywhere = None, True
-            if reason is not None:
-                return reason, False, frozenset()
+            first: str | None = None
+            for form in _forms(module, ours, reads):
+                reason = difference(module, ours, form)
+                if reason is None:
+                    break
+                first = first or reason
+            else:
+                return str(first)
             switches = {
                 name
                 for m in walk(module)
                 for name, value in vars(m).items()
                 if isinstance(value, bool) and name not in MODULE_STATE and name in reads and not is_plain(m)
             }
-            same = (n for n in switches if difference(module, ours, everywhere, n) is None)
-            return None, everywhere, frozenset(same)
+            same = frozenset(n for n in switches if difference(module, ours, form, n) is None)
+            return form._replace(reads=reads._replace(without=same))
+
+
+def _forms(module: nn.Module, ours: type, reads: Reads) -> Iterator[Form]:
+    """What is tried on the probe, in this order."""
+    form = Form(reads=reads)
+    yield form
+    if ours is ForeignBlock and any(drop_attributes(m) for m in walk(module)):
+        yield form._replace(everywhere=True)
+    if ours is ForeignTransition:
+        conv = read_transition(module, hooks=False, reads=reads)[0].conv
+        yield form._replace(pool=(2,) * len(conv.kernel_size))
 
 
 def is_plain(module: nn.Module) -> bool:

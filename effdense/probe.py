@@ -13,18 +13,10 @@ from torch import Tensor, nn
 from effdense.code import code_of_tree, original, walk
 from effdense.nn import DenseBlock, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
-from effdense.nn.foreign import ForeignTransition
+from effdense.nn.foreign import ForeignBlock, ForeignTransition, Form
 from effdense.nn.obstacles import CONVS
-from effdense.nn.structure import DROPOUTS, drop_attributes, read_transition
+from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, lead_of, read_transition
 from effdense.watch import Attributes, Watch, chance
-
-
-class _StandIn(nn.Module):
-    """In the place of what is called in the same way with effdense and without: it is not run."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Something else than x."""
-        return x * 1.5
 
 
 class _Copier:
@@ -93,11 +85,13 @@ def _bare_copy(module: nn.Module, ours: type, flipped: str | None = None) -> nn.
         width = classifier.in_features if type(classifier) is nn.Linear else _CHANNELS
         copier.known[id(features)] = nn.Sequential(type(conv)(_CHANNELS, width, 1)).double()
         if type(classifier) is not nn.Linear:
-            copier.known[id(classifier)] = _StandIn()
+            copier.known[id(classifier)] = StandIn()
+    if (lead := lead_of(module) if ours is ForeignBlock else None) is not None:
+        copier.known[id(lead)] = StandIn()
     if ours is ForeignTransition:
         for behind in read_transition(module, hooks=False)[0].behind:
             if type(behind).__module__.partition(".")[0] != "torch":
-                copier.known[id(behind)] = _StandIn()
+                copier.known[id(behind)] = StandIn()
     probe = copier.module(module)
     generator = torch.Generator().manual_seed(0)
     modules = list(walk(probe))
@@ -187,7 +181,7 @@ class Unseen(Exception):
     """What a comparison of numbers does not show."""
 
 
-def difference(module: nn.Module, ours: type, everywhere: bool = False, flipped: str | None = None) -> str | None:
+def difference(module: nn.Module, ours: type, form: Form = Form(), flipped: str | None = None) -> str | None:
     """Compares a module's forward with the fused one on copies; says what differs, or None. `flipped`: see _bare_copy."""
     others = chance()
     try:
@@ -195,7 +189,7 @@ def difference(module: nn.Module, ours: type, everywhere: bool = False, flipped:
         code = code_of_tree(theirs)
         if code.obstacle is not None:
             return code.obstacle
-        adopt(mine, ours, "balanced", everywhere)
+        adopt(mine, ours, "balanced", form)
         attributes = Attributes(theirs)
         outside, inside = _autocasts(), list[Any]()
         _first_conv(theirs).register_forward_pre_hook(lambda *_: inside.append(_autocasts()))

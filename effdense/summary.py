@@ -80,7 +80,7 @@ def _places(model: Any) -> tuple[list[str], dict[nn.Module, int]]:
     """
     names: list[str] = []
     places: dict[nn.Module, int] = {}
-    children = list(model.features.children())
+    children = model.features.parts()
     last = max(i for i, m in enumerate(children) if isinstance(m, _BLOCKS))
     for module in children[: last + 1]:
         kind = next((name for kinds, name in _KINDS if isinstance(module, kinds)), None)
@@ -125,7 +125,7 @@ def _kept(model: Any, shape: Sequence[int], memory: str) -> list[int]:
     """Bytes kept by every row. "naive": hooks make every module call its submodules."""
     names, places = _places(model)
     x = torch.empty(tuple(shape), dtype=next(model.parameters()).dtype, device="meta")
-    kept, children = _Kept(model, x, len(names)), list(model.features.children())
+    kept, children = _Kept(model, x, len(names)), model.features.parts()
     if memory == "naive":
         for module in model.modules():
             module.register_forward_pre_hook(

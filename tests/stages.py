@@ -75,16 +75,17 @@ def make_naive(plain: bool = False, tail: str = "block", **options: Any) -> nn.M
     return model.double()
 
 
-_converted: dict[Any, list[type]] = {}  # the classes that convert gave a model like this
+_converted: dict[Any, list[tuple[type, Any]]] = {}  # the classes that convert gave a model like this, and what it noted
 
 
 def converted(naive: nn.Module, memory: str) -> Any:
     """A converted copy, all of which runs fused. `convert` looks closely at the first of its kind only: that takes long."""
     ours, like = copy.deepcopy(naive), tuple((name, type(m)) for name, m in naive.named_modules())
-    for module, kind in zip(ours.modules(), _converted.get(like, ()), strict=False):
+    for module, (kind, noted) in zip(ours.modules(), _converted.get(like, ()), strict=False):
         module.__class__ = kind
+        vars(module).update({} if noted is None else {"_effdense": noted})
     effdense.convert(ours, memory=memory)
-    _converted[like] = [type(m) for m in ours.modules()]
+    _converted[like] = [(type(m), vars(m).get("_effdense")) for m in ours.modules()]
     assert all(e.converted and e.reason is None for e in effdense.report(ours)), str(effdense.report(ours))
     return ours
 

@@ -57,6 +57,18 @@ class Cut(structures.NetBlock):
         return x * self.scale
 
 
+class Scaled(structures.NetBlock):
+    """With an attribute of its class."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(3, 6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
 def active() -> nn.Module:
     return nn.Sequential(ActiveLayer(6), ActiveLayer(10))
 
@@ -73,7 +85,8 @@ CHANGES = {
     "a number": (Cut, set_on("", scale=0.5), CHANGED),
     "which layers run": (Cut, set_on("", depth=2), CHANGED),
     "a rate that is none of Python's numbers": (active, set_on("0", droprate=np.float32(0.5)), CHANGED),
-    "a new attribute": (active, set_on("0", drop_last=1), CHANGED),
+    "an attribute that no code reads": (active, set_on("0", drop_last=1), None),
+    "an attribute over the class's": (Scaled, set_on("", scale=0.5), CHANGED),
     "a layer's rate": (active, set_on("0", droprate=0.5), None),
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effdense.code import Reads, kind_of, original
-from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Noted, noted_of
+from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.model import DenseFeatures, DenseNet
 from effdense.nn.obstacles import refuse_scripting
@@ -85,7 +85,7 @@ def changed_since(module: Any) -> str | None:
         return None  # nn.Sequential: there was nothing to compare
     try:
         noted = noted_of(module)
-        noted.check(_see_ours(module, noted.reads))
+        noted.check(_see_ours(module, noted.form.reads))
     except Obstacle as reason:
         return str(reason)
     return None
@@ -127,25 +127,21 @@ def is_fused_kind(module: nn.Module) -> bool:
     return isinstance(module, (*OURS, Converted))
 
 
-def adopt(module: Any, kind: type, memory: str, everywhere: bool = False, reads: Reads | None = None) -> None:
-    """Makes a module one of ours, or changes the memory mode of one that is.
-
-    `everywhere`, `reads`: see read_block.
-    """
+def adopt(module: Any, kind: type, memory: str, form: Form = Form()) -> None:
+    """Makes a module one of ours, or changes the memory mode of one that is."""
     state = module.__dict__
     if isinstance(module, Converted):
         if (noted := state.get("_effdense")) is not None:
             state["_effdense"] = noted._replace(memory=memory)
     elif not isinstance(module, OURS):
-        reads = Reads() if reads is None else reads
         seen: Sequence[Seen]
         if issubclass(kind, Foreign):
             read: Any = read_block if kind is ForeignBlock else read_transition
-            seen = read(module, hooks=False, reads=reads)[1]
+            seen = read(module, hooks=False, reads=form.reads)[1]
         else:
-            seen = [see(module, reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
+            seen = [see(module, form.reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
         object.__setattr__(module, "__class__", fused_class(kind, type(module)))
-        state["_effdense"] = Noted(memory, everywhere, reads, tuple(seen))
+        state["_effdense"] = Noted(memory, form, tuple(seen))
     if isinstance(module, LAYERS):
         state["_memory"] = memory
 
@@ -165,6 +161,7 @@ __all__ = [
     "Foreign",
     "ForeignBlock",
     "ForeignTransition",
+    "Form",
     "adopt",
     "class_obstacle",
     "fused_class",

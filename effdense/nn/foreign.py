@@ -8,19 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense.code import Reads
 from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
-from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, Seen, read_block, read_transition
+from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, Seen, lead_of, read_block, read_transition
+
+
+class Form(NamedTuple):
+    """What a probe finds out, and no structure shows."""
+
+    everywhere: bool = False  # whether a layer's rate of dropout is for all its convolutions
+    pool: tuple[int, ...] = ()  # a transition's, if its forward calls a function
+    reads: Reads = Reads()  # the attributes that count
 
 
 class Noted(NamedTuple):
     """What convert keeps of a module: `_effdense` in its attributes."""
 
     memory: str
-    everywhere: bool  # whether a layer's rate of dropout is for all its convolutions
-    reads: Reads  # the attributes that count
+    form: Form
     seen: tuple[Seen, ...]  # of its modules when it was compared
 
     def check(self, seen: Sequence[Seen]) -> None:
@@ -75,7 +83,7 @@ class ForeignBlock(Foreign):
     def read(self) -> tuple[list[Chain], str]:
         """What run_stage takes of it."""
         noted = noted_of(self)
-        chains, seen = read_block(self, noted.everywhere, reads=noted.reads)
+        chains, seen = read_block(self, noted.form.everywhere, reads=noted.form.reads)
         noted.check(seen)
         return chains, noted.memory
 
@@ -89,7 +97,19 @@ class ForeignBlock(Foreign):
     def fused(self) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""
         stage = self.chains()
-        return None if stage is None else lambda x: run_stage(*stage, x)
+        return None if stage is None else lambda x: run_stage(*stage, self.enter(x))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the first layer reads: a transition may stand at the head of the block's sequence."""
+        lead = lead_of(self)
+        return x if lead is None else lead(x)
+
+
+def average(x: Tensor, windows: tuple[int, ...]) -> Tensor:
+    """The average over windows side by side."""
+    pools: Any = F.avg_pool1d, F.avg_pool2d, F.avg_pool3d
+    y: Tensor = pools[len(windows) - 1](x, windows)
+    return y
 
 
 class ForeignTransition(Foreign):
@@ -100,9 +120,9 @@ class ForeignTransition(Foreign):
     def read(self) -> Passage:
         """Its parts."""
         noted = noted_of(self)
-        passage, seen = read_transition(self, reads=noted.reads)
+        passage, seen = read_transition(self, reads=noted.form.reads)
         noted.check(seen)
-        return passage
+        return passage._replace(pool=noted.form.pool)
 
     def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
         """See Transition."""
@@ -129,4 +149,4 @@ class ForeignTransition(Foreign):
         for module in parts.behind:
             # Contiguous, so that on the CPU dropout draws what it would have drawn.
             y = module(y.contiguous() if type(module) in DROPOUTS else y)
-        return y
+        return average(y, parts.pool) if parts.pool else y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from effdense.nn.obstacles import (
     CONVS,
     NORMS,
     changed,
+    dimensions,
     global_obstacle,
+    is_norm,
     module_obstacle,
     plain_max_pool,
     refuse_scripting,
@@ -57,11 +59,19 @@ class DenseFeatures(nn.Sequential):
         if not isinstance(input, Tensor) or self.obstacle() is not None:
             x: Tensor = super().forward(input)
             return x
-        return self._walk(input, list(self._modules.values()))
+        return self._walk(input, self.parts())
+
+    def parts(self) -> list[Any]:
+        """The submodules, and in a plain sequence's place, such as a stem's, those of that one."""
+        found: list[Any] = []
+        for module in self._modules.values():
+            plain = type(module) is nn.Sequential and changed("", module, False) is None
+            found += module._modules.values() if plain and module is not None else [module]
+        return found
 
     def head(self) -> tuple[Any, Any] | None:
         """What run_stage takes of the last block, and the norm behind it, if they and a head's pool can run together."""
-        modules: list[Any] = list(self._modules.values())
+        modules = self.parts()
         if len(modules) < 2 or self.obstacle() is not None or not _is(self, (DenseFeatures,)):
             return None
         block, norm = modules[-2:]
@@ -73,7 +83,8 @@ class DenseFeatures(nn.Sequential):
         head = self.head()
         if head is None:
             return None
-        x = self._walk(input, list(self._modules.values())[:-2])
+        modules = self.parts()
+        x = _enter(modules[-2], self._walk(input, modules[:-2]))
         (chains, memory), norm = head
         return run_stage(chains, memory, x, norm, x.shape[2:]).flatten(1)
 
@@ -86,26 +97,89 @@ class DenseFeatures(nn.Sequential):
     def _step(self, x: Tensor, modules: list[Any]) -> tuple[int, Tensor]:
         """Runs the first module, or the first few together; returns how many."""
         first = modules[0]
-        windows = _stem(modules)
-        if windows is not None:
-            norm = first
+        stem = stem_of(modules)
+        if stem is not None:
             names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-            out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
-            update_modules([(norm, mean, var)], x.numel() // x.shape[1])
-            return 3, out
-        if len(modules) > 1 and _is_part(first, _BLOCKS) and _is_part(modules[1], _TRANSITIONS):
-            passage = modules[1].passage(x)
-            stage = first.chains() if passage is not None else None
-            if stage is not None and _same_processes(stage[0], passage[0]):
-                chains, memory = stage
-                return 2, run_stage(chains, memory, x, *passage)
+            out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(first), *stem.windows)
+            update_modules([(first, mean, var)], x.numel() // x.shape[1])
+            return stem.count, out
+        if len(modules) > 1 and _is_part(first, _BLOCKS):
+            pooled = _step_of_block(x, modules)
+            if pooled is not None:
+                return pooled
         if (
             len(modules) > 1
             and _is(first, CONVS)
-            and (_stem(modules[1:]) is not None or isinstance(modules[1], _BLOCKS))
+            and (stem_of(modules[1:]) is not None or isinstance(modules[1], _BLOCKS))
         ):
             return 1, _conv_to_channels_last(first, x)
         return 1, first(x)
+
+
+def _enter(block: Any, x: Tensor) -> Tensor:
+    """What a block's first layer reads: ForeignBlock.enter."""
+    y: Tensor = block.enter(x) if isinstance(block, ForeignBlock) else x
+    return y
+
+
+def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
+    """A block with the transition, or the head's norm, relu and global average, behind it; None where they run apart."""
+    first, second = modules[:2]
+    if _is_part(second, _TRANSITIONS):
+        stage = first.chains()
+        if stage is None:
+            return None
+        x = _enter(first, x)
+        passage = second.passage(x)
+        if passage is None or not _same_processes(stage[0], passage[0]):
+            return 1, run_stage(*stage, x)
+        return 2, run_stage(*stage, x, *passage)
+    count = _count_head(modules[1:])
+    stage = first.chains() if count else None
+    if stage is None or not _same_processes(stage[0], second):
+        return None
+    x = _enter(first, x)
+    return 1 + count, run_stage(*stage, x, second, x.shape[2:])
+
+
+def _count_head(modules: list[Any]) -> int:
+    """How many modules are a norm, relu and average over all pixels; 0 if these do not come first."""
+    behind = _relu_behind(modules)
+    if behind is None or behind >= len(modules) or not _is(modules[behind], _GLOBAL_POOLS):
+        return 0
+    sizes = modules[behind].output_size
+    sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
+    fits = dimensions(modules[0]) in (None, 1 + _GLOBAL_POOLS.index(type(modules[behind])))
+    return behind + 1 if fits and all(size == 1 for size in sizes) else 0
+
+
+def _relu_behind(modules: list[Any]) -> int | None:
+    """How many modules are a norm and its ReLU, which may be inside of it; None if these do not come first."""
+    if not modules or not is_norm(modules[0]) or changed("", modules[0], True) is not None:
+        return None
+    norm = modules[0]
+    if norm._modules:
+        inside = [m for m in norm._modules.values() if type(m) is not nn.Identity]
+        idle = all(changed("", m, False) is None for m in norm._modules.values())
+        return 1 if idle and len(inside) == 1 and _is(inside[0], ACTIVATIONS) else None
+    return 2 if len(modules) > 1 and _is(modules[1], ACTIVATIONS) else None
+
+
+_GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+
+
+class _Stem(NamedTuple):
+    count: int  # modules
+    windows: Any  # of its max pool
+
+
+def stem_of(modules: list[Any]) -> _Stem | None:
+    """A norm, its relu and a plain max pool, if these come first."""
+    behind = _relu_behind(modules)
+    if behind is None or behind >= len(modules):
+        return None
+    windows = plain_max_pool(modules[behind], modules[0])
+    return None if windows is None else _Stem(behind + 1, windows)
 
 
 def _same_processes(chains: list[Chain], norm: nn.Module) -> bool:
@@ -118,13 +192,6 @@ def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:
     weight = channels_last(conv.weight) if x.dim() > 3 else conv.weight
     y: Tensor = conv._conv_forward(x, weight, conv.bias)
     return y
-
-
-def _stem(modules: list[Any]) -> Any:
-    """The max pool's windows, if a norm, a relu and a plain max pool come first."""
-    if len(modules) < 3 or not (_is(modules[0], NORMS) and _is(modules[1], ACTIVATIONS)):
-        return None
-    return plain_max_pool(modules[2], modules[0])
 
 
 class DenseNet(nn.Module):

@@ -11,12 +11,14 @@ import itertools
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from effdense.code import Reads, code_of_tree, constants_of, original, walk
 from effdense.nn.obstacles import (
     ACTIVATIONS,
+    AVG_POOLS,
     CONVS,
+    MAX_POOLS,
     NORMS,
     PROCESSES,
     changed,
@@ -70,11 +72,18 @@ class Passage(NamedTuple):
     norm: Any
     conv: Any
     behind: list[Any]
+    pool: tuple[int, ...] = ()  # windows side by side over which its forward averages last, by a function
 
     def kernel(self) -> tuple[int, ...] | None:
         """The windows of an average pool that could come before the convolution as well, if that is all there is behind it now."""
         active = [m for m in self.behind if not _is_idle(m)]
+        if self.pool:
+            return None if active else self.pool
         return plain_avg_pool(active[0], self.norm) if len(active) == 1 else None
+
+    def has_pool(self) -> bool:
+        """Whether it makes the image smaller by a pool of PyTorch's."""
+        return bool(self.pool) or any(type(m) in (*AVG_POOLS, *MAX_POOLS) for part in self.behind for m in walk(part))
 
 
 class Obstacle(Exception):
@@ -208,15 +217,42 @@ def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool
     return Chain(name, norms, convs, drops)
 
 
+class StandIn(nn.Module):
+    """On a probe, in the place of what is called in the same way with effdense and without: that is not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Something else than x."""
+        return x * 1.5
+
+
+def lead_of(block: nn.Module) -> nn.Module | None:
+    """The transition at the head of the sequence that is the next block, if there is one; the layers come after it."""
+    cls: Any = original(type(block))
+    children = [m for m in block._modules.values() if m is not None]
+    if cls.forward is not nn.Sequential.forward or len(children) < 2:
+        return None
+    if isinstance(children[0], StandIn):
+        return children[0]
+    first, second = (_convs(m) for m in children[:2])
+    if not looks_like_transition(children[0]) or not 1 <= len(second) <= 2 or set(second[-1].kernel_size) == {1}:
+        return None
+    return children[0] if second[0].in_channels == first[0].out_channels else None
+
+
+def _convs(module: nn.Module) -> list[Any]:
+    return [m for m in walk(module) if isinstance(m, CONVS)]
+
+
 def layers_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The block's layers by name: its children, or those of the one container it has."""
+    """The block's layers by name: its children, or those of the one container it has. Without its lead."""
     children: Mapping[str, nn.Module | None] = block._modules
     prefix = ""
     if len(children) == 1:
         ((name, only),) = children.items()
         if isinstance(only, _CONTAINERS) and not any(isinstance(m, CONVS) for m in only._modules.values()):
             children, prefix = only._modules, f"{name}."
-    return {prefix + name: layer for name, layer in children.items() if layer is not None}
+    lead = lead_of(block)
+    return {prefix + name: layer for name, layer in children.items() if layer is not None and layer is not lead}
 
 
 def read_block(
@@ -262,7 +298,7 @@ def looks_like_block(module: nn.Module) -> bool:
     """Whether the widths of its layers are those of a dense block, whatever may stand in the way of running it fused."""
     widths: list[tuple[int, int]] = []
     for layer in layers_of(module).values():
-        convs: list[Any] = [m for m in walk(layer) if isinstance(m, CONVS)]
+        convs = _convs(layer)
         if not convs or len(convs) > 2 or not layer._modules:
             return False
         widths.append((convs[0].in_channels, convs[-1].out_channels))
@@ -272,7 +308,7 @@ def looks_like_block(module: nn.Module) -> bool:
 
 def looks_like_transition(module: nn.Module) -> bool:
     """Whether what comes behind a block is made of several modules with one convolution, of one pixel."""
-    convs: list[Any] = [m for m in walk(module) if isinstance(m, CONVS)]
+    convs = _convs(module)
     return len(convs) == 1 and module is not convs[0] and set(convs[0].kernel_size) == {1}
 
 
