@@ -112,5 +112,7 @@ def _frozen(value: Any) -> Any:
 def chance() -> tuple[Any, ...]:
     """The states of the random generators that are not PyTorch's."""
     numpy = sys.modules.get("numpy")
-    others = () if numpy is None else tuple(map(str, numpy.random.get_state()))
-    return (random.getstate(), *others)
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, place, *rest = numpy.random.get_state()
+    return (random.getstate(), keys.tobytes(), place, *rest)

@@ -58,7 +58,7 @@ class Wrapper(nn.Module):
 class NormWithChild(nn.BatchNorm2d):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.act = nn.ReLU()
+        self.act = nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:
         return self.act(super().forward(input))
@@ -85,7 +85,7 @@ def swap(old: type, cls: type) -> Callable[[nn.Module], None]:
             if type(module) is old:
                 module.__class__ = cls
                 if cls is NormWithChild:
-                    module.act = nn.ReLU()
+                    module.act = nn.Identity()
 
     return change
 

@@ -27,6 +27,10 @@ OURS = (*LAYERS, DenseBlock, Transition, DenseFeatures, DenseNet)
 _BASES: dict[type, type] = {DenseBlock: nn.ModuleDict, Transition: nn.Sequential, DenseFeatures: nn.Sequential}
 
 
+# What of ours a fused forward does not use, so that a module may have its own.
+_UNUSED = {"forward", "drop_rate", "_bottleneck", "_one_by_one"}
+
+
 class Converted:
     """In front of every converted module's class."""
 
@@ -56,7 +60,7 @@ def class_obstacle(module: nn.Module, kind: type) -> str | None:
     ours = {n for c in kind.__mro__ if c.__module__.startswith("effdense.") for n in vars(c) if not n.startswith("__")}
     theirs = {n for c in cls.__mro__ if not c.__module__.startswith(("torch.", "effdense.")) for n in vars(c)}
     theirs |= {*vars(module).keys() - MODULE_STATE, *module._modules}
-    if taken := ours & theirs - {"forward", "drop_rate"}:
+    if taken := ours & theirs - _UNUSED:
         return f"its class has attributes that would be hidden: {', '.join(sorted(taken))}"
     return None
 
