@@ -21,27 +21,122 @@ from torch import nn
 
 # The root packages of PyTorch, of effdense, and of the libraries whose DenseNets `convert` knows.
 LIBRARIES = frozenset(
-    ("torch", "effdense", "torchvision", "timm", "monai", "torchxrayvision", "segmentation_models_pytorch", "pytorchcv")
+    (
+        "torch",
+        "effdense",
+        "torchvision",
+        "timm",
+        "monai",
+        "torchxrayvision",
+        "segmentation_models_pytorch",
+        "pytorchcv",
+    )
 )
 _TORCH = "torch"
 # Called by statements, not by name.
 _IMPLICIT = frozenset(
-    "__getattr__ __getattribute__ __setattr__ __iter__ __len__ __bool__ __getitem__ __contains__ __next__ __enter__".split()
+    [
+        "__getattr__",
+        "__getattribute__",
+        "__setattr__",
+        "__iter__",
+        "__len__",
+        "__bool__",
+        "__getitem__",
+        "__contains__",
+        "__next__",
+        "__enter__",
+    ]
 )
 _BUILTINS = frozenset(
-    "abs all any bool callable dict enumerate filter float getattr hasattr id int isinstance issubclass iter len list map max min"
-    " next object pow range repr reversed round set slice sorted str sum super tuple type zip NotImplemented".split()
+    [
+        "abs",
+        "all",
+        "any",
+        "bool",
+        "callable",
+        "dict",
+        "enumerate",
+        "filter",
+        "float",
+        "getattr",
+        "hasattr",
+        "id",
+        "int",
+        "isinstance",
+        "issubclass",
+        "iter",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "next",
+        "object",
+        "pow",
+        "range",
+        "repr",
+        "reversed",
+        "round",
+        "set",
+        "slice",
+        "sorted",
+        "str",
+        "sum",
+        "super",
+        "tuple",
+        "type",
+        "zip",
+        "NotImplemented",
+    ]
 )
 _MODULES = frozenset(("torch", "math", "functools", "itertools", "operator", "collections", "typing"))
 # Of torch's functions, those that do something that stays, and those that ask what is switched on around the call.
 _LASTING = tuple(
-    "save load manual_seed seed set_ use_deterministic compile fork_rng _C library is_autocast get_".split()
+    [
+        "save",
+        "load",
+        "manual_seed",
+        "seed",
+        "set_",
+        "use_deterministic",
+        "compile",
+        "fork_rng",
+        "_C",
+        "library",
+        "is_autocast",
+        "get_",
+    ]
 )
 # Names through which code can read every attribute.
 _EVERY = frozenset(
-    "__dict__ vars dir getattr _parameters _buffers parameters buffers named_parameters named_buffers state_dict".split()
+    [
+        "__dict__",
+        "vars",
+        "dir",
+        "getattr",
+        "_parameters",
+        "_buffers",
+        "parameters",
+        "buffers",
+        "named_parameters",
+        "named_buffers",
+        "state_dict",
+    ]
 )
-_SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout)
+_SIMPLE = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+)
 
 
 class Reads(NamedTuple):
@@ -135,9 +230,15 @@ class _Reader:
             return
         if not isinstance(function, types.FunctionType):
             if not (is_librarys(function) or _is_compiled(function)):
-                self.refuse(f"its forward uses {name}, which convert cannot look into ({type(function).__name__})")
+                self.refuse(
+                    f"its forward uses {name}, which convert cannot look into ({type(function).__name__})"
+                )
             return
-        if function.__module__ is not None and function.__module__.partition(".")[0] == _TORCH and is_librarys(function):
+        if (
+            function.__module__ is not None
+            and function.__module__.partition(".")[0] == _TORCH
+            and is_librarys(function)
+        ):
             return
         self.done[function] = None
         names = _names(function)
@@ -191,7 +292,9 @@ class _Reader:
                 self.refuse(f"its forward uses {path}")
                 return
         if isinstance(value, type):
-            known = issubclass(value, (nn.Module, BaseException)) or value.__module__.partition(".")[0] == _TORCH
+            known = (
+                issubclass(value, (nn.Module, BaseException)) or value.__module__.partition(".")[0] == _TORCH
+            )
             if not known and not (value.__module__ == "builtins" and value.__name__ in _BUILTINS):
                 self.refuse(f"its forward uses the class {name}")
         elif value is getattr(builtins, name, builtins):
@@ -208,7 +311,7 @@ def _follow(module: Any, behind: list[dis.Instruction], path: str) -> tuple[Any,
     value: Any = module
     for step in behind:
         root = value.__name__.partition(".")[0] if isinstance(value, types.ModuleType) else None
-        if root is None or "ATTR" not in step.opname and "METHOD" not in step.opname:
+        if root is None or ("ATTR" not in step.opname and "METHOD" not in step.opname):
             break
         if root not in _MODULES and root not in LIBRARIES:
             break
@@ -276,8 +379,12 @@ def code_of(cls: Any, called: frozenset[str] = frozenset()) -> Code:
 @functools.lru_cache(maxsize=4096)
 def constants_of(cls: Any, reads: Reads) -> tuple[str, ...]:
     """Names of the class attributes, not methods, that the code may read."""
-    owners = [c for c in original(cls).__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object]
-    found = {name: value for owner in reversed(owners) for name, value in vars(owner).items() if name in reads}
+    owners = [
+        c for c in original(cls).__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object
+    ]
+    found = {
+        name: value for owner in reversed(owners) for name, value in vars(owner).items() if name in reads
+    }
     return tuple(n for n, v in found.items() if is_simple(v) and not n.startswith("__"))
 
 

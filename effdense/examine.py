@@ -58,7 +58,8 @@ def _looks_like(module: nn.Module) -> type | None:
 
 def _holds_blocks(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Sequential) and any(
-        m is not None and (isinstance(m, (DenseBlock, ForeignBlock)) or _looks_like(m) is DenseBlock or looks_like_block(m))
+        m is not None
+        and (isinstance(m, (DenseBlock, ForeignBlock)) or _looks_like(m) is DenseBlock or looks_like_block(m))
         for m in module._modules.values()
     )
 
@@ -148,7 +149,9 @@ class Examiner:
         ours = _looks_like(module)
         if ours is None or (
             ours is DenseBlock
-            and not (has_base(type(module), ours) and any(self._is_layer(m) for m in module._modules.values()))
+            and not (
+                has_base(type(module), ours) and any(self._is_layer(m) for m in module._modules.values())
+            )
         ):
             reason = self._no_foreign_block(module, ours is DenseBlock or type(module) in self.blocks)
             if reason != "":

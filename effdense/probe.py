@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from effdense.code import code_of_tree, original, walk
 from effdense.nn import DenseBlock, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
-from effdense.nn.foreign import ForeignBlock, ForeignTransition, Form
+from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form
 from effdense.nn.obstacles import CONVS
 from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, lead_of, read_transition
 from effdense.watch import Attributes, Watch, chance
@@ -36,7 +36,12 @@ class _Copier:
         for name, value in vars(module).items():
             if name == "process_group":
                 state[name] = None
-            elif not name.endswith("_hooks") and name not in ("_modules", "_parameters", "_buffers", "_effdense"):
+            elif not name.endswith("_hooks") and name not in (
+                "_modules",
+                "_parameters",
+                "_buffers",
+                "_effdense",
+            ):
                 state[name] = self.value(value)
         for name in ("_modules", "_parameters", "_buffers"):
             state[name] = {k: self.value(v) for k, v in vars(module)[name].items()}
@@ -181,7 +186,7 @@ class Unseen(Exception):
     """What a comparison of numbers does not show."""
 
 
-def difference(module: nn.Module, ours: type, form: Form = Form(), flipped: str | None = None) -> str | None:
+def difference(module: nn.Module, ours: type, form: Form = NO_FORM, flipped: str | None = None) -> str | None:
     """Compares a module's forward with the fused one on copies; says what differs, or None. `flipped`: see _bare_copy."""
     others = chance()
     try:

@@ -19,9 +19,43 @@ from torch.overrides import TorchFunctionMode
 from effdense.code import walk
 
 _ALLOWED = frozenset(
-    "cat concat concatenate relu relu_ threshold batch_norm conv1d conv2d conv3d dropout dropout1d dropout2d dropout3d"
-    " feature_dropout avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d"
-    " adaptive_avg_pool2d adaptive_avg_pool3d flatten mean contiguous clone add mul sub div iadd imul fn".split()
+    [
+        "cat",
+        "concat",
+        "concatenate",
+        "relu",
+        "relu_",
+        "threshold",
+        "batch_norm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "feature_dropout",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "flatten",
+        "mean",
+        "contiguous",
+        "clone",
+        "add",
+        "mul",
+        "sub",
+        "div",
+        "iadd",
+        "imul",
+        "fn",
+    ]
 )
 # Whether something is kept for a backward changes no result: checkpointing asks for it.
 _QUERIES = ("requires_grad",)
@@ -56,7 +90,14 @@ class Watch(TorchFunctionMode):
         return frame is not None and frame.f_code in self.codes
 
 
-_THROUGH = ("torch.overrides", "torch.nn.functional", "torch._jit_internal", "torch._tensor", "torch.functional", __name__)
+_THROUGH = (
+    "torch.overrides",
+    "torch.nn.functional",
+    "torch._jit_internal",
+    "torch._tensor",
+    "torch.functional",
+    __name__,
+)
 
 
 def _obstacle(func: Any, result: Any) -> str | None:
@@ -83,7 +124,9 @@ class Attributes:
     """What the attributes of a module, and of all inside of it, hold: to see whether a forward has changed it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.before = [(m, {k: _frozen(v) for k, v in vars(m).items() if k not in _STATE}) for m in walk(module)]
+        self.before = [
+            (m, {k: _frozen(v) for k, v in vars(m).items() if k not in _STATE}) for m in walk(module)
+        ]
 
     def changed(self) -> str | None:
         """The name of one that is not what it was."""

@@ -75,7 +75,9 @@ def make_naive(plain: bool = False, tail: str = "block", **options: Any) -> nn.M
     return model.double()
 
 
-_converted: dict[Any, list[tuple[type, Any]]] = {}  # the classes that convert gave a model like this, and what it noted
+_converted: dict[
+    Any, list[tuple[type, Any]]
+] = {}  # the classes that convert gave a model like this, and what it noted
 
 
 def converted(naive: nn.Module, memory: str) -> Any:

@@ -435,7 +435,11 @@ def test_one_layer_does_not_vouch_for_another() -> None:
     )
     effdense.convert(layers)
     assert [type(layer) for layer in layers[:2]] == [GatedLayer, GatedLayer]
-    assert isinstance(layers[2], LayerWithMethod) and isinstance(layers[2], DenseLayer) and layers[2].flops() == 0
+    assert (
+        isinstance(layers[2], LayerWithMethod)
+        and isinstance(layers[2], DenseLayer)
+        and layers[2].flops() == 0
+    )
     reasons = [e.reason for e in effdense.report(layers)]
     assert reasons[2] is None
     assert set(reasons[:2]) == {"it has parameters or buffers of its own: gate"}

@@ -42,7 +42,9 @@ def backup(model: nn.Module) -> None:
 
 def marks(model: nn.Module) -> None:
     for i, module in enumerate(model.modules()):
-        vars(module).update(module_name=f"m{i}", handle=object(), macs=float(i), pruned=True, old_forward=None)
+        vars(module).update(
+            module_name=f"m{i}", handle=object(), macs=float(i), pruned=True, old_forward=None
+        )
 
 
 def hooks_gone(model: nn.Module) -> None:
@@ -94,7 +96,9 @@ def test_checkpointing_switched_later(enable: bool) -> None:
 
 @pytest.mark.parametrize("enable", [True, False])
 def test_timms_checkpointing_switched_later(enable: bool) -> None:
-    naive = randomised(library("timm").create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=3))
+    naive = randomised(
+        library("timm").create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=3)
+    )
     ours: Any = copy.deepcopy(naive)
     ours.set_grad_checkpointing(not enable)
     effdense.convert(ours)

@@ -116,7 +116,9 @@ def test_only_the_very_classes_are_taken(name: str, net: str) -> None:
     ours = effdense.convert(copy.deepcopy(naive))
     assert "DenseBlock" not in kinds(ours)
     reasons = [e.reason for e in effdense.report(ours) if not e.converted]
-    assert reasons and any(cls in str(reason) or "clamp" in str(reason) or "shape" in str(reason) for reason in reasons)
+    assert reasons and any(
+        cls in str(reason) or "clamp" in str(reason) or "shape" in str(reason) for reason in reasons
+    )
     x = torch.randn(6, 3, 32, 32, dtype=torch.float64) * 5
     assert_same(naive, ours, x, 1)
 

@@ -6,7 +6,7 @@ import collections
 import copy
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,7 +29,9 @@ def make(cls: Any = models.DenseNet) -> Any:
 
 
 def images(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (3, 3, 32, 32)), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return torch.randn(
+        *(shape or (3, 3, 32, 32)), dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
 
 
 def pair(cls: Any) -> tuple[Any, Any]:
@@ -51,7 +53,9 @@ class FrozenNorms(models.DenseNet):
 
 class OldKeys(models.DenseNet):
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().load_state_dict({k.replace("old.", ""): v for k, v in state_dict.items()}, *args, **kwargs)
+        return super().load_state_dict(
+            {k.replace("old.", ""): v for k, v in state_dict.items()}, *args, **kwargs
+        )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {f"old.{k}": v for k, v in super().state_dict(*args, **kwargs).items()}
@@ -91,7 +95,7 @@ class Described(models.DenseNet):
 
 
 class Registered(models.DenseNet):
-    known: list[str] = []
+    known: ClassVar[list[str]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +103,10 @@ class Registered(models.DenseNet):
 
 
 OVERRIDDEN: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "train": (FrozenNorms, lambda m: [b.training for b in m.train().modules() if isinstance(b, nn.BatchNorm2d)]),
+    "train": (
+        FrozenNorms,
+        lambda m: [b.training for b in m.train().modules() if isinstance(b, nn.BatchNorm2d)],
+    ),
     "load_state_dict": (OldKeys, lambda m: str(m.load_state_dict(m.state_dict()))),
     "parameters": (FewParameters, lambda m: [p.shape for p in m.parameters()]),
     "named_parameters": (FewParameters, lambda m: [n for n, _ in m.named_parameters()]),
@@ -119,7 +126,11 @@ def test_what_a_class_overrides_stays(name: str) -> None:
     naive, ours = pair(cls)
     assert use(ours) == use(naive)
     assert kinds(ours)["DenseBlock"] == 2 and kinds(ours)["DenseFeatures"] == 1
-    assert isinstance(ours, cls) and type(ours).__name__ == cls.__name__ and type(ours).__module__ == cls.__module__
+    assert (
+        isinstance(ours, cls)
+        and type(ours).__name__ == cls.__name__
+        and type(ours).__module__ == cls.__module__
+    )
     assert_close([ours.eval()(images())], [naive.eval()(images())])
     assert_same_classes(effdense.revert(ours), naive)
 
@@ -275,7 +286,7 @@ class Counting(structures.NetBlock):
 
 
 class CountingInClass(structures.NetBlock):
-    calls: list[int] = []
+    calls: ClassVar[list[int]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(1)
@@ -318,7 +329,7 @@ class Chancy(structures.NetBlock):
 
 
 class Writer:
-    lines: list[str] = []
+    lines: ClassVar[list[str]] = []
 
     def add(self, line: str) -> None:
         self.lines.append(line)
@@ -417,7 +428,16 @@ class Watchful(models.DenseNet):
     """Every method that convert might call notes it."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("modules", "named_modules", "parameters", "train", "eval", "double", "forward", "children"):
+        if name in (
+            "modules",
+            "named_modules",
+            "parameters",
+            "train",
+            "eval",
+            "double",
+            "forward",
+            "children",
+        ):
             CALLS.append(name)
         return super().__getattribute__(name)
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effdense.code import Reads, kind_of, original
-from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of
+from effdense.nn.foreign import NO_FORM, Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.model import DenseFeatures, DenseNet
 from effdense.nn.obstacles import refuse_scripting
@@ -24,7 +24,11 @@ from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read
 LAYERS = (DenseLayer, PlainDenseLayer)
 OURS = (*LAYERS, DenseBlock, Transition, DenseFeatures, DenseNet)
 # Of which class a module must be for one of ours to add no methods that it would not have.
-_BASES: dict[type, type] = {DenseBlock: nn.ModuleDict, Transition: nn.Sequential, DenseFeatures: nn.Sequential}
+_BASES: dict[type, type] = {
+    DenseBlock: nn.ModuleDict,
+    Transition: nn.Sequential,
+    DenseFeatures: nn.Sequential,
+}
 
 
 # What of ours a fused forward does not use, so that a module may have its own.
@@ -57,7 +61,13 @@ def class_obstacle(module: nn.Module, kind: type) -> str | None:
     cls = type(module)
     if type(cls) not in (type, ABCMeta):
         return f"its class is made by {type(cls).__name__}, not by type"
-    ours = {n for c in kind.__mro__ if c.__module__.startswith("effdense.") for n in vars(c) if not n.startswith("__")}
+    ours = {
+        n
+        for c in kind.__mro__
+        if c.__module__.startswith("effdense.")
+        for n in vars(c)
+        if not n.startswith("__")
+    }
     theirs = {n for c in cls.__mro__ if not c.__module__.startswith(("torch.", "effdense.")) for n in vars(c)}
     theirs |= {*vars(module).keys() - MODULE_STATE, *module._modules}
     if taken := ours & theirs - _UNUSED:
@@ -131,7 +141,7 @@ def is_fused_kind(module: nn.Module) -> bool:
     return isinstance(module, (*OURS, Converted))
 
 
-def adopt(module: Any, kind: type, memory: str, form: Form = Form()) -> None:
+def adopt(module: Any, kind: type, memory: str, form: Form = NO_FORM) -> None:
     """Makes a module one of ours, or changes the memory mode of one that is."""
     state = module.__dict__
     if isinstance(module, Converted):

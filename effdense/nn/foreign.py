@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from effdense.code import Reads
 from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
-from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, Seen, lead_of, read_block, read_transition
+from effdense.nn.structure import (
+    DROPOUTS,
+    Chain,
+    Obstacle,
+    Passage,
+    Seen,
+    lead_of,
+    read_block,
+    read_transition,
+)
 
 
 class Form(NamedTuple):
@@ -22,6 +31,9 @@ class Form(NamedTuple):
     everywhere: bool = False  # whether a layer's rate of dropout is for all its convolutions
     pool: tuple[int, ...] = ()  # a transition's, if its forward calls a function
     reads: Reads = Reads()  # the attributes that count
+
+
+NO_FORM = Form()
 
 
 class Noted(NamedTuple):

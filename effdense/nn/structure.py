@@ -83,7 +83,9 @@ class Passage(NamedTuple):
 
     def has_pool(self) -> bool:
         """Whether it makes the image smaller by a pool of PyTorch's."""
-        return bool(self.pool) or any(type(m) in (*AVG_POOLS, *MAX_POOLS) for part in self.behind for m in walk(part))
+        return bool(self.pool) or any(
+            type(m) in (*AVG_POOLS, *MAX_POOLS) for part in self.behind for m in walk(part)
+        )
 
 
 class Obstacle(Exception):
@@ -234,7 +236,11 @@ def lead_of(block: nn.Module) -> nn.Module | None:
     if isinstance(children[0], StandIn):
         return children[0]
     first, second = (_convs(m) for m in children[:2])
-    if not looks_like_transition(children[0]) or not 1 <= len(second) <= 2 or set(second[-1].kernel_size) == {1}:
+    if (
+        not looks_like_transition(children[0])
+        or not 1 <= len(second) <= 2
+        or set(second[-1].kernel_size) == {1}
+    ):
         return None
     return children[0] if second[0].in_channels == first[0].out_channels else None
 
@@ -252,7 +258,9 @@ def layers_of(block: nn.Module) -> dict[str, nn.Module]:
         if isinstance(only, _CONTAINERS) and not any(isinstance(m, CONVS) for m in only._modules.values()):
             children, prefix = only._modules, f"{name}."
     lead = lead_of(block)
-    return {prefix + name: layer for name, layer in children.items() if layer is not None and layer is not lead}
+    return {
+        prefix + name: layer for name, layer in children.items() if layer is not None and layer is not lead
+    }
 
 
 def read_block(
