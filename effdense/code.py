@@ -146,8 +146,11 @@ class Reads(NamedTuple):
     every: bool = False  # all but `without`
     without: frozenset[str] = frozenset()  # of which it is known that their values make no difference
 
-    def __contains__(self, name: object) -> bool:
-        return (self.every or name in self.names) and name not in self.without
+
+def counts(name: str, reads: Reads) -> bool:
+    """Whether code may read an attribute."""
+    names, every, without = reads
+    return (every or name in names) and name not in without
 
 
 class Code(NamedTuple):
@@ -353,7 +356,7 @@ def _is_copied(value: Any) -> bool:
 
 def original(cls: Any) -> Any:
     """A class, or the one that a converted module had."""
-    return cls.__dict__.get("_effdense_original", cls)
+    return getattr(cls, "_effdense_original", cls)  # or a class that fully_shard has made of it
 
 
 def kind_of(module: nn.Module) -> type:
@@ -383,7 +386,10 @@ def constants_of(cls: Any, reads: Reads) -> tuple[str, ...]:
         c for c in original(cls).__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object
     ]
     found = {
-        name: value for owner in reversed(owners) for name, value in vars(owner).items() if name in reads
+        name: value
+        for owner in reversed(owners)
+        for name, value in vars(owner).items()
+        if counts(name, reads)
     }
     return tuple(n for n, v in found.items() if is_simple(v) and not n.startswith("__"))
 
@@ -416,7 +422,7 @@ def code_of_tree(module: nn.Module) -> Code:
 def _attribute_obstacle(module: nn.Module, reads: Reads) -> str | None:
     """Why what a module's attributes hold keeps its forward from being run on a probe."""
     for name, value in vars(module).items():
-        if name in _STATE or name not in reads or _is_copied(value):
+        if name in _STATE or not counts(name, reads) or _is_copied(value):
             continue
         if not callable(value) or isinstance(value, type):
             return f"its forward reads {name}, {_kind(value)}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense.code import Reads, code_of, code_of_tree, is_known, kind_of, original, walk
+from effdense.code import Reads, code_of, code_of_tree, counts, is_known, kind_of, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
@@ -49,7 +49,7 @@ def _looks_like(module: nn.Module) -> type | None:
         return Transition
     if {"features", "classifier"} <= names and _holds_blocks(module._modules["features"]):
         read = code_of(cls).reads
-        return None if any(n in read for n in names - {"features", "classifier"}) else DenseNet
+        return None if any(counts(n, read) for n in names - {"features", "classifier"}) else DenseNet
     layers = list(module._modules.values())
     if layers and all(m is not None and _looks_like(m) in LAYERS for m in layers):
         return DenseBlock
@@ -247,7 +247,10 @@ class Examiner:
                 name
                 for m in walk(module)
                 for name, value in vars(m).items()
-                if isinstance(value, bool) and name not in MODULE_STATE and name in reads and not is_plain(m)
+                if isinstance(value, bool)
+                and name not in MODULE_STATE
+                and counts(name, reads)
+                and not is_plain(m)
             }
             same = frozenset(n for n in switches if difference(module, ours, form, n) is None)
             return form._replace(reads=reads._replace(without=same))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def noted_of(module: nn.Module) -> Noted:
     if noted is None:
         raise Obstacle("it was made from a converted module and has not been compared (revert, then convert)")
     cls: Any = type(module)
-    if cls._effdense_original.forward is not cls._effdense_forward:
+    if not torch.compiler.is_compiling() and cls._effdense_original.forward is not cls._effdense_forward:
         raise Obstacle("its class has another forward since effdense.convert (revert, then convert again)")
     return noted
 

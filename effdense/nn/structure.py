@@ -8,12 +8,13 @@ before every forward, so a reader looks at every module once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from effdense.code import Reads, code_of_tree, constants_of, original, walk
+from effdense.code import Reads, code_of_tree, constants_of, counts, original, walk
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     AVG_POOLS,
@@ -92,12 +93,12 @@ class Obstacle(Exception):
     """Why a module has not the structure, or cannot run fused at the moment."""
 
 
-def own_tensors(module: nn.Module, reads: Container[str]) -> list[str]:
+def own_tensors(module: nn.Module, reads: Reads) -> list[str]:
     """Names of a container's parameters, and of those buffers that its forward may read: tools leave others."""
-    return [*module._parameters, *(name for name in module._buffers if name in reads)]
+    return [*module._parameters, *(name for name in module._buffers if counts(name, reads))]
 
 
-def _check(name: str, module: nn.Module, hooks: bool, reads: Container[str]) -> None:
+def _check(name: str, module: nn.Module, hooks: bool, reads: Reads) -> None:
     weighted = isinstance(module, _WEIGHTED)
     if (reason := changed(name, module, weighted, not hooks)) is not None:
         raise Obstacle(reason)
@@ -107,9 +108,7 @@ def _check(name: str, module: nn.Module, hooks: bool, reads: Container[str]) -> 
         )
 
 
-def _walk(
-    name: str, module: nn.Module, hooks: bool, reads: Container[str], found: list[tuple[str, Any]]
-) -> None:
+def _walk(name: str, module: nn.Module, hooks: bool, reads: Reads, found: list[tuple[str, Any]]) -> None:
     """Collects a module and all inside of it in their order; an Obstacle where one was changed."""
     _check(name, module, hooks, reads)
     found.append((name, module))
@@ -170,9 +169,10 @@ def see(module: nn.Module, reads: Reads, rate: str | None = None) -> Seen:
         return known
     kind = original(type(module))
     state, ignored = module.__dict__, _NORM_STATE if isinstance(module, NORMS) else MODULE_STATE
-    attributes = {k: None if k == rate else state[k] for k in state.keys() - ignored if k in reads}
-    for name in constants_of(kind, reads):
-        attributes.setdefault(name, getattr(kind, name))
+    attributes = {k: None if k == rate else state[k] for k in state.keys() - ignored if counts(k, reads)}
+    if not torch.compiler.is_compiling():
+        for name in constants_of(kind, reads):
+            attributes.setdefault(name, getattr(kind, name))
     return Seen(kind, attributes)
 
 
@@ -320,9 +320,7 @@ def looks_like_transition(module: nn.Module) -> bool:
     return len(convs) == 1 and module is not convs[0] and set(convs[0].kernel_size) == {1}
 
 
-def _flatten(
-    name: str, module: nn.Module, hooks: bool, reads: Container[str], found: list[tuple[str, Any]]
-) -> bool:
+def _flatten(name: str, module: nn.Module, hooks: bool, reads: Reads, found: list[tuple[str, Any]]) -> bool:
     """Collects what a transition calls: up to its convolution one by one, whole after it; returns whether there was one."""
     passed = False
     for child_name, child in module._modules.items():
