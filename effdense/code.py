@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from effdense.modules import original, walk
+
 # The root packages of PyTorch, of effdense, and of the libraries whose DenseNets `convert` knows.
 LIBRARIES = frozenset(
     (
@@ -354,17 +356,6 @@ def _is_copied(value: Any) -> bool:
     return is_simple(value) or isinstance(value, (torch.Tensor, nn.Module))
 
 
-def original(cls: Any) -> Any:
-    """A class, or the one that a converted module had."""
-    return getattr(cls, "_effdense_original", cls)  # or a class that fully_shard has made of it
-
-
-def kind_of(module: nn.Module) -> type:
-    """The class in effdense.nn that a module was built as, or converted to; else its own class."""
-    kind: type = type(module).__dict__.get("_effdense_kind", type(module))
-    return kind
-
-
 @functools.lru_cache(maxsize=4096)
 def _read(cls: type, forward: Any, called: frozenset[str]) -> Code:
     return _Reader(cls).read(forward, called)
@@ -392,18 +383,6 @@ def constants_of(cls: Any, reads: Reads) -> tuple[str, ...]:
         if counts(name, reads)
     }
     return tuple(n for n, v in found.items() if is_simple(v) and not n.startswith("__"))
-
-
-def walk(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all inside of it, once each, without a call of any method that a class may override."""
-    seen: dict[nn.Module, None] = {}
-    pending = [module]
-    while pending:
-        now = pending.pop()
-        if now not in seen:
-            seen[now] = None
-            yield now
-            pending += [m for m in reversed(now._modules.values()) if m is not None]
 
 
 def code_of_tree(module: nn.Module) -> Code:

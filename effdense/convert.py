@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from effdense.checks import check_memory
-from effdense.code import walk
-from effdense.examine import Examiner, named
+from effdense.examine import Examiner
+from effdense.modules import named, walk
 from effdense.nn.classes import OURS, Foreign, Form, adopt, give_back, is_fused_kind
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense.code import Reads, code_of, code_of_tree, counts, is_known, kind_of, original, walk
+from effdense.code import Reads, code_of, code_of_tree, counts, is_known
+from effdense.modules import kind_of, named, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
@@ -270,20 +271,6 @@ def _forms(module: nn.Module, ours: type, reads: Reads) -> Iterator[Form]:
 def is_plain(module: nn.Module) -> bool:
     """Whether its class is PyTorch's: what it does is read from it, not compared."""
     return type(module).__module__.startswith("torch.nn.")
-
-
-def named(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, as named_modules() names them, without a call of any method that a class may override."""
-    seen: set[nn.Module] = set()
-    pending = [(name, module)]
-    while pending:
-        path, now = pending.pop()
-        if now in seen:
-            continue
-        seen.add(now)
-        yield path, now
-        children = [(f"{path}.{n}" if path else n, m) for n, m in now._modules.items() if m is not None]
-        pending += reversed(children)
 
 
 def _same_code(module: nn.Module, ours: type) -> Any:

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effdense import engine, operators
-from effdense.code import kind_of
 from effdense.convert import convert, report
+from effdense.modules import kind_of
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.plain import CHECKPOINTED
 from effdense.stage import Settings

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effdense.code import code_of_tree, original, walk
+from effdense.code import code_of_tree
+from effdense.modules import original, walk
 from effdense.nn import DenseBlock, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
 from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from effdense.code import walk
+from effdense.modules import walk
 
 _ALLOWED = frozenset(
     [

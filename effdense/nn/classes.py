@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from effdense.code import Reads, kind_of, original
+from effdense.code import Reads
+from effdense.modules import kind_of, original
 from effdense.nn.foreign import NO_FORM, Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.model import DenseFeatures, DenseNet

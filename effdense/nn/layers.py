@@ -20,7 +20,7 @@ from effdense.checks import (
     check_spatial_dims,
     check_vector,
 )
-from effdense.code import kind_of
+from effdense.modules import kind_of
 from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,

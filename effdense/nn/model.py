@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effdense import pool
 from effdense.batch_norm import read_module, update_modules
-from effdense.code import kind_of
+from effdense.modules import kind_of
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
 from effdense.nn.layers import DenseBlock, Transition, run_stage
 from effdense.nn.obstacles import (

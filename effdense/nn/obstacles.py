@@ -15,7 +15,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
-from effdense.code import is_librarys, kind_of
+from effdense.code import is_librarys
+from effdense.modules import kind_of
 from effdense.synchronize import processes_of
 
 NORMS = (

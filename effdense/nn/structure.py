@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effdense.code import Reads, code_of_tree, constants_of, counts, original, walk
+from effdense.code import Reads, code_of_tree, constants_of, counts
+from effdense.modules import original, walk
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     AVG_POOLS,
