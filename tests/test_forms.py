@@ -180,7 +180,7 @@ def test_a_head_at_the_end_of_a_sequence_runs_with_the_last_block() -> None:
     (last,) = {m.in_features for m in naive.modules() if isinstance(m, nn.Linear)}
     maps = 2 * last * 4 * 4
     assert saved(naive.train(), x).count(maps) >= 2
-    assert saved(ours.train(), x).count(maps) == 0
+    assert saved(ours.train(), x).count(maps) == 1  # the block's features
 
 
 def test_a_stem_of_a_net_with_its_own_forward_runs_fused() -> None:
@@ -196,14 +196,16 @@ def test_timms_stem_runs_fused() -> None:
         library("timm").create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=3)
     )
     ours = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
-    maps = 2 * 64 * 20 * 20
+    maps = 2 * 8 * 20 * 20
     x = images_for(naive, 40)
     assert saved(naive.train(), x).count(maps) >= 2 and saved(ours.train(), x).count(maps) == 1
 
 
 def test_timms_features_only() -> None:
     naive = randomised(
-        library("timm").create_model("densenet121", features_only=True, growth_rate=4, block_config=(2, 2, 2))
+        library("timm").create_model(
+            "densenet121", features_only=True, out_indices=(0, 1, 2), growth_rate=4, block_config=(2, 2, 2)
+        )
     )
     ours = convert_and_compare(naive, images_for(naive, 40), 3, steps=1)
     assert kinds(ours)["Transition"] == 2, str(effdense.report(ours))
