@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import inspect
 import random
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -144,6 +145,13 @@ def test_classes_and_names_stay() -> None:
     assert names["_DenseLayer"] == 5 and names["_DenseBlock"] == 2 and names["_Transition"] == 1
     assert isinstance(ours, effdense.nn.DenseNet) and isinstance(ours.features, effdense.nn.DenseFeatures)
     assert sum(isinstance(m, effdense.nn.DenseLayer) for m in ours.modules()) == 5
+
+
+def test_the_arguments_names_stay() -> None:
+    _, ours = pair(WithFeature)
+    assert list(inspect.signature(ours.forward).parameters) == ["images", "with_feature"]
+    traced = torch.fx.symbolic_trace(effdense.convert(make()).eval())
+    assert [n.name for n in traced.graph.nodes if n.op == "placeholder"] == ["x"]
 
 
 @pytest.mark.parametrize("how", COPIES)

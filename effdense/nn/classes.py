@@ -114,6 +114,7 @@ def _see_ours(module: nn.Module, reads: Reads) -> list[Seen]:
 def fused_class(kind: Any, own: Any) -> type:
     """A subclass of a module's own class that runs fused as a `kind`, one of OURS or Foreign's."""
 
+    @functools.wraps(own.forward)  # torch.fx, torch.export and trainers ask for its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Fused where it is called with one argument and nothing stands in the way, else as its own class does."""
         y = _attempt(kind, self, args[0]) if len(args) == 1 and not kwargs else None
