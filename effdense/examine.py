@@ -163,7 +163,9 @@ class Examiner:
         if ours not in (None, Transition):
             return ours, self(module, ours)
         own = ours is Transition and has_base(type(module), ours)
-        if not behind and self.dense and not own and looks_like_transition(module):
+        if not behind and self.dense and looks_like_transition(module):
+            if own and self(module, Transition) is None:
+                return Transition, None
             reason = self(module, ForeignTransition)
             if reason is None and self._has_pool(module):
                 return ForeignTransition, None

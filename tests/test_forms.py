@@ -207,5 +207,5 @@ def test_timms_features_only() -> None:
             "densenet121", features_only=True, out_indices=(0, 1, 2), growth_rate=4, block_config=(2, 2, 2)
         )
     )
-    ours = convert_and_compare(naive, images_for(naive, 40), 3, steps=1)
-    assert kinds(ours)["Transition"] == 2, str(effdense.report(ours))
+    ours = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
+    assert kinds(ours)["Transition"] == 1, str(effdense.report(ours))
