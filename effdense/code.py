@@ -178,7 +178,7 @@ def is_librarys(function: Any) -> bool:
 def _is_compiled(function: Any) -> bool:
     """Whether it is a compiled function of a module that may be used."""
     owner = getattr(function, "__self__", None)
-    name = getattr(owner, "__module__", None) or getattr(owner, "__name__", "")
+    name = str(getattr(owner, "__module__", None) or getattr(owner, "__name__", ""))
     return isinstance(function, types.BuiltinFunctionType) and name.partition(".")[0] in _MODULES
 
 
