@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import structures
+from effdense.nn.model import stem_of
 from tests.conversions import assert_same, convert_and_compare, images_for, kinds, library, randomised
 
 
@@ -196,9 +197,8 @@ def test_timms_stem_runs_fused() -> None:
         library("timm").create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=3)
     )
     ours = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
-    maps = 2 * 8 * 20 * 20
-    x = images_for(naive, 40)
-    assert saved(naive.train(), x).count(maps) >= 2 and saved(ours.train(), x).count(maps) == 1
+    stem = stem_of(ours.features.parts()[1:])
+    assert stem is not None and stem.count == 2  # the ReLU is inside of the norm
 
 
 def test_timms_features_only() -> None:
