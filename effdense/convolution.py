@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from effdense.autograd import sum_per_channel, vector
-from effdense.batch_norm import Folded
-from effdense.reference import channels_last
+from effdense.batch_norm import Folded, plain_bn_relu
+from effdense.reference import accumulate_dtype, channels_last
 from effdense.workspace import Lease
 
 
@@ -44,6 +44,21 @@ def bn_relu_convolve(
         z = scratch.channels_last(x, x.shape[1])
         ops.bn_relu(x, norm.scale, norm.shift, z)
     return ops.append_features(convolve(z, weight, bias), out)
+
+
+def plain_bn_relu_convolve(
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The same by PyTorch's own operators, which can be differentiated any number of times; see `plain_bn_relu`."""
+    wide = accumulate_dtype(x.dtype)
+    z = plain_bn_relu(x, statistics, eps, norm_weight, norm_bias)
+    return convolve(z, weight.to(wide), None if bias is None else bias.to(wide))
 
 
 class Gradients(NamedTuple):
