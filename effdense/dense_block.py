@@ -141,7 +141,7 @@ class StageNode(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = list(ctx.needs_input_grad[3 : 4 + ctx.count])
-        features, saved, vectors, *tensors = ctx.saved_tensors
+        features, saved, vectors, *tensors = _saved(ctx, grad)
         parameters, masks = tensors[: ctx.count], tensors[ctx.count :]
 
         def once(grad: Tensor) -> list[Tensor | None]:
@@ -160,6 +160,26 @@ class StageNode(torch.autograd.Function):
         result = gradients("DenseBlock", once, plain, grad, inputs, needs)
         rest = len(ctx.needs_input_grad) - 3 - len(result)
         return (None,) * 3 + result + (None,) * rest
+
+
+def _saved(ctx: Any, grad: Tensor) -> Any:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "output 0 of StageNode" not in str(error):
+            raise
+        layers = ctx.count // Settings(*ctx.settings).step
+        raise RuntimeError(
+            f"DenseBlock ({layers} layers, from {ctx.channels} to {grad.shape[1]} channels): its output, which its backward "
+            "needs, was changed in place, as by nn.ReLU(inplace=True), y.relu_() or y += z right behind the block; write "
+            f"nn.ReLU(), y.relu() or y = y + z there ({error})"
+        ) from error
+
+
+def is_kept(x: Tensor) -> bool:
+    """Whether x is a block's output, or a view of one, that the block's backward will read."""
+    node: Any = (x if x._base is None else x._base).grad_fn
+    return isinstance(node, StageNode._backward_cls) and not Settings(*node.settings).pool  # type: ignore[attr-defined]
 
 
 def _plain(settings: tuple[Any, ...], count: int, x: Tensor, *tensors: Tensor | None) -> Tensor:

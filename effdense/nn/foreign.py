@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
+from effdense.nn.inputs import takes
+from effdense.nn.layers import dimensions_of, fits, run_stage, run_transition, run_unpooled
 from effdense.nn.obstacles import refuse_scripting
 from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, Seen, read_block, read_transition
 
@@ -66,11 +67,12 @@ class Foreign(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Fused where it is called with one tensor and nothing stands in the way, else as its own class does."""
-        fused = self.fused() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+        one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        fused = self.fused(args[0]) if one else None
         return super().forward(*args, **kwargs) if fused is None else fused(args[0])
 
-    def fused(self) -> Callable[[Tensor], Tensor] | None:
-        """Its fused forward, or None where something stands in the way."""
+    def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Its fused forward of x, or None where something stands in the way."""
         raise NotImplementedError
 
 
@@ -93,10 +95,12 @@ class ForeignBlock(Foreign):
         except Obstacle:
             return None
 
-    def fused(self) -> Callable[[Tensor], Tensor] | None:
+    def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""
         stage = self.chains()
-        return None if stage is None else lambda x: run_stage(*stage, x)
+        if stage is None or not takes(x, dimensions_of(stage[0])):
+            return None
+        return lambda x: run_stage(*stage, x)
 
 
 class ForeignTransition(Foreign):
@@ -119,13 +123,13 @@ class ForeignTransition(Foreign):
         kernel = parts.kernel()
         return None if kernel is None or not fits(x, kernel) else (parts.norm, kernel, parts.conv)
 
-    def fused(self) -> Callable[[Tensor], Tensor] | None:
+    def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C', what its pool makes of *spatial]."""
         try:
             parts = self.read()
         except Obstacle:
             return None
-        return lambda x: self._run(x, parts)
+        return (lambda x: self._run(x, parts)) if takes(x, parts.conv.weight.dim()) else None
 
     def _run(self, x: Tensor, parts: Passage) -> Tensor:
         kernel = parts.kernel()

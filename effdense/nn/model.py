@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense import pool
+from effdense import dense_block, pool
 from effdense.batch_norm import read_module, update_modules
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
-from effdense.nn.layers import DenseBlock, Transition, run_stage
+from effdense.nn.inputs import takes, through
+from effdense.nn.layers import DenseBlock, Transition, dimensions_of, run_stage
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     CONVS,
@@ -72,8 +74,11 @@ class DenseFeatures(nn.Sequential):
         head = self.head()
         if head is None:
             return None
-        x = self._walk(input, list(self._modules.values())[:-2])
         (chains, memory), norm = head
+        modules: list[Any] = list(self._modules.values())
+        x = self._walk(input, modules[:-2])
+        if not takes(x, dimensions_of(chains)):
+            return F.relu(norm(modules[-2](x))).flatten(2).mean(2)
         return run_stage(chains, memory, x, norm, x.shape[2:]).flatten(1)
 
     def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
@@ -86,15 +91,12 @@ class DenseFeatures(nn.Sequential):
         """Runs the first module, or the first few together; returns how many."""
         first = modules[0]
         windows = _stem(modules)
-        if windows is not None:
-            norm = first
-            names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-            out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
-            update_modules([(norm, mean, var)], x.numel() // x.shape[1])
-            return 3, out
+        if windows is not None and takes(x, len(windows[0]) + 2):
+            return 3, through(x, lambda x: _run_stem(first, windows, x))
         if len(modules) > 1 and _is_part(first, _BLOCKS) and _is_part(modules[1], _TRANSITIONS):
             passage = modules[1].passage(x)
-            stage = first.chains() if passage is not None else None
+            fits = passage is not None and takes(x, passage[2].weight.dim())
+            stage = first.chains() if fits else None
             if stage is not None and _same_processes(stage[0], passage[0]):
                 chains, memory = stage
                 return 2, run_stage(chains, memory, x, *passage)
@@ -104,7 +106,23 @@ class DenseFeatures(nn.Sequential):
             and (_stem(modules[1:]) is not None or isinstance(modules[1], _BLOCKS))
         ):
             return 1, _conv_to_channels_last(first, x)
-        return 1, first(x)
+        return 1, first(_apart(first, x))
+
+
+def _run_stem(norm: Any, windows: Any, x: Tensor) -> Tensor:
+    names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
+    update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+    return out
+
+
+def _apart(module: Any, x: Tensor) -> Tensor:
+    """x, or a copy where the module would change in place what a block has given: its backward needs that."""
+    if torch.compiler.is_compiling():
+        return x  # which sees to it
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return x.clone() if getattr(module, "inplace", False) is True and dense_block.is_kept(x) else x
 
 
 def _same_processes(chains: list[Chain], norm: nn.Module) -> bool:
