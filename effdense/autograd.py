@@ -99,14 +99,10 @@ class _GradientNode(torch.autograd.Function):
             of = [t for t, need in zip((grad, *inputs), needs, strict=True) if need]
             if not pairs or not of:
                 return (None,) * (3 + len(needs))
+            firsts, seconds = zip(*pairs, strict=True)
+            # Zeros, not nothing: in the naive graph almost every parameter is reached from every gradient.
             second = iter(
-                torch.autograd.grad(
-                    [f for f, _ in pairs],
-                    of,
-                    [g for _, g in pairs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
+                torch.autograd.grad(firsts, of, seconds, create_graph=create_graph, materialize_grads=True)
             )
         return (None,) * 3 + tuple(next(second) if need else None for need in needs)
 
@@ -187,7 +183,7 @@ class At(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, place: Tensor, values: Tensor) -> Tensor:
-        return values.view_as(values)
+        return values.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -149,7 +149,12 @@ def assert_ways_agree(pair: tuple[nn.Module, nn.Module], x: Tensor, ways: Any = 
             values = way(model, x.detach().clone().requires_grad_())
             results.append([v if v is None else v.detach().clone() for v in values])
         assert any(v is not None and v.abs().sum() > 0 for v in results[0]), way
-        assert_close(results[1], results[0])
+        for a, b in zip(results[1], results[0], strict=True):
+            # No gradient is none or zeros, depending on what each of PyTorch's operators keeps.
+            if a is not None and b is not None:
+                assert_close([a], [b])
+            else:
+                assert all(v is None or not v.any() for v in (a, b))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -377,7 +382,7 @@ def test_an_output_changed_between_two_derivatives() -> None:
     y = ours(x)
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     y.detach().mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         grad.square().sum().backward()
 
 
