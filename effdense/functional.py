@@ -47,7 +47,6 @@ def cat_bn_relu_conv1x1(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which. Nothing has been changed then.
-        RuntimeError: on differentiating twice.
     """
     op = "cat_bn_relu_conv1x1"
     check_number(op, "momentum", momentum)
