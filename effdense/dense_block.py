@@ -30,7 +30,7 @@ from effdense.stage import Parameters, Settings, Stage
 
 _SETTINGS = (
     "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool,"
-    " str group"
+    " bool newest_first, str group"
 )
 _library = torch.library.Library("effdense", "FRAGMENT")
 _library.define(
@@ -153,7 +153,8 @@ class StageNode(torch.autograd.Function):
             return [next(made) if need else None for need in needs]
 
         def inputs() -> list[Tensor | None]:
-            x = features.detach()[:, : ctx.channels]
+            stage = Stage(Settings(*ctx.settings), ctx.channels, parameters, masks)
+            x = features.detach()[:, stage.at(0, ctx.channels)]
             return [x if ctx.place is None else At.apply(ctx.place, x), *parameters, vectors, *masks]
 
         plain = functools.partial(_plain, ctx.settings, ctx.count)
@@ -203,7 +204,8 @@ def _plain(settings: tuple[Any, ...], count: int, x: Tensor, *tensors: Tensor | 
             y = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv1, n.conv1_bias)
             y, norm, affine = drop(y, n.masks[0], n.keep[0]), n.norm1 + 1, (n.weight2, n.bias2)
         new = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv2, n.conv2_bias)
-        features = torch.cat([features, drop(new, n.masks[1], n.keep[1])], 1)
+        both = [features, drop(new, n.masks[1], n.keep[1])]
+        features = torch.cat(both[::-1] if s.newest_first else both, 1)
     if s.pool:
         norm_weight, norm_bias, weight, bias = stage.pool_parameters
         z = plain_bn_relu(features, fixed[-1], s.eps[-1], norm_weight, norm_bias)

@@ -32,6 +32,7 @@ class Settings(NamedTuple):
         float
     ]  # per layer: dropout after the bottleneck's first convolution, and after the layer; or nothing
     pool: list[int]  # kernel size of the pool behind the block; empty: none
+    newest_first: bool  # a layer's features come in front of what it has read, torch.cat([new, x], 1), else behind
     group: str  # of processes whose batches are one batch for norms with the batch's statistics; see synchronize.py
 
     @property
@@ -96,8 +97,22 @@ class Stage:
         self._sizes += [channels] * pools
         self._second = {layer.norm1 + 1 for layer in self.layers} if settings.bottleneck else set()
 
+    def at(self, start: int, end: int) -> slice:
+        """Where in the buffer the channels are that came as the start-th to the end-th: the input's, then the layers'."""
+        if self.settings.newest_first:
+            start, end = self.channels - end, self.channels - start
+        return slice(start, end)
+
+    def read_by(self, layer: Layer) -> slice:
+        """The channels that a layer reads."""
+        return self.at(0, layer.channels)
+
+    def made_by(self, layer: Layer) -> slice:
+        """The channels that a layer adds."""
+        return self.at(layer.channels, layer.channels + layer.growth)
+
     def _own_vectors(self) -> list[bool]:
-        """Per norm: whether its statistics are its own, not a prefix of the buffer's."""
+        """Per norm: whether its statistics are its own, not a part of the buffer's."""
         batch = self.settings.batch_statistics
         return [i in self._second or not batch[i] for i in range(len(self._sizes))]
 
@@ -113,7 +128,7 @@ class Stage:
         parts = iter(vectors.split([n for n in sizes for _ in range(2)]))
         mean, var = next(parts), next(parts)
         norms = [
-            (next(parts), next(parts)) if is_own else (mean[:n], var[:n])
+            (next(parts), next(parts)) if is_own else (mean[self.at(0, n)], var[self.at(0, n)])
             for n, is_own in zip(self._sizes, own, strict=True)
         ]
         return (mean, var), norms

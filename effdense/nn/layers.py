@@ -389,6 +389,7 @@ def _run_stage(
         batch_statistics=[norm.batch_statistics for norm in norms],
         drop=drop,
         pool=list(kernel_size),
+        newest_first=chains[0].newest_first,
         group=next((norm.group for norm in norms if norm.batch_statistics), ""),
     )
     running = [

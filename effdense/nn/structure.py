@@ -49,6 +49,7 @@ class Chain(NamedTuple):
     norms: list[Any]
     convs: list[Any]
     drops: list[Drop]
+    newest_first: bool = False  # its block puts new features in front of what they are made of
 
     @property
     def channels(self) -> int:
