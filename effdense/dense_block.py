@@ -30,7 +30,7 @@ from effdense.stage import Parameters, Settings, Stage
 
 _SETTINGS = (
     "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool,"
-    " bool newest_first, str group"
+    " int[] dilation, bool newest_first, str group"
 )
 _library = torch.library.Library("effdense", "FRAGMENT")
 _library.define(
@@ -203,7 +203,7 @@ def _plain(settings: tuple[Any, ...], count: int, x: Tensor, *tensors: Tensor | 
         if n.conv1 is not None:
             y = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv1, n.conv1_bias)
             y, norm, affine = drop(y, n.masks[0], n.keep[0]), n.norm1 + 1, (n.weight2, n.bias2)
-        new = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv2, n.conv2_bias)
+        new = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv2, n.conv2_bias, n.dilation)
         both = [features, drop(new, n.masks[1], n.keep[1])]
         features = torch.cat(both[::-1] if s.newest_first else both, 1)
     if s.pool:

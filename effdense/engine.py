@@ -140,7 +140,7 @@ def forward(
             source: tuple[Tensor, Folded | None] = earlier, norm1
             if layer.width:
                 source = _first_half(ops, stage, layer, norm1, earlier, norms, kept, scratch)
-            statistics = bn_relu_convolve(ops, *source, layer.conv2, layer.conv2_bias, new, scratch)
+            statistics = bn_relu_convolve(ops, *source, layer.conv2, layer.conv2_bias, new, scratch, layer.dilation)
         if layer.masks[1] is not None:
             statistics = ops.channel_statistics([_drop_(new, layer.masks[1], layer.keep[1])])
         _set_joint((mean[own], var[own]), statistics, settings.group, x)
@@ -267,6 +267,7 @@ class _Backward:
             scratch,
             None if layer.width else grad_earlier,
             defers,
+            layer.dilation,
         )
         self.result[first + step - 2 : first + step] = conv2.weight, conv2.bias
         if conv2.x is None or conv2.sums is None:

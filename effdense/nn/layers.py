@@ -308,7 +308,7 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _check_layer(
-    name: str, kernels: tuple[int, ...], norms: Sequence[Norm], convs: Sequence[Any], channels: int, x: Tensor
+    name: str, kernels: Sequence[int], norms: Sequence[Norm], convs: Sequence[Any], channels: int, x: Tensor
 ) -> None:
     """Checks one layer's tensors against the channels that reach it."""
     op = "DenseBlock"
@@ -354,7 +354,6 @@ def _run_stage(
     conv: Any = None,
 ) -> Tensor:
     bottleneck = len(chains[0].convs) == 2
-    kernels = (1, 3) if bottleneck else (3,)
     convs = [c for chain in chains for c in chain.convs]
     convs += [] if conv is None else [conv]
     channels, (x,), weights, result = prepare(
@@ -364,6 +363,7 @@ def _run_stage(
     norms: list[Norm] = []
     for i, chain in enumerate(chains):
         own = [read_module(m) for m in chain.norms]
+        kernels = [conv.kernel_size[0] for conv in chain.convs]
         pairs = weights[2 * len(kernels) * i :][: 2 * len(kernels)]
         _check_layer(chain.name, kernels, own, pairs, channels, x)
         for j, norm in enumerate(own):
@@ -381,6 +381,7 @@ def _run_stage(
         norms.append(norm)
         all_norms.append(pool_norm)
     drop, masks = _masks(chains, x)
+    dilation = [chain.convs[-1].dilation[0] for chain in chains]
     settings = Settings(
         bottleneck=bottleneck,
         memory=memory,
@@ -389,6 +390,7 @@ def _run_stage(
         batch_statistics=[norm.batch_statistics for norm in norms],
         drop=drop,
         pool=list(kernel_size),
+        dilation=dilation if max(dilation) > 1 else [],
         newest_first=chains[0].newest_first,
         group=next((norm.group for norm in norms if norm.batch_statistics), ""),
     )

@@ -187,7 +187,7 @@ def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool
         raise Obstacle(f"{name} has {len(norms)} norms and {len(convs)} convolutions, not one or two of both")
     if len(spatial - {None}) > 1:
         raise Obstacle(f"{name}'s submodules have different numbers of spatial dimensions")
-    for path, conv, kernel in zip(paths, convs, (1, 3)[-len(convs) :], strict=True):
+    for path, conv, kernel in zip(paths, convs, (1, None)[-len(convs) :], strict=True):
         if (reason := conv_obstacle(path, conv, kernel)) is not None:
             raise Obstacle(reason)
     if layer.training and not dropouts and rate is not None:
