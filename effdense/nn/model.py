@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from effdense import dense_block, pool
 from effdense.batch_norm import read_module, update_modules
+from effdense.inputs import takes, through
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
-from effdense.nn.inputs import takes, through
 from effdense.nn.layers import DenseBlock, Transition, dimensions_of, run_stage
 from effdense.nn.obstacles import (
     ACTIVATIONS,
