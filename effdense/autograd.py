@@ -119,9 +119,8 @@ def _one_by_one(
     function: Callable[[Tensor], Sequence[Tensor | None]], grads: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The function's results for every gradient of a batch, stacked."""
-    each = grads.unbind() if len(grads) else [grads.new_zeros(grads.shape[1:])]
-    results = zip(*map(function, each), strict=True)
-    return tuple(None if r[0] is None else torch.stack(r)[: len(grads)] for r in results)
+    results = zip(*map(function, grads.unbind()), strict=True)
+    return tuple(None if r[0] is None else torch.stack(r) for r in results)
 
 
 def _view(t: Tensor | None, wanted: bool) -> Tensor | None:
@@ -182,12 +181,21 @@ class At(torch.autograd.Function):
     """Values at another tensor's place in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, place: Tensor, values: Tensor) -> Tensor:
+    def forward(place: Tensor, values: Tensor) -> Tensor:
         return values.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, place: Tensor, values: Tensor) -> Any:
+        """Asked for under torch.func.vmap, called for a batch only: what a node has kept is none."""
+        raise NotImplementedError
 
 
 def matrix(conv_weight: Tensor) -> Tensor:

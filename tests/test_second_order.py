@@ -433,7 +433,7 @@ def test_gradgradcheck(tail: str) -> None:
         return torch.func.functional_call(ours, dict(zip(parameters, values, strict=True)), (x,))
 
     inputs = (x, *(p.detach().clone().requires_grad_() for p in parameters.values()))
-    assert torch.autograd.gradgradcheck(function, inputs, atol=1e-4)
+    assert torch.autograd.gradgradcheck(function, inputs, atol=1e-4, fast_mode=True)
 
 
 def by_vectorized_jacobian(model: nn.Module, x: Tensor) -> list[Any]:
@@ -456,10 +456,8 @@ def by_batched_gradients(model: nn.Module, x: Tensor) -> list[Any]:
     inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
     first = torch.autograd.grad(y, inputs, batch, is_grads_batched=True, create_graph=True)
     second = torch.autograd.grad(first, inputs, directions(list(first)), retain_graph=True, allow_unused=True)
-    none = torch.autograd.grad(y, inputs, batch[:0], is_grads_batched=True, retain_graph=True)
-    assert all(len(g) == 0 for g in none)
     by_func = torch.func.vmap(lambda v: torch.autograd.grad(y, inputs, v, retain_graph=True), in_dims=1)
-    return [*first, *second, *none, *by_func(batch.movedim(0, 1))]
+    return [*first, *second, *by_func(batch.movedim(0, 1))]
 
 
 @pytest.mark.parametrize("part", [*TAILS, *PARTS])

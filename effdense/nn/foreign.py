@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from effdense.nn.inputs import takes
+from effdense.inputs import takes
 from effdense.nn.layers import dimensions_of, fits, run_stage, run_transition, run_unpooled
 from effdense.nn.obstacles import refuse_scripting
 from effdense.nn.structure import DROPOUTS, Chain, Obstacle, Passage, Seen, read_block, read_transition

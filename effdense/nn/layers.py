@@ -20,7 +20,7 @@ from effdense.checks import (
     check_spatial_dims,
     check_vector,
 )
-from effdense.nn.inputs import takes, through
+from effdense.inputs import takes, through
 from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,

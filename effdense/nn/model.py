@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from effdense import dense_block, pool
 from effdense.batch_norm import read_module, update_modules
+from effdense.inputs import takes, through
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
-from effdense.nn.inputs import takes, through
 from effdense.nn.layers import DenseBlock, Transition, dimensions_of, run_stage
 from effdense.nn.obstacles import (
     ACTIVATIONS,
@@ -24,7 +24,7 @@ from effdense.nn.obstacles import (
     refuse_scripting,
     same_processes,
 )
-from effdense.nn.structure import Chain
+from effdense.nn.structure import DROPOUTS, Chain
 from effdense.reference import channels_last
 
 _BLOCKS = (DenseBlock, ForeignBlock)
@@ -122,7 +122,11 @@ def _apart(module: Any, x: Tensor) -> Tensor:
         return x  # which sees to it
     while isinstance(module, nn.Sequential) and len(module):
         module = module[0]
-    return x.clone() if getattr(module, "inplace", False) is True and dense_block.is_kept(x) else x
+    if getattr(module, "inplace", False) is not True or not dense_block.is_kept(x):
+        return x
+    # Contiguous, so that on the CPU dropout draws what it would have drawn.
+    drops = isinstance(module, DROPOUTS)
+    return x.clone(memory_format=torch.contiguous_format if drops else torch.preserve_format)
 
 
 def _same_processes(chains: list[Chain], norm: nn.Module) -> bool:

@@ -45,14 +45,17 @@ def takes(x: Any, dimensions: int) -> bool:
 
 
 def through(x: Any, fused: Callable[[Any], Tensor]) -> Tensor:
-    """fused(x), x a tensor or a list of tensors; subclasses by their `__torch_function__`, as if `fused` were PyTorch's."""
-    several = isinstance(x, list)
+    """fused(x), x a tensor or a list of some; subclasses by their `__torch_function__`, as if `fused` were PyTorch's.
+
+    It gets them as plain tensors. What does more than carry something along is handed over as it is.
+    """
+    several = isinstance(x, (list, tuple))
     tensors = x if several else [x]
-    if all(type(t) in _PLAIN for t in tensors):
+    if all(type(t) in _PLAIN or not isinstance(t, Tensor) or not _carries(type(t)) for t in tensors):
         return fused(x)
 
     def on_plain(x: Any) -> Tensor:
-        plain = [t.as_subclass(Tensor) for t in (x if several else [x])]
+        plain = [t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in (x if several else [x])]
         return fused(plain if several else plain[0])
 
     if not has_torch_function(tensors):
