@@ -1,13 +1,14 @@
-"""What the autograd nodes share: autocast's rule, one differentiation only, gradients in the parameters' form."""
+"""What the autograd nodes share: autocast's rule, gradients of gradients, gradients in the parameters' form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from effdense.checks import check_features, check_same_dtype
 
@@ -52,30 +53,149 @@ def prepare(
     return channels, features, parameters, result
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Passes gradients through, and says what is wrong when they are differentiated again."""
+Once = Callable[[Tensor], Sequence[Tensor | None]]
+
+
+class _GradientNode(torch.autograd.Function):
+    """The gradients that a node's backward makes, as a node of their own: they can be differentiated again.
+
+    Forward, `once(grad)` makes them, the ordinary way. Backward, the node's computation is made again by PyTorch's own
+    operators, `plain(*inputs)`, and the gradients of that are differentiated. `wanted`: of which inputs there are gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.op = op
-        return tuple(g if g is None else g.view_as(g) for g in grads)
+    def forward(
+        once: Once, plain: Callable[..., Tensor], wanted: Sequence[bool], grad: Tensor, *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        with without_autocast(grad):
+            return tuple(g for g in once(grad) if g is not None)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> Any:
-        raise RuntimeError(
-            f"{ctx.op}: double backward is not supported (its gradient was differentiated again, as by a gradient "
-            "penalty or a Hessian); use the unconverted model for that"
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.plain, ctx.wanted, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        needs, create_graph = ctx.needs_input_grad[3:], torch.is_grad_enabled()
+        grad, *inputs = ctx.saved_tensors
+        with torch.enable_grad(), without_autocast(grad):
+            # Views, so that what is differentiated ends here: one input may have been made of another.
+            grad = _view(grad, False)
+            inputs = [_view(t, want) for t, want in zip(inputs, ctx.wanted, strict=True)]
+            first = torch.autograd.grad(
+                ctx.plain(*inputs),
+                [t for t, want in zip(inputs, ctx.wanted, strict=True) if want],
+                grad,
+                create_graph=True,
+                allow_unused=True,
+            )
+            pairs = [
+                (f, g)
+                for f, g in zip(first, grads, strict=True)
+                if f is not None and g is not None and f.requires_grad
+            ]
+            of = [t for t, need in zip((grad, *inputs), needs, strict=True) if need]
+            if not pairs or not of:
+                return (None,) * (3 + len(needs))
+            firsts, seconds = zip(*pairs, strict=True)
+            # Zeros, not nothing: in the naive graph almost every parameter is reached from every gradient.
+            second = iter(
+                torch.autograd.grad(firsts, of, seconds, create_graph=create_graph, materialize_grads=True)
+            )
+        return (None,) * 3 + tuple(next(second) if need else None for need in needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, once: Once, plain: Any, wanted: Any, grad: Tensor, *inputs: Any) -> Any:
+        """A batch of incoming gradients, by torch.func.vmap: one after the other."""
+        made = _one_by_one(
+            lambda g: _GradientNode.apply(once, plain, wanted, g, *inputs), grad.movedim(in_dims[3], 0)
         )
+        return made, (0,) * len(made)
 
 
-def differentiable_once(op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """What a backward returns: gradients that refuse, clearly, to be differentiated."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return grads
-    result: tuple[Tensor | None, ...] = _OnceDifferentiable.apply(
-        op, *(g if g is None else g.detach().requires_grad_() for g in grads)
-    )
-    return result
+def _one_by_one(
+    function: Callable[[Tensor], Sequence[Tensor | None]], grads: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The function's results for every gradient of a batch, stacked."""
+    results = zip(*map(function, grads.unbind()), strict=True)
+    return tuple(None if r[0] is None else torch.stack(r) for r in results)
+
+
+def _view(t: Tensor | None, wanted: bool) -> Tensor | None:
+    if t is None:
+        return None
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_(wanted)
+
+
+def gradients(
+    op: str,
+    once: Once,
+    plain: Callable[..., Tensor],
+    grad: Tensor,
+    inputs: Callable[[], Sequence[Tensor | None]],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """What a node's backward returns for its first inputs, as far as `needs` asks: right also where it is differentiated again.
+
+    `once(grad)` makes the gradients. Only where autograd asks for a graph of them (`create_graph=True`) or gives several
+    incoming gradients at once (`is_grads_batched=True`): `plain(*inputs())` is what the node has computed, by PyTorch's
+    operators; its inputs must be connected to the node's.
+    """
+    if torch.compiler.is_compiling():
+        with torch.no_grad(), without_autocast(grad):
+            return tuple(once(grad))
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
+        raise RuntimeError(
+            f"{op}: forward-mode derivatives of its backward need a forward inside of the dual level too"
+        )
+    if torch._C._functorch.is_legacy_batchedtensor(grad):  # autograd's own vmap
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        every = torch._remove_batch_dim(grad, level, 0, 0)
+        made = _one_by_one(lambda g: gradients(op, once, plain, g, inputs, needs), every)
+        return tuple(m if m is None else torch._add_batch_dim(m, 0, level) for m in made)
+    if not torch.is_grad_enabled() and not torch._C._functorch.is_batchedtensor(grad):
+        with without_autocast(grad):
+            return tuple(once(grad))
+    tensors = inputs()
+    wanted = (*needs, *[False] * (len(tensors) - len(needs)))
+    results = iter(_GradientNode.apply(once, plain, wanted, grad, *tensors))
+    return tuple(next(results) if need else None for need in needs)
+
+
+class Place(torch.autograd.Function):
+    """A tensor's place in the graph without its values: of its shape, on one element of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_empty_strided(x.shape, (0,) * x.dim())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class At(torch.autograd.Function):
+    """Values at another tensor's place in the graph."""
+
+    @staticmethod
+    def forward(place: Tensor, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, place: Tensor, values: Tensor) -> Any:
+        """Asked for under torch.func.vmap, called for a batch only: what a node has kept is none."""
+        raise NotImplementedError
 
 
 def matrix(conv_weight: Tensor) -> Tensor:

@@ -82,6 +82,33 @@ def bn_relu_backward(grad: Tensor, x: Tensor, norm: Folded) -> tuple[Tensor, Ten
     return sum_d, sum_dx
 
 
+def plain_bn_relu(
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """relu(bn(x)) by PyTorch's own operators, of all dtypes wide; `statistics`: mean and variance, None for the batch's."""
+    wide = accumulate_dtype(x.dtype)
+    mean, var, weight, bias = (
+        None if t is None else t.to(wide) for t in (*(statistics or (None, None)), weight, bias)
+    )
+    batch = statistics is None
+    return torch.batch_norm(
+        x.to(wide), weight, bias, mean, var, batch, 0.0, eps, torch.backends.cudnn.enabled
+    ).relu()
+
+
+def refuse_group(op: str, groups: Sequence[str]) -> None:
+    """Raises where norms are synchronised: what other processes' values mean for a second derivative, no backward knows."""
+    if any(groups):
+        raise RuntimeError(
+            f"{op}: second derivatives are not supported while norms are synchronised over several processes "
+            "(nn.SyncBatchNorm in training); use nn.BatchNorm there, or model.eval()"
+        )
+
+
 def recomputing() -> bool:
     """True where a forward runs inside a backward: a checkpoint's second run, whose first has updated the statistics."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from effdense.autograd import sum_per_channel, vector
-from effdense.batch_norm import Folded
-from effdense.reference import channels_last
+from effdense.batch_norm import Folded, plain_bn_relu
+from effdense.reference import accumulate_dtype, channels_last
 from effdense.workspace import Lease
 
 
-def fuses(ops: Any, weight: Tensor) -> bool:
+def fuses(ops: Any, weight: Tensor, dilation: int = 1) -> bool:
     """Whether these operators have a fused kernel for this convolution."""
     return (
         weight.shape[2:] == (3, 3)
+        and dilation == 1
         and weight.device.type in ("cpu", "meta")
         and hasattr(ops, "bn_relu_conv3x3")
     )
@@ -35,15 +36,32 @@ def bn_relu_convolve(
     bias: Tensor | None,
     out: Tensor,
     scratch: Lease,
+    dilation: int = 1,
 ) -> Any:
     """Writes out = weight * relu(norm(x)) + bias (None: x is normalised already); returns out's mean and variance."""
-    if norm is not None and fuses(ops, weight):
+    if norm is not None and fuses(ops, weight, dilation):
         return ops.bn_relu_conv3x3(x, norm.scale, norm.shift, weight, vector(bias, norm.mean), out)
     z = x
     if norm is not None:
         z = scratch.channels_last(x, x.shape[1])
         ops.bn_relu(x, norm.scale, norm.shift, z)
-    return ops.append_features(convolve(z, weight, bias), out)
+    return ops.append_features(convolve(z, weight, bias, dilation), out)
+
+
+def plain_bn_relu_convolve(
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int = 1,
+) -> Tensor:
+    """The same by PyTorch's own operators, which can be differentiated any number of times; see `plain_bn_relu`."""
+    wide = accumulate_dtype(x.dtype)
+    z = plain_bn_relu(x, statistics, eps, norm_weight, norm_bias)
+    return convolve(z, weight.to(wide), None if bias is None else bias.to(wide), dilation)
 
 
 class Gradients(NamedTuple):
@@ -69,6 +87,7 @@ def bn_relu_convolve_backward(
     scratch: Lease,
     add_to: Tensor | None,
     masks_later: bool,
+    dilation: int = 1,
 ) -> Gradients:
     """Gradients of x, weight and bias, as far as `needs` asks; that of x is new, or is added to `add_to`.
 
@@ -76,7 +95,7 @@ def bn_relu_convolve_backward(
     """
     need_x, need_weight, need_bias = needs
     vectors = norm.scale, norm.shift, norm.mean
-    if fuses(ops, weight):
+    if fuses(ops, weight, dilation):
         grad_bias = sum_per_channel(grad) if need_bias else None
         if not (need_x or need_weight):
             return Gradients(None, None, None, grad_bias)
@@ -92,12 +111,13 @@ def bn_relu_convolve_backward(
         return Gradients(grad_x, sums, grad_weight, grad_bias)
     z = scratch.channels_last(x, x.shape[1])
     if need_x and masks_later:  # one pass makes z and takes the sums
-        grad_z = channels_last(convolve_backward(grad, z, weight, bias, (True, False, False))[0])
+        grad_z = channels_last(convolve_backward(grad, z, weight, bias, (True, False, False), dilation)[0])
         sums = ops.bn_relu_with_sums(grad_z, x, *vectors, z)
-        _, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, (False, need_weight, need_bias))
+        needs = False, need_weight, need_bias
+        _, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs, dilation)
         return Gradients(grad_z, sums, grad_weight, grad_bias, masked=False)
     ops.bn_relu(x, norm.scale, norm.shift, z)
-    grad_x, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs)
+    grad_x, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs, dilation)
     if not need_x:
         return Gradients(None, None, grad_weight, grad_bias)
     grad_x = channels_last(grad_x)
@@ -108,18 +128,23 @@ def bn_relu_convolve_backward(
     return Gradients(grad_x, sums, grad_weight, grad_bias)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
     """A convolution of odd kernel size that keeps the image's size, on PyTorch's own kernels."""
-    x_, weight_, settings = _conv_form(x, weight)
+    x_, weight_, settings = _conv_form(x, weight, dilation)
     y: Tensor = torch.ops.aten.convolution(x_, weight_, bias, *settings)
     return y.squeeze(2) if x.dim() == 3 else y
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, as far as `needs` asks for them."""
-    x_, weight_, settings = _conv_form(x, weight)
+    x_, weight_, settings = _conv_form(x, weight, dilation)
     bias_sizes = None if bias is None else list(bias.shape)
     grad_ = grad.unsqueeze(2) if x.dim() == 3 else grad
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
@@ -131,10 +156,10 @@ def convolve_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _conv_form(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _conv_form(x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """x, weight, and stride, padding, dilation, transposed, output_padding, groups; 1D as 2D, which knows channels-last."""
-    padding = [k // 2 for k in weight.shape[2:]]
+    padding = [dilation * (k // 2) for k in weight.shape[2:]]
     if x.dim() == 3:
         x, weight, padding = x.unsqueeze(2), weight.unsqueeze(2), [0, *padding]
     ones = [1] * len(padding)
-    return x, weight, (ones, padding, ones, False, [0] * len(padding), 1)
+    return x, weight, (ones, padding, [dilation] * len(padding), False, [0] * len(padding), 1)

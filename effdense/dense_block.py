@@ -6,21 +6,31 @@ each way; `run` is what modules call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effdense.autograd import differentiable_once, empty_channels_last, without_autocast
+from effdense.autograd import (
+    At,
+    Place,
+    dropout_scale,
+    empty_channels_last,
+    gradients,
+)
+from effdense.batch_norm import plain_bn_relu, refuse_group
+from effdense.convolution import convolve, plain_bn_relu_convolve
 from effdense.engine import backward, empty_buffer, forward
 from effdense.operators import operators
+from effdense.pool import plain_avg_pool
 from effdense.reference import accumulate_dtype
 from effdense.stage import Parameters, Settings, Stage
 
 _SETTINGS = (
     "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool,"
-    " str group"
+    " int[] dilation, bool newest_first, str group"
 )
 _library = torch.library.Library("effdense", "FRAGMENT")
 _library.define(
@@ -120,7 +130,7 @@ class StageNode(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.settings, norms, masks, x, *tensors = inputs
         parameters, _, drops = _parts(norms, masks, tensors)
-        ctx.channels, ctx.count = x.shape[1], len(parameters)
+        ctx.channels, ctx.count, ctx.place = x.shape[1], len(parameters), None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         features = output[-1] if Settings(*ctx.settings).pool else output[0]
@@ -131,24 +141,77 @@ class StageNode(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = list(ctx.needs_input_grad[3 : 4 + ctx.count])
-        features, saved, vectors, *tensors = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(grad):
-            grads = iter(
+        features, saved, vectors, *tensors = _saved(ctx, grad)
+        parameters, masks = tensors[: ctx.count], tensors[ctx.count :]
+
+        def once(grad: Tensor) -> list[Tensor | None]:
+            made = iter(
                 torch.ops.effdense.dense_stage_backward(
-                    grad,
-                    ctx.channels,
-                    features,
-                    saved,
-                    vectors,
-                    tensors[: ctx.count],
-                    tensors[ctx.count :],
-                    needs,
-                    *ctx.settings,
+                    grad, ctx.channels, features, saved, vectors, parameters, masks, needs, *ctx.settings
                 )
             )
-            result = tuple(next(grads) if need else None for need in needs)
+            return [next(made) if need else None for need in needs]
+
+        def inputs() -> list[Tensor | None]:
+            stage = Stage(Settings(*ctx.settings), ctx.channels, parameters, masks)
+            x = features.detach()[:, stage.at(0, ctx.channels)]
+            return [x if ctx.place is None else At.apply(ctx.place, x), *parameters, vectors, *masks]
+
+        plain = functools.partial(_plain, ctx.settings, ctx.count)
+        result = gradients("DenseBlock", once, plain, grad, inputs, needs)
         rest = len(ctx.needs_input_grad) - 3 - len(result)
-        return (None,) * 3 + differentiable_once("DenseBlock", result) + (None,) * rest
+        return (None,) * 3 + result + (None,) * rest
+
+
+def _saved(ctx: Any, grad: Tensor) -> Any:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "output 0 of StageNode" not in str(error):
+            raise
+        layers = ctx.count // Settings(*ctx.settings).step
+        raise RuntimeError(
+            f"DenseBlock ({layers} layers, from {ctx.channels} to {grad.shape[1]} channels): its output, which its backward "
+            "needs, was changed in place, as by nn.ReLU(inplace=True), y.relu_() or y += z right behind the block; write "
+            f"nn.ReLU(), y.relu() or y = y + z there ({error})"
+        ) from error
+
+
+def is_kept(x: Tensor) -> bool:
+    """Whether x is a block's output, or a view of one, that the block's backward will read."""
+    node: Any = (x if x._base is None else x._base).grad_fn
+    return isinstance(node, StageNode._backward_cls) and not Settings(*node.settings).pool  # type: ignore[attr-defined]
+
+
+def _plain(settings: tuple[Any, ...], count: int, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """The stage by PyTorch's own operators; `tensors`: `count` parameters, the norms' vectors, masks."""
+    s, wide = Settings(*settings), accumulate_dtype(x.dtype)
+    refuse_group("DenseBlock", [s.group])
+    parameters = [None if p is None else p.to(wide) for p in tensors[:count]]
+    stage = Stage(s, x.shape[1], parameters, tensors[count + 1 :])
+    vectors: Any = tensors[count]
+    norms = stage.split_vectors(vectors)[1]
+
+    fixed = [None if batch else own for batch, own in zip(s.batch_statistics, norms, strict=True)]
+
+    def drop(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+        return x if mask is None else x * mask * dropout_scale(keep)
+
+    features = x.to(wide)
+    for n in stage.layers:
+        y, norm, affine = features, n.norm1, (n.weight1, n.bias1)
+        if n.conv1 is not None:
+            y = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv1, n.conv1_bias)
+            y, norm, affine = drop(y, n.masks[0], n.keep[0]), n.norm1 + 1, (n.weight2, n.bias2)
+        new = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv2, n.conv2_bias, n.dilation)
+        both = [features, drop(new, n.masks[1], n.keep[1])]
+        features = torch.cat(both[::-1] if s.newest_first else both, 1)
+    if s.pool:
+        norm_weight, norm_bias, weight, bias = stage.pool_parameters
+        z = plain_bn_relu(features, fixed[-1], s.eps[-1], norm_weight, norm_bias)
+        features = plain_avg_pool(z, s.pool)
+        features = features if weight is None else convolve(features, weight, bias)
+    return features.to(x.dtype)
 
 
 def _parts(
@@ -175,6 +238,9 @@ def run(
         out, vectors, *_ = StageNode.apply(
             tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks
         )
+        if needs[0] and not torch.compiler.is_compiling():
+            # Of x the stage keeps no more than its values in the buffer; a second derivative goes to x itself.
+            out.grad_fn.place = Place.apply(x)
     else:
         settings = settings._replace(memory="inference")
         out, features, _, vectors = torch.ops.effdense.dense_stage(x, parameters, running, masks, *settings)

@@ -10,6 +10,7 @@ so is y. Nothing else is kept. Statistics come in from outside (bn1) or are take
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from effdense.autograd import (
-    differentiable_once,
     empty_channels_last,
+    gradients,
     matrix,
     prepare,
     shaped,
@@ -26,9 +27,9 @@ from effdense.autograd import (
     vector,
     without_autocast,
 )
-from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold
+from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, refuse_group
 from effdense.checks import check_conv_weight, check_norm, check_vector
-from effdense.convolution import convolve, convolve_backward
+from effdense.convolution import convolve, convolve_backward, plain_bn_relu_convolve
 from effdense.operators import operators
 from effdense.reference import channels_last
 from effdense.synchronize import join_statistics
@@ -125,20 +126,35 @@ class BottleneckNode(torch.autograd.Function):
         needs = ctx.needs_input_grad[5:]
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        mean, var, norm_weight, norm_bias, conv_weight, conv_bias, *features = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(grad_y):
+        mean, var, *tensors = ctx.saved_tensors
+        norm_weight, norm_bias, conv_weight, conv_bias, *features = tensors
+
+        def once(grad_y: Tensor) -> tuple[Tensor | None, ...]:
             norm = fold(mean, var, ctx.eps, norm_weight, norm_bias, ctx.batch_statistics, ctx.group)
             grads, grad_scale, grad_shift, grad_conv = _bottleneck_backward(
                 features, norm, conv_weight, grad_y, needs[4:], needs[0] or needs[1], needs[2]
             )
-            result = (
+            return (
                 shaped(norm_weight, grad_scale) if needs[0] else None,
                 shaped(norm_bias, grad_shift) if needs[1] else None,
                 shaped(conv_weight, grad_conv) if needs[2] else None,
                 shaped(conv_bias, sum_per_channel(grad_y)) if needs[3] else None,
                 *grads,
             )
-        return (None,) * 5 + differentiable_once("cat_bn_relu_conv1x1", result)
+
+        statistics = None if ctx.batch_statistics else (mean, var)
+        plain = functools.partial(_plain_bottleneck, statistics, ctx.eps, ctx.group)
+        op = "cat_bn_relu_conv1x1"
+        return (None,) * 5 + gradients(op, once, plain, grad_y, lambda: tensors, needs)
+
+
+def _plain_bottleneck(
+    statistics: tuple[Tensor, Tensor] | None, eps: float, group: str, *tensors: Any
+) -> Tensor:
+    """The bottleneck by PyTorch's own operators; `tensors`: as BottleneckNode takes them behind its settings."""
+    refuse_group("cat_bn_relu_conv1x1", [group])
+    first, features = tensors[:4], tensors[4:]
+    return plain_bn_relu_convolve(torch.cat(features, 1), statistics, eps, *first).to(features[0].dtype)
 
 
 class DenseLayerNode(torch.autograd.Function):
@@ -194,39 +210,72 @@ class DenseLayerNode(torch.autograd.Function):
         if grad_new is None:
             return (None,) * len(ctx.needs_input_grad)
         mean1, var1, mean2, var2, y, *tensors = ctx.saved_tensors
-        weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias, *features = tensors
-        ops = operators(features[0])
-        with torch.no_grad(), without_autocast(grad_new):
-            norm1 = fold(mean1, var1, ctx.eps[0], weight1, bias1, ctx.batch_statistics[0], ctx.groups[0])
-            norm2 = fold(mean2, var2, ctx.eps[1], weight2, bias2, ctx.batch_statistics[1], ctx.groups[1])
-            if y is None:
-                y = _bottleneck(features, norm1, conv1, conv1_bias, False)[0]
-            z = torch.empty_like(y)
-            ops.bn_relu(y, norm2.scale, norm2.shift, z)
-            need_dz = any(needs[:6]) or any(needs[8:])
-            grad_y, grad_conv2, grad_conv2_bias = convolve_backward(
-                grad_new, z, conv2, conv2_bias, (need_dz, needs[6], needs[7])
-            )
-            del z
-            result: list[Tensor | None] = [None] * 6
-            if need_dz:
-                grad_y = channels_last(grad_y)
-                sum_d, sum_dx = bn_relu_backward(grad_y, y, norm2)
-                del y
-                grads, grad_scale, grad_shift, grad_conv1 = _bottleneck_backward(
-                    features, norm1, conv1, grad_y, needs[8:], needs[0] or needs[1], needs[2]
-                )
-                result = [
-                    shaped(weight1, grad_scale) if needs[0] else None,
-                    shaped(bias1, grad_shift) if needs[1] else None,
-                    shaped(conv1, grad_conv1) if needs[2] else None,
-                    shaped(conv1_bias, sum_per_channel(grad_y)) if needs[3] else None,
-                    shaped(weight2, sum_dx * norm2.rstd) if needs[4] else None,
-                    shaped(bias2, sum_d) if needs[5] else None,
-                ]
-            else:
-                grads = [None] * len(features)
-        return (None,) * 8 + differentiable_once("DenseLayer", (*result, grad_conv2, grad_conv2_bias, *grads))
+        statistics = (mean1, var1), (mean2, var2)
+
+        def once(grad_new: Tensor) -> tuple[Tensor | None, ...]:
+            return _layer_backward(ctx, statistics, y, tensors, grad_new)
+
+        fixed = [None if batch else s for batch, s in zip(ctx.batch_statistics, statistics, strict=True)]
+        plain = functools.partial(_plain_layer, fixed, ctx.eps, ctx.groups)
+        return (None,) * 8 + gradients("DenseLayer", once, plain, grad_new, lambda: tensors, needs)
+
+
+def _layer_backward(
+    ctx: Any,
+    statistics: Sequence[tuple[Tensor, Tensor]],
+    y: Tensor | None,
+    tensors: Sequence[Any],
+    grad_new: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a layer's parameters and features, as DenseLayerNode takes them."""
+    needs = ctx.needs_input_grad[8:]
+    weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias, *features = tensors
+    ops = operators(features[0])
+    norm1, norm2 = (
+        fold(*statistics[i], ctx.eps[i], *affine, ctx.batch_statistics[i], ctx.groups[i])
+        for i, affine in enumerate(((weight1, bias1), (weight2, bias2)))
+    )
+    if y is None:
+        y = _bottleneck(features, norm1, conv1, conv1_bias, False)[0]
+    z = torch.empty_like(y)
+    ops.bn_relu(y, norm2.scale, norm2.shift, z)
+    need_dz = any(needs[:6]) or any(needs[8:])
+    grad_y, grad_conv2, grad_conv2_bias = convolve_backward(
+        grad_new, z, conv2, conv2_bias, (need_dz, needs[6], needs[7])
+    )
+    del z
+    if not need_dz:
+        return (*[None] * 6, grad_conv2, grad_conv2_bias, *[None] * len(features))
+    grad_y = channels_last(grad_y)
+    sum_d, sum_dx = bn_relu_backward(grad_y, y, norm2)
+    del y
+    grads, grad_scale, grad_shift, grad_conv1 = _bottleneck_backward(
+        features, norm1, conv1, grad_y, needs[8:], needs[0] or needs[1], needs[2]
+    )
+    return (
+        shaped(weight1, grad_scale) if needs[0] else None,
+        shaped(bias1, grad_shift) if needs[1] else None,
+        shaped(conv1, grad_conv1) if needs[2] else None,
+        shaped(conv1_bias, sum_per_channel(grad_y)) if needs[3] else None,
+        shaped(weight2, sum_dx * norm2.rstd) if needs[4] else None,
+        shaped(bias2, sum_d) if needs[5] else None,
+        grad_conv2,
+        grad_conv2_bias,
+        *grads,
+    )
+
+
+def _plain_layer(
+    statistics: Sequence[tuple[Tensor, Tensor] | None],
+    eps: Sequence[float],
+    groups: Sequence[str],
+    *tensors: Any,
+) -> Tensor:
+    """The layer by PyTorch's own operators; `tensors`: as DenseLayerNode takes them behind its settings."""
+    refuse_group("DenseLayer", groups)
+    first, second, features = tensors[:4], tensors[4:8], tensors[8:]
+    y = plain_bn_relu_convolve(torch.cat(features, 1), statistics[0], eps[0], *first)
+    return plain_bn_relu_convolve(y, statistics[1], eps[1], *second).to(features[0].dtype)
 
 
 def bottleneck(

@@ -1,10 +1,11 @@
 """The block engine: a whole dense stage, forward and backward, as operators strung together.
 
 A stage is a dense block and, where the caller knows it, the BN-ReLU-average-pool behind it (a transition's, or a head's).
-It owns one feature buffer in channels-last layout. Each layer reads a prefix and appends its channels; a channel's
-statistics are taken once, when it is appended, and serve every norm that reads it:
+It owns one feature buffer in channels-last layout. Each layer reads what is there, a prefix, and appends its channels (or
+a suffix, and puts them in front: stage.py says where); a channel's statistics are taken once, when it comes, and serve
+every norm that reads it:
 
-    y = W1 relu(norm1(prefix))      new = conv3x3(relu(norm2(y)))      plain layers: new = conv3x3(relu(norm1(prefix)))
+    y = W1 relu(norm1(earlier))      new = conv3x3(relu(norm2(y)))      plain layers: new = conv3x3(relu(norm1(earlier)))
 
 The backward walks the layers in reverse over one gradient buffer of the same size. What batch normalisation's backward
 subtracts is affine in x, so each reader adds two numbers per channel to (a, b) and the correction is made once, when the
@@ -68,13 +69,13 @@ def _set_joint(
 
 
 def _bottleneck(
-    ops: Any, layer: Layer, norm1: Folded, prefix: Tensor, y: Tensor, then: Folded | None, statistics: bool
+    ops: Any, layer: Layer, norm1: Folded, earlier: Tensor, y: Tensor, then: Folded | None, statistics: bool
 ) -> Any:
-    """Writes y = W1 relu(norm1(prefix)), or relu(then(y)); returns y's statistics."""
+    """Writes y = W1 relu(norm1(earlier)), or relu(then(y)); returns y's statistics."""
     assert layer.conv1 is not None
     out = (None, None) if then is None else (then.scale, then.shift)
     bias = vector(layer.conv1_bias, norm1.mean)
-    return ops.bottleneck([prefix], norm1.scale, norm1.shift, matrix(layer.conv1), bias, *out, statistics, y)
+    return ops.bottleneck([earlier], norm1.scale, norm1.shift, matrix(layer.conv1), bias, *out, statistics, y)
 
 
 def _first_half(
@@ -82,20 +83,20 @@ def _first_half(
     stage: Stage,
     layer: Layer,
     norm1: Folded,
-    prefix: Tensor,
+    earlier: Tensor,
     norms: Vectors,
     kept: dict[int, Tensor],
     scratch: workspace.Lease,
 ) -> tuple[Tensor, Folded | None]:
     """A bottleneck's output, and what is to come before the 3x3 convolution: norm2, or nothing where it is done already."""
     if stage.straight_to_z(ops, layer):
-        z = scratch.channels_last(prefix, layer.width)
-        _bottleneck(ops, layer, norm1, prefix, z, stage.norm2(layer, norms), False)
+        z = scratch.channels_last(earlier, layer.width)
+        _bottleneck(ops, layer, norm1, earlier, z, stage.norm2(layer, norms), False)
         return z, None
     y = kept.get(layer.position)
-    y = scratch.channels_last(prefix, layer.width) if y is None else y
+    y = scratch.channels_last(earlier, layer.width) if y is None else y
     batch, mask = stage.settings.batch_statistics[layer.norm1 + 1], layer.masks[0]
-    statistics = _bottleneck(ops, layer, norm1, prefix, y, None, batch and mask is None)
+    statistics = _bottleneck(ops, layer, norm1, earlier, y, None, batch and mask is None)
     if mask is not None:
         _drop_(y, mask, layer.keep[0])
         statistics = ops.channel_statistics([y]) if batch else None
@@ -129,17 +130,19 @@ def forward(
         if not batch:
             _set(norms[i], running[2 * i : 2 * i + 2])
 
-    first = mean[: x.shape[1]], var[: x.shape[1]]
-    _set_joint(first, ops.append_features(x, features[:, : x.shape[1]]), settings.group, x)
+    first = stage.at(0, x.shape[1])
+    _set_joint((mean[first], var[first]), ops.append_features(x, features[:, first]), settings.group, x)
     size = workspace.size_of(x, stage.forward_scratch(ops))
     for layer in stage.layers:
-        own = slice(layer.channels, layer.channels + layer.growth)
-        prefix, new, norm1 = features[:, : layer.channels], features[:, own], stage.norm1(layer, norms)
+        own = stage.made_by(layer)
+        earlier, new, norm1 = features[:, stage.read_by(layer)], features[:, own], stage.norm1(layer, norms)
         with workspace.lease(x.device, size) as scratch:
-            source: tuple[Tensor, Folded | None] = prefix, norm1
+            source: tuple[Tensor, Folded | None] = earlier, norm1
             if layer.width:
-                source = _first_half(ops, stage, layer, norm1, prefix, norms, kept, scratch)
-            statistics = bn_relu_convolve(ops, *source, layer.conv2, layer.conv2_bias, new, scratch)
+                source = _first_half(ops, stage, layer, norm1, earlier, norms, kept, scratch)
+            statistics = bn_relu_convolve(
+                ops, *source, layer.conv2, layer.conv2_bias, new, scratch, layer.dilation
+            )
         if layer.masks[1] is not None:
             statistics = ops.channel_statistics([_drop_(new, layer.masks[1], layer.keep[1])])
         _set_joint((mean[own], var[own]), statistics, settings.group, x)
@@ -206,8 +209,8 @@ class _Backward:
         self.result: list[Tensor | None] = [None] * len(needs)
 
     def take(self, start: int, end: int, out: Tensor) -> Tensor:
-        """The finished gradient of channels start..end."""
-        of = slice(start, end)
+        """The finished gradient of the channels that came as the start-th to the end-th."""
+        of = self.stage.at(start, end)
         x, grad = self.features[:, of], self.grad_features[:, of]
         a, b = join_coefficients(self.stage.settings.group, self.a[of], self.b[of], self.count)
         self.ops.take_gradient(x, self.mean[of], a, b, grad, out)
@@ -217,11 +220,11 @@ class _Backward:
         """The gradients of a norm's parameters."""
         self.result[position], self.result[position + 1] = sums[1] * norm.rstd, sums[0]
 
-    def _read(self, norm: Folded, sums: Sequence[Tensor], position: int) -> None:
-        """The same of a norm that reads a prefix, and its part of the deferred correction."""
+    def _read(self, norm: Folded, sums: Sequence[Tensor], position: int, of: slice = slice(None)) -> None:
+        """The same of a norm that reads the buffer, and its part of the deferred correction."""
         self._normalised(norm, sums, position)
         if norm.batch_statistics:
-            norm.defer(sums[0], sums[1], self.count, self.a, self.b)
+            norm.defer(sums[0], sums[1], self.count, self.a[of], self.b[of])
 
     def pool(self, grad: Tensor) -> None:
         """Starts the gradient buffer: from the pool behind the block, or from the block's own gradient."""
@@ -241,18 +244,22 @@ class _Backward:
         self._read(norm, sums, len(self.needs) - POOL_PARAMETERS)
 
     def layer(self, layer: Layer, scratch: workspace.Lease, below: bool) -> None:
-        """One layer; what it makes is gone when the next one starts. `below`: whether the prefix needs a gradient."""
+        """One layer; what it makes is gone when the next one starts. `below`: whether what the layer reads needs a gradient."""
         stage, ops, step = self.stage, self.ops, self.stage.settings.step
         first = 1 + step * layer.position
         wanted = self.needs[first : first + step]
-        prefix, norm1 = self.features[:, : layer.channels], stage.norm1(layer, self.norms)
-        below_prefix = self.grad_features[:, : layer.channels]
+        of = stage.read_by(layer)
+        earlier, grad_earlier, norm1 = (
+            self.features[:, of],
+            self.grad_features[:, of],
+            stage.norm1(layer, self.norms),
+        )
         g = scratch.channels_last(self.features, layer.growth)
         self.take(layer.channels, layer.channels + layer.growth, g)
         _drop_(g, layer.masks[1], layer.keep[1])
-        source, norm = prefix, norm1
+        source, norm = earlier, norm1
         if layer.width:
-            source, norm = self._y(layer, norm1, prefix, scratch), stage.norm2(layer, self.norms)
+            source, norm = self._y(layer, norm1, earlier, scratch), stage.norm2(layer, self.norms)
         # y's gradient is wanted whole where it goes through dropout or is summed up
         defers = bool(layer.width) and layer.masks[0] is None and not wanted[3]
         conv2 = bn_relu_convolve_backward(
@@ -264,14 +271,15 @@ class _Backward:
             layer.conv2_bias,
             (below or any(wanted[:-2]), wanted[-2], wanted[-1]),
             scratch,
-            None if layer.width else below_prefix,
+            None if layer.width else grad_earlier,
             defers,
+            layer.dilation,
         )
         self.result[first + step - 2 : first + step] = conv2.weight, conv2.bias
         if conv2.x is None or conv2.sums is None:
             return
         if not layer.width:
-            self._read(norm1, conv2.sums, first)
+            self._read(norm1, conv2.sums, first, of)
             return
         self._normalised(norm, conv2.sums, first + 4)
         if not (below or any(wanted[:4])):
@@ -283,25 +291,25 @@ class _Backward:
         need_features = below or wanted[0] or wanted[1]
         vectors = norm1.scale, norm1.shift, norm1.mean
         grad_conv1, *sums = ops.bottleneck_backward(
-            [prefix],
+            [earlier],
             grad_y,
             *vectors,
             matrix(layer.conv1),
-            [below_prefix],
+            [grad_earlier],
             True,
             need_features,
             wanted[2],
             deferred,
         )
         self.result[first + 2] = grad_conv1
-        self._read(norm1, sums, first)
+        self._read(norm1, sums, first, of)
 
-    def _y(self, layer: Layer, norm1: Folded, prefix: Tensor, scratch: workspace.Lease) -> Tensor:
+    def _y(self, layer: Layer, norm1: Folded, earlier: Tensor, scratch: workspace.Lease) -> Tensor:
         """A bottleneck's output, kept or made again."""
         y = self.kept.get(layer.position)
         if y is None:
             y = scratch.channels_last(self.features, layer.width)
-            _bottleneck(self.ops, layer, norm1, prefix, y, None, False)
+            _bottleneck(self.ops, layer, norm1, earlier, y, None, False)
             _drop_(y, layer.masks[0], layer.keep[0])
         return y
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from effdense import dense_layer
 from effdense.batch_norm import Norm, Update, recomputing, update_running_statistics
 from effdense.checks import check_number
+from effdense.inputs import through
 
 
 def cat_bn_relu_conv1x1(
@@ -47,17 +48,20 @@ def cat_bn_relu_conv1x1(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which. Nothing has been changed then.
-        RuntimeError: on differentiating twice.
     """
     op = "cat_bn_relu_conv1x1"
     check_number(op, "momentum", momentum)
     check_number(op, "eps", eps)
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
-    y, mean, var = dense_layer.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
-    if training and not recomputing():
-        update = Update(running_mean, running_var, mean, var, momentum)
-        update_running_statistics([update], y.numel() // y.shape[1])
-    return y
+
+    def fused(features: Sequence[Tensor]) -> Tensor:
+        y, mean, var = dense_layer.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
+        if training and not recomputing():
+            update = Update(running_mean, running_var, mean, var, momentum)
+            update_running_statistics([update], y.numel() // y.shape[1])
+        return y
+
+    return through(features, fused)
 
 
 # What the parameters are called in messages: the norm's four tensors, the convolution's two.

@@ -5,14 +5,16 @@ Neither the normalised image nor relu's is stored. The maximum keeps which pixel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from effdense.autograd import differentiable_once, empty_channels_last, prepare, shaped, without_autocast
-from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold
+from effdense.autograd import empty_channels_last, gradients, prepare, shaped, without_autocast
+from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
 from effdense.checks import check_norm
 from effdense.dense_layer import statistics
 from effdense.operators import operators
@@ -65,7 +67,8 @@ class AvgPoolNode(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         mean, var, weight, bias, x = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(grad):
+
+        def once(grad: Tensor) -> tuple[Tensor | None, ...]:
             ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.whose)
             grad_x = empty_channels_last(x, x.shape[1])
             sum_d, sum_dx = ops.bn_relu_avg_pool_backward(
@@ -74,8 +77,12 @@ class AvgPoolNode(torch.autograd.Function):
             if norm.batch_statistics:
                 a, b = norm.deferred(sum_d, sum_dx, x.numel() // x.shape[1])
                 ops.take_gradient(x, norm.mean, a, b, grad_x, grad_x)
-            result = _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
-        return (None,) * 6 + differentiable_once("bn_relu_avg_pool", result)
+            return _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
+
+        pool = functools.partial(plain_avg_pool, kernel_size=ctx.kernel_size)
+        plain = functools.partial(_plain, "bn_relu_avg_pool", pool, ctx.eps, ctx.whose, (mean, var))
+        result = gradients("bn_relu_avg_pool", once, plain, grad, lambda: (weight, bias, x), needs)
+        return (None,) * 6 + result
 
 
 class MaxPoolNode(torch.autograd.Function):
@@ -110,12 +117,46 @@ class MaxPoolNode(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         where, mean, var, weight, bias, x = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(grad):
+
+        def once(grad: Tensor) -> tuple[Tensor | None, ...]:
             ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.whose)
             grad_x = empty_channels_last(x, x.shape[1])
             ops.max_pool_backward(grad, where, *map(list, ctx.windows), grad_x)
-            result = _gradients(needs, norm, bn_relu_backward(grad_x, x, norm), weight, bias, grad_x)
-        return (None,) * 6 + differentiable_once("bn_relu_max_pool", result)
+            return _gradients(needs, norm, bn_relu_backward(grad_x, x, norm), weight, bias, grad_x)
+
+        pool = functools.partial(_plain_max_pool, windows=ctx.windows)
+        plain = functools.partial(_plain, "bn_relu_max_pool", pool, ctx.eps, ctx.whose, (mean, var))
+        result = gradients("bn_relu_max_pool", once, plain, grad, lambda: (weight, bias, x), needs)
+        return (None,) * 6 + result
+
+
+def plain_avg_pool(x: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """PyTorch's average pool over windows side by side."""
+    pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(kernel_size) - 1]
+    pooled: Tensor = pool(x, tuple(kernel_size))
+    return pooled
+
+
+def _plain_max_pool(x: Tensor, windows: tuple[Sequence[int], ...]) -> Tensor:
+    pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(windows[0]) - 1]
+    pooled: Tensor = pool(x, *windows)
+    return pooled
+
+
+def _plain(
+    op: str,
+    pool: Callable[[Tensor], Tensor],
+    eps: float,
+    whose: Sequence[Any],
+    statistics: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    """A node's computation by PyTorch's own operators; `whose`: whether the statistics are the batch's, and its group."""
+    batch, group = whose
+    refuse_group(op, [group])
+    return pool(plain_bn_relu(x, None if batch else statistics, eps, weight, bias)).to(x.dtype)
 
 
 def _run(op: str, names: Sequence[str], node: Any, windows: Any, x: Tensor, norm: Norm) -> Any:

@@ -32,6 +32,10 @@ class Settings(NamedTuple):
         float
     ]  # per layer: dropout after the bottleneck's first convolution, and after the layer; or nothing
     pool: list[int]  # kernel size of the pool behind the block; empty: none
+    dilation: list[int]  # of every layer's last convolution; or nothing: 1
+    newest_first: (
+        bool  # a layer's features come in front of what it has read, torch.cat([new, x], 1), else behind
+    )
     group: str  # of processes whose batches are one batch for norms with the batch's statistics; see synchronize.py
 
     @property
@@ -58,6 +62,7 @@ class Layer(NamedTuple):
     conv2_bias: Tensor | None
     masks: tuple[Tensor | None, Tensor | None]  # of dropout: y's, and the new features'
     keep: tuple[float, float]  # the probabilities that a value was kept
+    dilation: int  # of conv2
 
 
 class Stage:
@@ -86,9 +91,10 @@ class Stage:
                 own[2:2] = [None] * 4
             mask: Any = tuple(masks[2 * i : 2 * i + 2]) or (None, None)
             first, second = settings.drop[2 * i : 2 * i + 2] or (0.0, 0.0)
+            (dilation,) = settings.dilation[i : i + 1] or (1,)
             growth, width = own[6].shape[0], own[2].shape[0] if settings.bottleneck else 0
             self.layers.append(
-                Layer(i, channels, growth, width, norms * i, *own, mask, (1 - first, 1 - second))  # type: ignore[call-arg]
+                Layer(i, channels, growth, width, norms * i, *own, mask, (1 - first, 1 - second), dilation)  # type: ignore[call-arg]
             )
             channels += growth
         self.channels = channels
@@ -96,8 +102,22 @@ class Stage:
         self._sizes += [channels] * pools
         self._second = {layer.norm1 + 1 for layer in self.layers} if settings.bottleneck else set()
 
+    def at(self, start: int, end: int) -> slice:
+        """Where in the buffer the channels are that came as the start-th to the end-th: the input's, then the layers'."""
+        if self.settings.newest_first:
+            start, end = self.channels - end, self.channels - start
+        return slice(start, end)
+
+    def read_by(self, layer: Layer) -> slice:
+        """The channels that a layer reads."""
+        return self.at(0, layer.channels)
+
+    def made_by(self, layer: Layer) -> slice:
+        """The channels that a layer adds."""
+        return self.at(layer.channels, layer.channels + layer.growth)
+
     def _own_vectors(self) -> list[bool]:
-        """Per norm: whether its statistics are its own, not a prefix of the buffer's."""
+        """Per norm: whether its statistics are its own, not a part of the buffer's."""
         batch = self.settings.batch_statistics
         return [i in self._second or not batch[i] for i in range(len(self._sizes))]
 
@@ -113,7 +133,7 @@ class Stage:
         parts = iter(vectors.split([n for n in sizes for _ in range(2)]))
         mean, var = next(parts), next(parts)
         norms = [
-            (next(parts), next(parts)) if is_own else (mean[:n], var[:n])
+            (next(parts), next(parts)) if is_own else (mean[self.at(0, n)], var[self.at(0, n)])
             for n, is_own in zip(self._sizes, own, strict=True)
         ]
         return (mean, var), norms
@@ -160,16 +180,16 @@ class Stage:
         """Whether relu(norm2(y)) is made without y: nobody wants y, norm2 is known beforehand, and the convolution wants z."""
         s = self.settings
         known = s.memory == "inference" and layer.width > 0 and not s.batch_statistics[layer.norm1 + 1]
-        return known and layer.masks[0] is None and not fuses(ops, layer.conv2)
+        return known and layer.masks[0] is None and not fuses(ops, layer.conv2, layer.dilation)
 
     def forward_scratch(self, ops: Any) -> list[int]:
         """Channels of the maps that a forward holds of the workspace at once: a y that is not kept, and a z."""
         made = [n.width for n in self.layers if not self._is_saved(n) and not self.straight_to_z(ops, n)]
-        z = [n.width or n.channels for n in self.layers if not fuses(ops, n.conv2)]
+        z = [n.width or n.channels for n in self.layers if not fuses(ops, n.conv2, n.dilation)]
         return [max(made, default=0), max(z, default=0)]
 
     def backward_scratch(self, ops: Any) -> list[int]:
         """The same of a backward, where a z may be y's gradient, and there is the gradient of a layer's new features."""
         made = max((n.width for n in self.layers if not self._is_saved(n)), default=0)
-        z = [n.width if fuses(ops, n.conv2) else n.width or n.channels for n in self.layers]
+        z = [n.width if fuses(ops, n.conv2, n.dilation) else n.width or n.channels for n in self.layers]
         return [made, max(z, default=0), max((n.growth for n in self.layers), default=0)]

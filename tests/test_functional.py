@@ -333,14 +333,6 @@ def test_a_feature_changed_in_place_is_refused() -> None:
         y.sum().backward()
 
 
-def test_double_backward_is_refused() -> None:
-    features, arguments = make_case()
-    y = cat_bn_relu_conv1x1(features, **arguments)
-    (grad,) = torch.autograd.grad(y.square().sum(), features[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="cat_bn_relu_conv1x1: double backward is not supported"):
-        grad.sum().backward()
-
-
 def test_forward_mode_is_refused() -> None:
     features, arguments = make_case()
     with (

@@ -348,14 +348,6 @@ def test_messages() -> None:
         transition(torch.ones(2, 8, 4, 4))
 
 
-def test_double_backward_is_refused() -> None:
-    _, ours = make_pair()
-    x = make_input()
-    (grad,) = torch.autograd.grad(ours(x).square().sum(), x[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="DenseLayer: double backward is not supported"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("memory", MEMORY)
 def test_a_feature_changed_in_place_is_refused(memory: str) -> None:
     _, ours = make_pair(memory)

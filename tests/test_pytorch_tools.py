@@ -118,15 +118,6 @@ def test_forward_mode(pair: tuple[nn.Module, nn.Module]) -> None:
     assert_close(got[1], got[0])
 
 
-def test_double_backward_is_refused(pair: tuple[nn.Module, nn.Module]) -> None:
-    x = make_images().requires_grad_()
-    (grad,) = torch.autograd.grad(pair[1](x).square().sum(), x, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r": double backward is not supported .*; use the unconverted model"
-    ):
-        grad.sum().backward()
-
-
 # ---- tracing, scripting
 
 

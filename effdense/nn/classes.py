@@ -84,7 +84,7 @@ def _attempt(kind: Any, module: Any, x: Any) -> Tensor | None:
     elif not isinstance(x, Tensor):
         return None
     if issubclass(kind, Foreign):
-        fused = module.fused()
+        fused = module.fused(x)
         return None if fused is None else fused(x)
     if changed_since(module) is not None:
         return None

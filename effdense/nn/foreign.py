@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense.code import Reads
-from effdense.nn.layers import fits, run_stage, run_transition, run_unpooled
+from effdense.inputs import takes
+from effdense.nn.layers import dimensions_of, fits, run_stage, run_transition, run_unpooled
 from effdense.nn.structure import (
     DROPOUTS,
     Chain,
@@ -83,8 +84,8 @@ class Foreign(nn.Module):
             return str(reason)
         return None
 
-    def fused(self) -> Callable[[Tensor], Tensor] | None:
-        """Its fused forward, or None where something stands in the way."""
+    def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Its fused forward of x, or None where something stands in the way."""
         raise NotImplementedError
 
 
@@ -107,10 +108,12 @@ class ForeignBlock(Foreign):
         except Obstacle:
             return None
 
-    def fused(self) -> Callable[[Tensor], Tensor] | None:
+    def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""
         stage = self.chains()
-        return None if stage is None else lambda x: run_stage(*stage, self.enter(x))
+        if stage is None or not takes(x, dimensions_of(stage[0])):
+            return None
+        return lambda x: run_stage(*stage, self.enter(x))
 
     def enter(self, x: Tensor) -> Tensor:
         """What the first layer reads: a transition may stand at the head of the block's sequence."""
@@ -146,13 +149,13 @@ class ForeignTransition(Foreign):
         kernel = parts.kernel()
         return None if kernel is None or not fits(x, kernel) else (parts.norm, kernel, parts.conv)
 
-    def fused(self) -> Callable[[Tensor], Tensor] | None:
+    def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C', what its pool makes of *spatial]."""
         try:
             parts = self.read()
         except Obstacle:
             return None
-        return lambda x: self._run(x, parts)
+        return (lambda x: self._run(x, parts)) if takes(x, parts.conv.weight.dim()) else None
 
     def _run(self, x: Tensor, parts: Passage) -> Tensor:
         kernel = parts.kernel()

@@ -20,6 +20,7 @@ from effdense.checks import (
     check_spatial_dims,
     check_vector,
 )
+from effdense.inputs import takes, through
 from effdense.modules import kind_of
 from effdense.nn.obstacles import (
     AVG_POOLS,
@@ -123,8 +124,8 @@ class DenseLayer(_Layer):
     def forward(self, *inputs: Tensor | Sequence[Tensor]) -> Tensor:
         """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
         features = _as_list(inputs)
-        tensors = all(isinstance(x, Tensor) for x in features)  # not torch.fx's proxies
-        if tensors and self.obstacle() is None and not self._drops_inside():
+        fused = self.obstacle() is None and not self._drops_inside()
+        if fused and features and all(takes(x, self.conv1.weight.dim()) for x in features):
             drop = Drop(self.drop_rate if self.training else 0.0)
             new, mask = self._fused(features), _draw_mask(drop, self.conv2, features[0])
             return new if mask is None else new * mask * dropout_scale(1 - self.drop_rate)
@@ -148,6 +149,9 @@ class DenseLayer(_Layer):
         return self.training and self.dropout_after_bottleneck and self.drop_rate > 0
 
     def _fused(self, features: list[Tensor]) -> Tensor:
+        return through(features, self._on_plain)
+
+    def _on_plain(self, features: list[Tensor]) -> Tensor:
         new, statistics1, statistics2 = dense_layer.dense_layer(
             self.memory, features, read_module(self.norm1), self.conv1, read_module(self.norm2), self.conv2
         )
@@ -292,7 +296,8 @@ class DenseBlock(nn.ModuleDict):
 
         Fused, the output is the block's feature buffer, in channels-last layout.
         """
-        if isinstance(init_features, Tensor) and (stage := self.chains()) is not None:
+        stage = self.chains() if isinstance(init_features, Tensor) else None
+        if stage is not None and takes(init_features, dimensions_of(stage[0])):
             return run_stage(*stage, init_features)
         features = [init_features]
         for layer in self.values():
@@ -304,7 +309,7 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _check_layer(
-    name: str, kernels: tuple[int, ...], norms: Sequence[Norm], convs: Sequence[Any], channels: int, x: Tensor
+    name: str, kernels: Sequence[int], norms: Sequence[Norm], convs: Sequence[Any], channels: int, x: Tensor
 ) -> None:
     """Checks one layer's tensors against the channels that reach it."""
     op = "DenseBlock"
@@ -327,7 +332,21 @@ def _masks(chains: Sequence[Chain], x: Tensor) -> tuple[list[float], list[Tensor
     return [p for own in rates for p in [0.0, *own][-2:]], [m for own in masks for m in [None, *own][-2:]]
 
 
-def run_stage(
+def dimensions_of(chains: Sequence[Chain]) -> int:
+    """How many dimensions a block's input has."""
+    count: int = chains[0].convs[0].weight.dim()
+    return count
+
+
+def run_stage(chains: Sequence[Chain], memory: str, x: Tensor, *behind: Any) -> Tensor:
+    """Runs a block's layers, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage.
+
+    `x`: what `takes` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is.
+    """
+    return through(x, lambda x: _run_stage(chains, memory, x, *behind))
+
+
+def _run_stage(
     chains: Sequence[Chain],
     memory: str,
     x: Tensor,
@@ -335,9 +354,7 @@ def run_stage(
     kernel_size: Sequence[int] = (),
     conv: Any = None,
 ) -> Tensor:
-    """Runs a block's layers, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage."""
     bottleneck = len(chains[0].convs) == 2
-    kernels = (1, 3) if bottleneck else (3,)
     convs = [c for chain in chains for c in chain.convs]
     convs += [] if conv is None else [conv]
     channels, (x,), weights, result = prepare(
@@ -347,6 +364,7 @@ def run_stage(
     norms: list[Norm] = []
     for i, chain in enumerate(chains):
         own = [read_module(m) for m in chain.norms]
+        kernels = [conv.kernel_size[0] for conv in chain.convs]
         pairs = weights[2 * len(kernels) * i :][: 2 * len(kernels)]
         _check_layer(chain.name, kernels, own, pairs, channels, x)
         for j, norm in enumerate(own):
@@ -364,6 +382,7 @@ def run_stage(
         norms.append(norm)
         all_norms.append(pool_norm)
     drop, masks = _masks(chains, x)
+    dilation = [chain.convs[-1].dilation[0] for chain in chains]
     settings = Settings(
         bottleneck=bottleneck,
         memory=memory,
@@ -372,6 +391,8 @@ def run_stage(
         batch_statistics=[norm.batch_statistics for norm in norms],
         drop=drop,
         pool=list(kernel_size),
+        dilation=dilation if max(dilation) > 1 else [],
+        newest_first=chains[0].newest_first,
         group=next((norm.group for norm in norms if norm.batch_statistics), ""),
     )
     running = [
@@ -425,9 +446,13 @@ class Transition(nn.Sequential):
         kernel = plain_avg_pool(self._modules["pool"], self._modules["norm"])
         return None if kernel is None or not fits(x, kernel) else (self.norm, kernel, self.conv)
 
+    def _takes(self, x: Tensor) -> bool:
+        conv: Any = self.conv
+        return takes(x, conv.weight.dim())
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
-        if not isinstance(x, Tensor) or self.obstacle() is not None:
+        if not isinstance(x, Tensor) or self.obstacle() is not None or not self._takes(x):
             return super().forward(x)
         if (passage := self.passage(x)) is not None:
             return run_transition(x, *passage)
@@ -442,15 +467,24 @@ def fits(x: Tensor, kernel: Sequence[int]) -> bool:
 
 
 def run_unpooled(x: Tensor, norm: Any, conv: Any) -> Tensor:
-    """A transition's BN-ReLU-convolution, for a pool that cannot come first."""
-    y, mean, var = dense_layer.bottleneck("Transition", NAMES, [x], read_module(norm), conv.weight, conv.bias)
-    update_modules([(norm, mean, var)], x.numel() // x.shape[1])
-    return y
+    """A transition's BN-ReLU-convolution, for a pool that cannot come first; `x`: what `takes` agrees to."""
+
+    def fused(x: Tensor) -> Tensor:
+        weights = conv.weight, conv.bias
+        y, mean, var = dense_layer.bottleneck("Transition", NAMES, [x], read_module(norm), *weights)
+        update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+        return y
+
+    return through(x, fused)
 
 
 def run_transition(x: Tensor, norm: Any, kernel: tuple[int, ...], conv: Any) -> Tensor:
-    """A transition by itself: BN-ReLU-average-pool, then the convolution."""
-    y, mean, var = pool.bn_relu_avg_pool("Transition", NAMES[:4], x, read_module(norm), kernel)
-    update_modules([(norm, mean, var)], x.numel() // x.shape[1])
-    result: Tensor = conv(y)
-    return result
+    """A transition by itself: BN-ReLU-average-pool, then the convolution; `x`: what `takes` agrees to."""
+
+    def fused(x: Tensor) -> Tensor:
+        y, mean, var = pool.bn_relu_avg_pool("Transition", NAMES[:4], x, read_module(norm), kernel)
+        update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+        result: Tensor = conv(y)
+        return result
+
+    return through(x, fused)

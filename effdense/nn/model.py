@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense import pool
+from effdense import dense_block, pool
 from effdense.batch_norm import read_module, update_modules
+from effdense.inputs import takes, through
 from effdense.modules import kind_of
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
-from effdense.nn.layers import DenseBlock, Transition, run_stage
+from effdense.nn.layers import DenseBlock, Transition, dimensions_of, run_stage
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     CONVS,
@@ -25,7 +27,7 @@ from effdense.nn.obstacles import (
     refuse_scripting,
     same_processes,
 )
-from effdense.nn.structure import Chain
+from effdense.nn.structure import DROPOUTS, Chain
 from effdense.reference import channels_last
 
 _BLOCKS = (DenseBlock, ForeignBlock)
@@ -83,9 +85,11 @@ class DenseFeatures(nn.Sequential):
         head = self.head()
         if head is None:
             return None
+        (chains, memory), norm = head
+        if not takes(input, dimensions_of(chains)):
+            return None
         modules = self.parts()
         x = _enter(modules[-2], self._walk(input, modules[:-2]))
-        (chains, memory), norm = head
         return run_stage(chains, memory, x, norm, x.shape[2:]).flatten(1)
 
     def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
@@ -98,11 +102,8 @@ class DenseFeatures(nn.Sequential):
         """Runs the first module, or the first few together; returns how many."""
         first = modules[0]
         stem = stem_of(modules)
-        if stem is not None:
-            names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-            out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(first), *stem.windows)
-            update_modules([(first, mean, var)], x.numel() // x.shape[1])
-            return stem.count, out
+        if stem is not None and takes(x, len(stem.windows[0]) + 2):
+            return stem.count, through(x, lambda x: _run_stem(first, stem.windows, x))
         if len(modules) > 1 and _is_part(first, _BLOCKS):
             pooled = _step_of_block(x, modules)
             if pooled is not None:
@@ -113,7 +114,27 @@ class DenseFeatures(nn.Sequential):
             and (stem_of(modules[1:]) is not None or isinstance(modules[1], _BLOCKS))
         ):
             return 1, _conv_to_channels_last(first, x)
-        return 1, first(x)
+        return 1, first(_apart(first, x))
+
+
+def _run_stem(norm: Any, windows: Any, x: Tensor) -> Tensor:
+    names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
+    update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+    return out
+
+
+def _apart(module: Any, x: Tensor) -> Tensor:
+    """x, or a copy where the module would change in place what a block has given: its backward needs that."""
+    if torch.compiler.is_compiling():
+        return x  # which sees to it
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    if getattr(module, "inplace", False) is not True or not dense_block.is_kept(x):
+        return x
+    # Contiguous, so that on the CPU dropout draws what it would have drawn.
+    drops = isinstance(module, DROPOUTS)
+    return x.clone(memory_format=torch.contiguous_format if drops else torch.preserve_format)
 
 
 def _enter(block: Any, x: Tensor) -> Tensor:
@@ -127,7 +148,7 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
     first, second = modules[:2]
     if _is_part(second, _TRANSITIONS):
         stage = first.chains()
-        if stage is None:
+        if stage is None or not takes(x, dimensions_of(stage[0])):
             return None
         x = _enter(first, x)
         passage = second.passage(x)
@@ -136,7 +157,7 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
         return 2, run_stage(*stage, x, *passage)
     count = _count_head(modules[1:])
     stage = first.chains() if count else None
-    if stage is None or not _same_processes(stage[0], second):
+    if stage is None or not takes(x, dimensions_of(stage[0])) or not _same_processes(stage[0], second):
         return None
     x = _enter(first, x)
     return 1 + count, run_stage(*stage, x, second, x.shape[2:])

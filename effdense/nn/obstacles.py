@@ -67,16 +67,26 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
 _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
-def conv_obstacle(name: str, conv: Any, kernel: int) -> str | None:
-    """Why a convolution is not the plain one of this kernel size with padding that keeps the image's size."""
+def conv_obstacle(name: str, conv: Any, kernel: int | None) -> str | None:
+    """Why a convolution is not the plain one of this kernel size (None: an odd one, and dilation) that keeps the image's size."""
     spatial = len(conv.kernel_size)
-    ones = (1,) * spatial
-    plain = (kernel,) * spatial, ones, (kernel // 2,) * spatial, ones, 1, "zeros"
-    got = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    size, spread = (kernel, 1) if kernel is not None else (conv.kernel_size[0], conv.dilation[0])
+    if size % 2 == 0:
+        return f"{name}.kernel_size is {conv.kernel_size}, not odd"
+    ones, same = (1,) * spatial, (spread * (size // 2),) * spatial
+    plain = (size,) * spatial, ones, same, (spread,) * spatial, 1, "zeros"
+    got = conv.kernel_size, conv.stride, padding_of(conv), conv.dilation, conv.groups, conv.padding_mode
     if got == plain:
         return None
     attribute, is_, wanted = next(t for t in zip(_CONV, got, plain, strict=True) if t[1] != t[2])
     return f"{name}.{attribute} is {is_}, not {wanted}"
+
+
+def padding_of(conv: Any) -> tuple[int, ...]:
+    """A convolution's padding in numbers, of an odd kernel's."""
+    if conv.padding == "same":
+        return tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    return (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
 
 
 def _fused_under_compile() -> bool:

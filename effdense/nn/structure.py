@@ -56,6 +56,7 @@ class Chain(NamedTuple):
     norms: list[Any]
     convs: list[Any]
     drops: list[Drop]
+    newest_first: bool = False  # its block puts new features in front of what they are made of
 
     @property
     def channels(self) -> int:
@@ -211,7 +212,7 @@ def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool
         raise Obstacle(f"{name} has {len(norms)} norms and {len(convs)} convolutions, not one or two of both")
     if len(spatial - {None}) > 1:
         raise Obstacle(f"{name}'s submodules have different numbers of spatial dimensions")
-    for path, conv, kernel in zip(paths, convs, (1, 3)[-len(convs) :], strict=True):
+    for path, conv, kernel in zip(paths, convs, (1, None)[-len(convs) :], strict=True):
         if (reason := conv_obstacle(path, conv, kernel)) is not None:
             raise Obstacle(reason)
     if layer.training and not dropouts and rate is not None:
