@@ -263,8 +263,11 @@ def _forms(module: nn.Module, ours: type, reads: Reads) -> Iterator[Form]:
     """What is tried on the probe, in this order."""
     form = Form(reads=reads)
     yield form
-    if ours is ForeignBlock and any(drop_attributes(m) for m in walk(module)):
-        yield form._replace(everywhere=True)
+    if ours is ForeignBlock:
+        drops = any(drop_attributes(m) for m in walk(module))
+        for newest_first, everywhere in ((False, True), (True, False), (True, True)):
+            if drops or not everywhere:
+                yield form._replace(everywhere=everywhere, newest_first=newest_first)
     if ours is ForeignTransition:
         conv = read_transition(module, hooks=False, reads=reads)[0].conv
         yield form._replace(pool=(2,) * len(conv.kernel_size))

@@ -31,6 +31,7 @@ class Form(NamedTuple):
     """What a probe finds out, and no structure shows."""
 
     everywhere: bool = False  # whether a layer's rate of dropout is for all its convolutions
+    newest_first: bool = False  # whether a block puts new features in front of what they are made of
     pool: tuple[int, ...] = ()  # a transition's, if its forward calls a function
     reads: Reads = Reads()  # the attributes that count
 
@@ -99,6 +100,8 @@ class ForeignBlock(Foreign):
         noted = noted_of(self)
         chains, seen = read_block(self, noted.form.everywhere, reads=noted.form.reads)
         noted.check(seen)
+        if noted.form.newest_first:
+            chains = [chain._replace(newest_first=True) for chain in chains]
         return chains, noted.memory
 
     def chains(self) -> tuple[list[Chain], str] | None:
