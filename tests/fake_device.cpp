@@ -37,10 +37,15 @@ struct HostMemory final : c10::Allocator {
 HostMemory memory;
 REGISTER_ALLOCATOR(kDevice, &memory);
 
-// One device with one stream, on which everything is done when a call returns.
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<kDevice> {
+// One device with one stream, on which everything is done when a call returns. (NoOpDeviceGuardImpl, which
+// would do for most of it, is final in torch 2.8.)
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kDevice; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   c10::Device getDevice() const override { return {kDevice, 0}; }
   c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::Stream getStream(c10::Device) const noexcept override {
     return c10::Stream(c10::Stream::DEFAULT, getDevice());
   }
