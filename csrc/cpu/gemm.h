@@ -72,11 +72,11 @@ class Factor {
   }
 
   // c [m, n] = a [m, k] times this. Of c's rows `room` elements may be written, where that is more than n.
-  void multiply(int64_t m, Block<const A> a, Block<A> c, int64_t room = 0) const {
+  void multiply(int64_t m, Block<const A> a, Block<A> c, int64_t room = 0, Ahead next = {}) const {
     if constexpr (std::is_same_v<A, float>)
       if (const Products* own = products()) {
         const int64_t whole = panels(n_) * kPanel;
-        return own->multiply(m, room < whole ? n_ : whole, k_, a, data(), c);
+        return own->multiply(m, room < whole ? n_ : whole, k_, a, data(), c, next);
       }
     gemm(m, n_, k_, a, {data(), n_}, c, false);
   }
@@ -85,9 +85,9 @@ class Factor {
   // registers.
   template <typename T>
   void multiply_backward(const Rows<T>& loops, int64_t m, Block<const A> dy, Block<A> dz,
-                         const GradientPass<T>& pass) const {
+                         const GradientPass<T>& pass, Ahead next = {}) const {
     if constexpr (std::is_same_v<T, float>)
-      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), pass);
+      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), pass, next);
     multiply(m, dy, dz);
     loops.bottleneck_backward(m, n_, pass.x, pass.mean, pass.z, constant(dz), pass.scale, pass.grad,
                               pass.accumulate, pass.sum_d, pass.sum_dx);
@@ -104,9 +104,9 @@ class Factor {
 // a^T.
 template <typename A>
 void add_transposed(int64_t rows, int64_t m, int64_t n, Block<const A> a, Block<const A> b, Block<A> c,
-                    bool accumulate, Block<A> scratch) {
+                    bool accumulate, Block<A> scratch, Ahead next = {}) {
   if constexpr (std::is_same_v<A, float>)
-    if (const Products* own = products()) return own->add_transposed(rows, m, n, a, b, c, accumulate);
+    if (const Products* own = products()) return own->add_transposed(rows, m, n, a, b, c, accumulate, next);
   effdense::rows<A>().transpose(rows, m, a, scratch);
   const auto product = [&](int64_t r, Block<A> to, bool add) {
     const int64_t k = std::min(kPixels, rows - r);
