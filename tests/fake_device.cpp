@@ -64,6 +64,15 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 [[maybe_unused]] const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true);
 
+// Autograd hands over to the device; in torch 2.8 each device that is not PyTorch's own says so itself.
+[[maybe_unused]] const bool falls_through = [] {
+  constexpr auto kAutograd = c10::DispatchKey::AutogradPrivateUse1;
+  if (c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(kAutograd)) return false;
+  static torch::Library all(torch::Library::IMPL, "_", kAutograd, __FILE__, __LINE__);
+  all.fallback(torch::CppFunction::makeFallthrough());
+  return true;
+}();
+
 Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
   return at::detail::empty_generic(size, &memory, kKeys, at::dtype_or_default(dtype), format);
