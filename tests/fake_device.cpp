@@ -37,10 +37,15 @@ struct HostMemory final : c10::Allocator {
 HostMemory memory;
 REGISTER_ALLOCATOR(kDevice, &memory);
 
-// One device with one stream, on which everything is done when a call returns.
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<kDevice> {
+// One device with one stream, on which everything is done when a call returns. (NoOpDeviceGuardImpl, which
+// would do for most of it, is final in torch 2.8.)
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kDevice; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   c10::Device getDevice() const override { return {kDevice, 0}; }
   c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::Stream getStream(c10::Device) const noexcept override {
     return c10::Stream(c10::Stream::DEFAULT, getDevice());
   }
@@ -58,6 +63,15 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 
 [[maybe_unused]] const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true);
+
+// Autograd hands over to the device; in torch 2.8 each device that is not PyTorch's own says so itself.
+[[maybe_unused]] const bool falls_through = [] {
+  constexpr auto kAutograd = c10::DispatchKey::AutogradPrivateUse1;
+  if (c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(kAutograd)) return false;
+  static torch::Library all(torch::Library::IMPL, "_", kAutograd, __FILE__, __LINE__);
+  all.fallback(torch::CppFunction::makeFallthrough());
+  return true;
+}();
 
 Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -44,7 +45,8 @@ def with_an_unused_layer(model: nn.Module) -> nn.Module:
 def shard(model: Any) -> nn.Module:
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for block in (model.features.denseblock1, model.features.denseblock2):
-        fully_shard(block, mesh=mesh)
+        with suppress(ValueError):  # torch 2.8 takes no ModuleDict, forward or not: it goes with the model
+            fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 

@@ -270,7 +270,7 @@ def test_times() -> None:
 
 
 def test_make_gpu_is_the_same_command() -> None:
-    line = ["make", "-n", "gpu", "OUT=/x", "BUDGET=5m", "PYTHON=py"]
+    line = ["make", "--no-print-directory", "-n", "gpu", "OUT=/x", "BUDGET=5m", "PYTHON=py"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split("\n")[0] == "py -m benchmarks.gpu --out /x --budget 5m"
 

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
       const Block<A> tile_y = same_or(tile_out, y_scratch);
       wide.bn_relu(tile.rows(), channels, x.template read<A>(loops, tile, tile_scratch),
                    scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
-      w.multiply(tile.rows(), constant(z), tile_y);
+      w.multiply(tile.rows(), constant(z), tile_y, 0, x.ahead(tiles.after(tile)));
       if (bias_data != nullptr) wide.add_bias(tile.rows(), out_channels, bias_data, tile_y);
       if (out_scale_data != nullptr)
         wide.bn_relu(tile.rows(), out_channels, constant(tile_y), out_scale_data, out_shift_data, tile_y);
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       if (need_weight) {
         const Block<A> to{partial.mutable_data_ptr<A>() + slot * out_channels * channels, channels};
         add_transposed(tile.rows(), out_channels, channels, tile_dy, constant(z), to, started[slot],
-                       transposed);
+                       transposed, grads.size() == 1 ? ahead(grads[0], tile, channels) : Ahead{});
         started[slot] = true;
       }
       if (!need_features) return;
@@ -156,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       if (grads.size() == 1) {
         w.multiply_backward(loops, tile.rows(), tile_dy, dz,
                             {tile_x, constant(z), mean.const_data_ptr<A>(), scale.const_data_ptr<A>(),
-                             grad_of(0), accumulate, sums.d(slot), sums.dx(slot)});
+                             grad_of(0), accumulate, sums.d(slot), sums.dx(slot)},
+                            x.ahead(tiles.after(tile)));
         return;
       }
       w.multiply(tile.rows(), tile_dy, dz);

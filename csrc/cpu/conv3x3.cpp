@@ -37,9 +37,10 @@ struct Bands {
     step = (height + per_image - 1) / per_image;
     per_image = (height + step - 1) / step;
     count = x.size(0) * per_image;
+    pixels = x.size(0) * height * width;
   }
   int64_t slots() const { return count_slots(count); }
-  int64_t height, width, per_image, step, count;
+  int64_t height, width, per_image, step, count, pixels;
 
   // Runs body(slot, image, first line, last line), a slot's bands in order.
   template <typename Body>
@@ -113,8 +114,11 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
                     scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), {z, channels});
       for (int64_t y = above; y < below;) {
         const int64_t lines = std::min(below - y, ring - y % ring);
+        const int64_t end =
+            image * pixels + (y + lines) * width;  // the band below takes its lines from there on
         w.multiply(lines * width, {z + (y - above) * width * channels, channels}, {line_of(y), taps_step},
-                   taps_step);
+                   taps_step,
+                   ahead(from.block, {end, std::min(end + lines * width, bands.pixels)}, channels));
         y += lines;
       }
       for (int64_t y = first; y < last; ++y) {
@@ -190,12 +194,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
       wide.bn_relu(count, channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
         const Block<A> sum{partial.mutable_data_ptr<A>() + slot * channels * columns, columns};
-        add_transposed(count, channels, columns, constant(z), constant(around), sum, true, transposed);
+        add_transposed(count, channels, columns, constant(z), constant(around), sum, true, transposed,
+                       ahead(to, {row, row + count}, channels));
       }
       if (!need_x) return;
       w.multiply_backward(loops, count, constant(around), dz,
                           {tile_x, constant(z), mean.const_data_ptr<A>(), scale.const_data_ptr<A>(),
-                           from_row(to, row), accumulate, sums.d(slot), sums.dx(slot)});
+                           from_row(to, row), accumulate, sums.d(slot), sums.dx(slot)},
+                          from.ahead({row + count, std::min(row + 2 * count, bands.pixels)}));
     });
     for (int64_t slot = 0; need_weight && slot < bands.slots(); ++slot)
       grad_weight.add_(partial[slot].view({channels, 3, 3, k}).flip({1, 2}).permute({3, 0, 1, 2}));

@@ -40,14 +40,16 @@ const Products* own_products() {
   return std::is_same_v<A, float> ? products() : nullptr;
 }
 
+// Panels of n columns.
+inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
 // Elements from row to row of a scratch matrix of n columns. Ours read columns of it: with an odd number of
 // cache lines to a row they are spread over the whole cache. Whole vectors are read, so kPanel more are
 // needed at the end.
 template <typename A>
 int64_t row_step(int64_t n) {
   if (own_products<A>() == nullptr) return n;
-  const int64_t lines = (n + kPanel - 1) / kPanel;
-  return (lines + 1 - lines % 2) * kPanel;
+  return (panels(n) | 1) * kPanel;
 }
 
 // The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it.
@@ -59,23 +61,22 @@ class Factor {
       data_ = matrix.contiguous();
       return;
     }
-    const int64_t panels = (n_ + kPanel - 1) / kPanel;
-    data_ = at::empty({panels, k_, kPanel}, matrix.options());
+    data_ = at::empty({panels(n_), k_, kPanel}, matrix.options());
     A* to = data_.template mutable_data_ptr<A>();
     const A* from = matrix.const_data_ptr<A>();
     const int64_t row = matrix.stride(0), column = matrix.stride(1);
-    for (int64_t panel = 0; panel < panels; ++panel)
+    for (int64_t panel = 0; panel < panels(n_); ++panel)
       for (int64_t p = 0; p < k_; ++p)
         for (int64_t j = panel * kPanel; j < (panel + 1) * kPanel; ++j)
           *to++ = j < n_ ? from[p * row + j * column] : A(0);
   }
 
   // c [m, n] = a [m, k] times this. Of c's rows `room` elements may be written, where that is more than n.
-  void multiply(int64_t m, Block<const A> a, Block<A> c, int64_t room = 0) const {
+  void multiply(int64_t m, Block<const A> a, Block<A> c, int64_t room = 0, Ahead next = {}) const {
     if constexpr (std::is_same_v<A, float>)
       if (const Products* own = products()) {
-        const int64_t whole = (n_ + kPanel - 1) / kPanel * kPanel;
-        return own->multiply(m, room < whole ? n_ : whole, k_, a, data(), c);
+        const int64_t whole = panels(n_) * kPanel;
+        return own->multiply(m, room < whole ? n_ : whole, k_, a, data(), c, next);
       }
     gemm(m, n_, k_, a, {data(), n_}, c, false);
   }
@@ -84,9 +85,9 @@ class Factor {
   // registers.
   template <typename T>
   void multiply_backward(const Rows<T>& loops, int64_t m, Block<const A> dy, Block<A> dz,
-                         const GradientPass<T>& pass) const {
+                         const GradientPass<T>& pass, Ahead next = {}) const {
     if constexpr (std::is_same_v<T, float>)
-      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), pass);
+      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), pass, next);
     multiply(m, dy, dz);
     loops.bottleneck_backward(m, n_, pass.x, pass.mean, pass.z, constant(dz), pass.scale, pass.grad,
                               pass.accumulate, pass.sum_d, pass.sum_dx);
@@ -103,9 +104,9 @@ class Factor {
 // a^T.
 template <typename A>
 void add_transposed(int64_t rows, int64_t m, int64_t n, Block<const A> a, Block<const A> b, Block<A> c,
-                    bool accumulate, Block<A> scratch) {
+                    bool accumulate, Block<A> scratch, Ahead next = {}) {
   if constexpr (std::is_same_v<A, float>)
-    if (const Products* own = products()) return own->add_transposed(rows, m, n, a, b, c, accumulate);
+    if (const Products* own = products()) return own->add_transposed(rows, m, n, a, b, c, accumulate, next);
   effdense::rows<A>().transpose(rows, m, a, scratch);
   const auto product = [&](int64_t r, Block<A> to, bool add) {
     const int64_t k = std::min(kPixels, rows - r);

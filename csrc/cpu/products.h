@@ -23,17 +23,24 @@ struct GradientPass {
   double *sum_d, *sum_dx;
 };
 
+// Rows that are wanted after a product. It fetches them into L2 bit by bit, for itself it waits for no
+// memory.
+struct Ahead {
+  const void* data;
+  int64_t step, bytes, rows;  // bytes from row to row, and of one; no rows: nothing is fetched
+};
+
 struct Products {
   // c [m, n] = a [m, k] b [k, n]
   void (*multiply)(int64_t m, int64_t n, int64_t k, Block<const float> a, const float* b_panels,
-                   Block<float> c);
+                   Block<float> c, Ahead next);
   // c [m, n] = or += a^T b, a [rows, m], b [rows, n], of which whole vectors are read: up to kPanel - 1
   // columns more
   void (*add_transposed)(int64_t rows, int64_t m, int64_t n, Block<const float> a, Block<const float> b,
-                         Block<float> c, bool accumulate);
+                         Block<float> c, bool accumulate, Ahead next);
   // dz [m, n] = dy [m, k] b [k, n], and the pass over it; dz itself is not stored
   void (*multiply_backward)(int64_t m, int64_t n, int64_t k, Block<const float> dy, const float* b_panels,
-                            const GradientPass<float>& pass);
+                            const GradientPass<float>& pass, Ahead next);
 };
 
 namespace avx2 {

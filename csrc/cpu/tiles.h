@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/rows.h"
+#include "cpu/products.h"
 #include "maps.h"
 
 namespace effdense {
@@ -64,6 +64,14 @@ struct Tile {
   int64_t rows() const { return last - first; }
 };
 
+// A tile of a matrix with so many columns, for a product to fetch; nothing of one that is null.
+template <typename T>
+Ahead ahead(Block<T> block, Tile tile, int64_t columns) {
+  if (block.data == nullptr) return {};
+  constexpr int64_t size = sizeof(T);
+  return {block.row(tile.first), block.step * size, columns * size, tile.rows()};
+}
+
 // A list of features [N, C_i, *spatial] read where it lies: each either pixel by pixel or channel by channel.
 template <typename T>
 class Features {
@@ -94,6 +102,12 @@ class Features {
       out = from_column(out, map.channels);
     }
     return {scratch, channels_};
+  }
+
+  // A tile for a product to fetch: of one map that lies pixel by pixel.
+  Ahead ahead(Tile tile) const {
+    const bool one = maps_.size() == 1 && !maps_[0].planes;
+    return one ? effdense::ahead(maps_[0].block, tile, maps_[0].channels) : Ahead{};
   }
 
  private:
@@ -149,6 +163,8 @@ class Tiling {
   int64_t count() const { return count_; }
   int64_t step() const { return step_; }
   int64_t slots() const { return count_slots(count_); }
+  // The tile behind one, without rows behind the last.
+  Tile after(Tile tile) const { return {tile.last, std::min(tile.last + step_, rows_)}; }
   Tile operator[](int64_t i) const { return {i * step_, std::min((i + 1) * step_, rows_)}; }
 
   // Runs body(slot, tile).
