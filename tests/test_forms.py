@@ -198,7 +198,7 @@ def test_timms_stem_runs_fused() -> None:
     )
     ours = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
     stem = stem_of(ours.features.parts()[1:])
-    assert stem is not None and stem.count == 2  # the ReLU is inside of the norm
+    assert stem is not None and stem.modules == 2  # the ReLU is inside of the norm
 
 
 def test_timms_features_only() -> None:

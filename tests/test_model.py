@@ -307,10 +307,7 @@ REPLACED = {
 }
 
 
-IN_PLACE = ("relu behind a block", "transition norm none")
-
-
-@pytest.mark.parametrize("name", [name for name in REPLACED if name not in IN_PLACE])
+@pytest.mark.parametrize("name", REPLACED)
 def test_what_is_replaced_afterwards_runs(name: str) -> None:
     pair = make_pair(REPLACED[name])
     assert isinstance(effdense.report(pair[1]), list)
@@ -359,7 +356,7 @@ def test_of_a_net_with_another_head_the_rest_is_converted() -> None:
     assert type(ours) is OtherHead and isinstance(ours.features, DenseFeatures)
     left = [e for e in effdense.report(ours) if not e.converted]
     assert [(e.name, e.kind, e.reason) for e in left] == [
-        ("", "DenseNet", "its forward computes something else (training, on a probe)")
+        ("", "DenseNet", "its forward calls tanh, which a probe does not speak for")
     ]
     assert_same((naive, ours), make_input())
 
@@ -422,14 +419,3 @@ def test_symbolic_tracing() -> None:
     traced = torch.fx.symbolic_trace(ours.eval())
     x = make_input(33)
     assert_close([traced(x)], [naive.eval()(x)])
-
-
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_a_blocks_output_changed_in_place_is_refused(name: str) -> None:
-    """It is the feature buffer, which the backward needs: an error, never another gradient. Without a backward it works."""
-    naive, ours = (m.eval() for m in make_pair(REPLACED[name]))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        ours(make_input()).sum().backward()
-    x = make_input()
-    with torch.no_grad():
-        assert_close([ours(x)], [naive(x)])

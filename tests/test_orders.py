@@ -64,7 +64,10 @@ def make_net(
     with torch.no_grad():
         for name, t in (*net.named_parameters(), *net.named_buffers()):
             if t.is_floating_point() and t.dim() == 1:
-                t.copy_(torch.rand(t.shape, generator=generator, device="cpu") + (-0.5 if name.endswith("bias") else 0.5))
+                t.copy_(
+                    torch.rand(t.shape, generator=generator, device="cpu")
+                    + (-0.5 if name.endswith("bias") else 0.5)
+                )
     return net.double()
 
 

@@ -156,7 +156,8 @@ def adopt(module: Any, kind: type, memory: str, form: Form = NO_FORM) -> None:
             seen = read(module, hooks=False, reads=form.reads)[1]
         else:
             seen = [see(module, form.reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
-        object.__setattr__(module, "__class__", fused_class(kind, type(module)))
+        own: Any = type(module)
+        object.__setattr__(module, "__class__", fused_class(kind, own))
         state["_effdense"] = Noted(memory, form, tuple(seen))
     if isinstance(module, LAYERS):
         state["_memory"] = memory

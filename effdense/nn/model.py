@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,12 @@ class DenseFeatures(nn.Sequential):
         x = _enter(modules[-2], self._walk(input, modules[:-2]))
         return run_stage(chains, memory, x, norm, x.shape[2:]).flatten(1)
 
+    def gives_a_buffer(self, input: Tensor) -> bool:
+        """Whether what forward gives is the last block's feature buffer."""
+        parts = _not_idle(self.parts())
+        stage = parts[-1].chains() if parts and _is_part(parts[-1], _BLOCKS) else None
+        return stage is not None and takes(input, dimensions_of(stage[0]))
+
     def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
         while modules:
             count, x = self._step(x, modules)
@@ -103,7 +110,7 @@ class DenseFeatures(nn.Sequential):
         first = modules[0]
         stem = stem_of(modules)
         if stem is not None and takes(x, len(stem.windows[0]) + 2):
-            return stem.count, through(x, lambda x: _run_stem(first, stem.windows, x))
+            return stem.modules, through(x, lambda x: _run_stem(first, stem.windows, x))
         if len(modules) > 1 and _is_part(first, _BLOCKS):
             pooled = _step_of_block(x, modules)
             if pooled is not None:
@@ -124,12 +131,16 @@ def _run_stem(norm: Any, windows: Any, x: Tensor) -> Tensor:
     return out
 
 
+def _not_idle(modules: Iterable[Any]) -> list[Any]:
+    return [m for m in modules if type(m) is not nn.Identity]
+
+
 def _apart(module: Any, x: Tensor) -> Tensor:
     """x, or a copy where the module would change in place what a block has given: its backward needs that."""
     if torch.compiler.is_compiling():
         return x  # which sees to it
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[0]
+    while isinstance(module, nn.Sequential) and (inside := _not_idle(module._modules.values())):
+        module = inside[0]
     if getattr(module, "inplace", False) is not True or not dense_block.is_kept(x):
         return x
     # Contiguous, so that on the CPU dropout draws what it would have drawn.
@@ -190,7 +201,7 @@ _GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3
 
 
 class _Stem(NamedTuple):
-    count: int  # modules
+    modules: int
     windows: Any  # of its max pool
 
 
@@ -247,5 +258,9 @@ class DenseNet(nn.Module):
     def fused(self, x: Tensor) -> Tensor | None:
         """What forward gives, the head run with the last block; None where it cannot."""
         features: Any = self.features
-        pooled = features.pooled(x) if isinstance(features, DenseFeatures) else None
+        if not isinstance(features, DenseFeatures):
+            return None
+        pooled = features.pooled(x)
+        if pooled is None and features.gives_a_buffer(x):  # which torchvision's forward would change in place
+            pooled = F.relu(features(x)).flatten(2).mean(2)
         return None if pooled is None else self.classifier(pooled)
