@@ -307,7 +307,7 @@ class _Reader:
                 self.refuse(f"its forward uses {name}()")
         elif callable(value):
             self.visit(value, name)
-        else:
+        elif not (name.startswith("torch.") and isinstance(value, (torch.dtype, torch.memory_format))):
             self.refuse(f"its forward reads the global {name}, {_kind(value)}")
 
 
