@@ -95,9 +95,8 @@ def plain_bn_relu(
         None if t is None else t.to(wide) for t in (*(statistics or (None, None)), weight, bias)
     )
     batch = statistics is None
-    return torch.batch_norm(
-        x.to(wide), weight, bias, mean, var, batch, 0.0, eps, torch.backends.cudnn.enabled
-    ).relu()
+    x = x.to(wide).contiguous()  # as which PyTorch's sums are more exact than channels-last
+    return torch.batch_norm(x, weight, bias, mean, var, batch, 0.0, eps, torch.backends.cudnn.enabled).relu()
 
 
 def refuse_group(op: str, groups: Sequence[str]) -> None:
