@@ -41,7 +41,9 @@ def _looks_like(module: nn.Module) -> type | None:
     if cls.forward is nn.Module.forward:
         return None  # a container that nobody calls
     if cls.forward is nn.Sequential.forward and is_known(module) and _holds_blocks(module):
-        if cls is nn.Sequential or not looks_like_block(module):  # MONAI's block: each of its layers might be one
+        if cls is nn.Sequential or not looks_like_block(
+            module
+        ):  # MONAI's block: each of its layers might be one
             return DenseFeatures
     if {"norm1", "conv1", "norm2", "conv2"} <= names:
         return DenseLayer

@@ -12,6 +12,7 @@ from abc import ABCMeta
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from effdense.code import Reads
@@ -19,7 +20,7 @@ from effdense.modules import kind_of, original
 from effdense.nn.foreign import NO_FORM, Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.model import DenseFeatures, DenseNet
-from effdense.nn.obstacles import refuse_scripting
+from effdense.nn.obstacles import global_obstacle, refuse_scripting
 from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read_transition, see
 
 LAYERS = (DenseLayer, PlainDenseLayer)
@@ -78,6 +79,8 @@ def class_obstacle(module: nn.Module, kind: type) -> str | None:
 
 def _attempt(kind: Any, module: Any, x: Any) -> Tensor | None:
     """What a converted module gives where it can run fused, else None."""
+    if torch.compiler.is_compiling() and global_obstacle() is not None:
+        return None  # before anything that an older compiler cannot trace
     if issubclass(kind, LAYERS):
         if not all(isinstance(t, Tensor) for t in (x if isinstance(x, (list, tuple)) else [x])):
             return None
