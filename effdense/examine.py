@@ -40,11 +40,10 @@ def _looks_like(module: nn.Module) -> type | None:
     cls: Any = type(module)
     if cls.forward is nn.Module.forward:
         return None  # a container that nobody calls
-    if cls.forward is nn.Sequential.forward and is_known(module) and _holds_blocks(module):
-        if cls is nn.Sequential or not looks_like_block(
-            module
-        ):  # MONAI's block: each of its layers might be one
-            return DenseFeatures
+    sequence = cls.forward is nn.Sequential.forward and is_known(module) and _holds_blocks(module)
+    # Each of the layers in MONAI's block, a subclass of Sequential, might be a block of its own.
+    if sequence and (cls is nn.Sequential or not looks_like_block(module)):
+        return DenseFeatures
     if {"norm1", "conv1", "norm2", "conv2"} <= names:
         return DenseLayer
     if {"norm1", "conv1"} <= names and "conv2" not in names:
