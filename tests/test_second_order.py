@@ -31,8 +31,6 @@ from tests.stages import (
     weights_of,
 )
 
-pytestmark = pytest.mark.core
-
 
 def directions(tensors: list[Tensor]) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(7)
@@ -461,6 +459,7 @@ def by_batched_gradients(model: nn.Module, x: Tensor) -> list[Any]:
     return [*first, *second, *by_func(batch.movedim(0, 1))]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("part", [*TAILS, *PARTS])
 def test_gradients_in_a_batch(part: str) -> None:
     if part in PARTS:
@@ -480,6 +479,7 @@ def test_gradients_in_a_batch(part: str) -> None:
     assert_ways_agree(pair, make_input((4, 4)), [by_vectorized_jacobian, by_vectorized_hessian])
 
 
+@pytest.mark.core
 def test_a_dual_gradient_is_refused() -> None:
     """Its tangent would be lost in our operators."""
     ours, x = converted(make_naive(), "balanced"), make_input().requires_grad_()
@@ -565,6 +565,7 @@ def test_under_autocast(tail: str) -> None:
         assert error <= 2 * other + 4 * torch.finfo(torch.bfloat16).eps * c.norm()
 
 
+@pytest.mark.core
 def test_cross_entropys_hessian() -> None:
     naive = models.DenseNet(4, (2, 2), 6, num_classes=5).double().eval()
     ours = effdense.convert(copy.deepcopy(naive))
