@@ -531,6 +531,7 @@ def test_a_compiled_model_refuses(tail: str) -> None:
 # ---- lower precision
 
 
+@pytest.mark.compiled  # the twin's first gradients are less exact (docs/design.md)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tail", TAILS)
 def test_lower_precision(dtype: torch.dtype, tail: str) -> None:
