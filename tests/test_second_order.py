@@ -470,13 +470,11 @@ def test_gradients_in_a_batch(part: str) -> None:
         pair = make_pair("balanced", tail=part, drop_rate=0.2)
     assert_ways_agree(pair, make_input((6, 6)), [by_batched_gradients])
     pair = tuple(m.eval() for m in pair)
-    if (
-        part == "transition with a max pool"
-    ):  # whose vectorised Hessian PyTorch's own pool refuses, channels-last
-        with pytest.raises(RuntimeError, match="is_contiguous inside of vmap"):
-            by_vectorized_hessian(pair[1], make_input((4, 4)))
-        return
-    assert_ways_agree(pair, make_input((4, 4)), [by_vectorized_jacobian, by_vectorized_hessian])
+    try:
+        assert_ways_agree(pair, make_input((4, 4)), [by_vectorized_jacobian, by_vectorized_hessian])
+    except RuntimeError as error:  # what PyTorch's own pool says to channels-last, before torch 2.15
+        if part != "transition with a max pool" or "is_contiguous inside of vmap" not in str(error):
+            raise
 
 
 @pytest.mark.core
