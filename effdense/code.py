@@ -187,20 +187,26 @@ def plain(function: Any) -> Any:
     return getattr(function, "__func__", function)
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of all functions defined inside of it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from codes_in(constant)
 
 
 def _names(function: types.FunctionType) -> frozenset[str]:
     """Global names, attributes, and strings that may name some."""
     found: set[str] = set()
-    for code in _codes(function.__code__):
+    for code in codes_in(function.__code__):
         found.update(code.co_names)
         found.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
     return frozenset(found)
+
+
+def _owners(cls: type) -> list[type]:
+    """A class and its bases without torch's, which are known: what its containers do is call their submodules."""
+    return [c for c in cls.__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object]
 
 
 class _Reader:
@@ -208,8 +214,7 @@ class _Reader:
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
-        # Torch's own containers are known: what they do is call their submodules.
-        self.owners = [c for c in cls.__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object]
+        self.owners = _owners(cls)
         self.done: dict[types.FunctionType, None] = {}
         self.names: set[str] = set()
         self.obstacle: str | None = None
@@ -270,7 +275,7 @@ class _Reader:
     def inspect(self, function: types.FunctionType) -> None:
         """A function of a user's: everything it does that could be seen afterwards."""
         free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        for code in _codes(function.__code__):
+        for code in codes_in(function.__code__):
             instructions = list(dis.get_instructions(code))
             for i, step in enumerate(instructions):
                 op, name = step.opname, step.argval
@@ -373,12 +378,9 @@ def code_of(cls: Any, called: frozenset[str] = frozenset()) -> Code:
 @functools.lru_cache(maxsize=4096)
 def constants_of(cls: Any, reads: Reads) -> tuple[str, ...]:
     """Names of the class attributes, not methods, that the code may read."""
-    owners = [
-        c for c in original(cls).__mro__ if c.__module__.partition(".")[0] != _TORCH and c is not object
-    ]
     found = {
         name: value
-        for owner in reversed(owners)
+        for owner in reversed(_owners(original(cls)))
         for name, value in vars(owner).items()
         if counts(name, reads)
     }

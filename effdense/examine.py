@@ -165,17 +165,13 @@ class Examiner:
         if ours not in (None, Transition):
             return ours, self(module, ours)
         own = ours is Transition and has_base(type(module), ours)
-        if not behind and self.dense and looks_like_transition(module):
-            if own and self(module, Transition) is None:
-                return Transition, None
-            reason = self(module, ForeignTransition)
-            if reason is None and self._has_pool(module):
-                return ForeignTransition, None
-        if behind and looks_like_transition(module):
+        if (behind or self.dense) and looks_like_transition(module):
             # With torchvision's names and all that it has, it can become our own.
             if own and self(module, Transition) is None:
                 return Transition, None
-            return ForeignTransition, self(module, ForeignTransition)
+            reason = self(module, ForeignTransition)
+            if behind or (reason is None and self._has_pool(module)):
+                return ForeignTransition, reason
         if ours is None or not has_base(type(module), ours):
             return None, None
         return ours, self(module, ours)

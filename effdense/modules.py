@@ -21,12 +21,12 @@ def kind_of(module: nn.Module) -> type:
 
 def walk(module: nn.Module) -> Iterator[nn.Module]:
     """A module and all inside of it, once each."""
-    seen: dict[nn.Module, None] = {}
+    seen: set[nn.Module] = set()
     pending = [module]
     while pending:
         now = pending.pop()
         if now not in seen:
-            seen[now] = None
+            seen.add(now)
             yield now
             pending += [m for m in reversed(now._modules.values()) if m is not None]
 

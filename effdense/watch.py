@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from effdense.code import codes_in
 from effdense.modules import walk
 
 _ALLOWED = frozenset(
@@ -66,16 +67,8 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, own: Iterable[FunctionType]) -> None:
         super().__init__()
-        self.codes: set[CodeType] = set()
-        for function in own:
-            self._add(function.__code__)
+        self.codes = {code for function in own for code in codes_in(function.__code__)}
         self.found: str | None = None
-
-    def _add(self, code: CodeType) -> None:
-        self.codes.add(code)
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                self._add(constant)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -114,8 +114,8 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
                     scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), {z, channels});
       for (int64_t y = above; y < below;) {
         const int64_t lines = std::min(below - y, ring - y % ring);
-        const int64_t end =
-            image * pixels + (y + lines) * width;  // the band below takes its lines from there on
+        // Where the band below takes its lines from.
+        const int64_t end = image * pixels + (y + lines) * width;
         w.multiply(lines * width, {z + (y - above) * width * channels, channels}, {line_of(y), taps_step},
                    taps_step,
                    ahead(from.block, {end, std::min(end + lines * width, bands.pixels)}, channels));

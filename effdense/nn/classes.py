@@ -103,14 +103,14 @@ def changed_since(module: Any) -> str | None:
         return None  # nn.Sequential: there was nothing to compare
     try:
         noted = noted_of(module)
-        noted.check(_see_ours(module, noted.form.reads))
+        noted.check(_see_ours(module, type(module), noted.form.reads))
     except Obstacle as reason:
         return str(reason)
     return None
 
 
-def _see_ours(module: nn.Module, reads: Reads) -> list[Seen]:
-    return [see(module, reads, "drop_rate" if isinstance(module, LAYERS) else None)]
+def _see_ours(module: nn.Module, kind: type, reads: Reads) -> list[Seen]:
+    return [see(module, reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def adopt(module: Any, kind: type, memory: str, form: Form = NO_FORM) -> None:
             read: Any = read_block if kind is ForeignBlock else read_transition
             seen = read(module, hooks=False, reads=form.reads)[1]
         else:
-            seen = [see(module, form.reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
+            seen = _see_ours(module, kind, form.reads)
         own: Any = type(module)
         object.__setattr__(module, "__class__", fused_class(kind, own))
         state["_effdense"] = Noted(memory, form, tuple(seen))

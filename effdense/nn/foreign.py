@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense.code import Reads
@@ -25,6 +24,7 @@ from effdense.nn.structure import (
     read_block,
     read_transition,
 )
+from effdense.pool import plain_avg_pool
 
 
 class Form(NamedTuple):
@@ -124,13 +124,6 @@ class ForeignBlock(Foreign):
         return x if lead is None else lead(x)
 
 
-def average(x: Tensor, windows: tuple[int, ...]) -> Tensor:
-    """The average over windows side by side."""
-    pools: Any = F.avg_pool1d, F.avg_pool2d, F.avg_pool3d
-    y: Tensor = pools[len(windows) - 1](x, windows)
-    return y
-
-
 class ForeignTransition(Foreign):
     """A norm, ReLU, 1x1 convolution and a pool, recognised by structure.read_transition."""
 
@@ -168,4 +161,4 @@ class ForeignTransition(Foreign):
         for module in parts.behind:
             # Contiguous, so that on the CPU dropout draws what it would have drawn.
             y = module(y.contiguous() if type(module) in DROPOUTS else y)
-        return average(y, parts.pool) if parts.pool else y
+        return plain_avg_pool(y, parts.pool) if parts.pool else y
