@@ -6,16 +6,17 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "pages.h"
 #include "schemas.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "stage.h"
 
 TORCH_LIBRARY(effdense, m) {
   effdense::define_operators(m);
   effdense::define_cpu_operators(m);
+  effdense::define_stage(m);
 }
+
+TORCH_LIBRARY_IMPL(effdense, CPU, m) { effdense::implement_stage<effdense::cpu_backend>(m); }
 
 namespace {
 
@@ -43,22 +44,11 @@ pybind11::dict build_info() {
   return info;
 }
 
-// Asks for large pages behind a large tensor: fresh memory costs a page fault per page, and a feature buffer
-// is walked with a wide step. Advice only; what is not wholly the tensor's is left alone.
-void use_large_pages(const at::Tensor& x) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (begin + x.storage().nbytes() - x.storage_offset() * x.itemsize()) / kPage * kPage;
-  if (x.is_cpu() && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_effdense, m) {
   m.doc() = "effdense's compiled operators: importing registers torch.ops.effdense.*";
-  m.def("use_large_pages", &use_large_pages, "Advises the system to put a tensor's memory on large pages.");
+  m.def("use_large_pages", &effdense::use_large_pages,
+        "Advises the system to put a tensor's memory on large pages.");
   m.def("build_info", &build_info, "What this module was built with.");
 }

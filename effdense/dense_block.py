@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effdense import workspace
 from effdense.autograd import (
     At,
     Place,
@@ -47,8 +48,16 @@ _library.define(
 def _dense_stage(
     x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ops, group = operators(x), settings[-1]
     with torch.no_grad():
-        return forward(operators(x), Settings(*settings), x, parameters, running, masks)
+        if group or not hasattr(ops, "stage_forward"):
+            return forward(ops, Settings(*settings), x, parameters, running, masks)
+        size = ops.stage_scratch(x, x.shape[1], parameters, masks, *settings[:-1], False)
+        with workspace.lease(x.device, size) as scratch:
+            result: tuple[Tensor, Tensor, Tensor, Tensor] = ops.stage_forward(
+                x, parameters, running, masks, *settings[:-1], scratch.block
+            )
+        return result
 
 
 @torch.library.impl(_library, "dense_stage_backward", "CompositeExplicitAutograd")
@@ -64,9 +73,17 @@ def _dense_stage_backward(
     *settings: Any,
 ) -> list[Tensor]:
     """Without the gradients that are not needed: an operator cannot return None."""
+    ops, group = operators(features), settings[-1]
     with torch.no_grad():
+        if not group and hasattr(ops, "stage_backward"):
+            size = ops.stage_scratch(features, channels, parameters, masks, *settings[:-1], True)
+            with workspace.lease(features.device, size) as scratch:
+                result: list[Tensor] = ops.stage_backward(
+                    grad, channels, features, saved, vectors, parameters, masks, needs, *settings[:-1], scratch.block
+                )
+            return result
         grads = backward(
-            operators(features),
+            ops,
             Settings(*settings),
             grad,
             channels,

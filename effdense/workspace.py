@@ -26,14 +26,14 @@ class Lease:
     """One block of memory, handed out front to back."""
 
     def __init__(self, block: Tensor) -> None:
-        self._block, self._used = block, 0
+        self.block, self._used = block, 0
 
     def channels_last(self, like: Tensor, channels: int) -> Tensor:
         """An uninitialised [N, channels, *spatial] in channels-last layout, of the batch and spatial sizes of `like`."""
         shape = (like.shape[0], *like.shape[2:], channels)
         size = math.prod(shape) * like.element_size()
         start, self._used = self._used, self._used + padded(size)
-        return self._block[start : start + size].view(like.dtype).view(shape).movedim(-1, 1)
+        return self.block[start : start + size].view(like.dtype).view(shape).movedim(-1, 1)
 
 
 class _Pool:

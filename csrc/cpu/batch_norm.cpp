@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "backend.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -119,10 +120,10 @@ std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  m.impl("bn_relu", bn_relu);
-  m.impl("bn_relu_with_sums", bn_relu_with_sums);
-  m.impl("bn_relu_backward", bn_relu_backward);
-  m.impl("bn_relu_accumulate", bn_relu_accumulate);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_with_sums);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_backward);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_accumulate);
 }
 
 }  // namespace effdense

@@ -11,6 +11,7 @@
 
 #include <tuple>
 
+#include "backend.h"
 #include "cpu/gemm.h"
 #include "cpu/tiles.h"
 
@@ -180,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  m.impl("bottleneck", bottleneck);
-  m.impl("bottleneck_backward", bottleneck_backward);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bottleneck);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bottleneck_backward);
 }
 
 }  // namespace effdense

@@ -13,6 +13,7 @@
 
 #include <tuple>
 
+#include "backend.h"
 #include "cpu/gemm.h"
 #include "cpu/tiles.h"
 
@@ -213,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  m.impl("bn_relu_conv3x3", bn_relu_conv3x3);
-  m.impl("bn_relu_conv3x3_backward", bn_relu_conv3x3_backward);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_conv3x3);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_conv3x3_backward);
 }
 
 }  // namespace effdense

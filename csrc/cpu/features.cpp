@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "backend.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -72,9 +73,9 @@ void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  m.impl("channel_statistics", channel_statistics);
-  m.impl("append_features", append_features);
-  m.impl("take_gradient", take_gradient);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, channel_statistics);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, append_features);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, take_gradient);
 }
 
 }  // namespace effdense

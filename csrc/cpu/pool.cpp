@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "backend.h"
 #include "cpu/tiles.h"
 #include "windows.h"
 
@@ -181,8 +182,8 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  m.impl("bn_relu_avg_pool", bn_relu_avg_pool);
-  m.impl("bn_relu_avg_pool_backward", bn_relu_avg_pool_backward);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_avg_pool);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_avg_pool_backward);
   m.impl("bn_relu_max_pool", bn_relu_max_pool);
   m.impl("max_pool_backward", max_pool_backward);
 }

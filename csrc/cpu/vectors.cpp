@@ -6,6 +6,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "backend.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -79,8 +80,8 @@ void update_running_statistics(TensorList running, TensorList batch, at::ArrayRe
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  m.impl("fold", fold);
-  m.impl("defer", defer);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, fold);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, defer);
   m.impl("update_running_statistics", update_running_statistics);
 }
 

@@ -109,12 +109,12 @@ std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& 
 }  // namespace
 
 EFFDENSE_CUDA_LIBRARY(m) {
-  m.impl("fold", fold);
-  m.impl("defer", defer);
-  m.impl("bn_relu", bn_relu);
-  m.impl("bn_relu_with_sums", bn_relu_with_sums);
-  m.impl("bn_relu_backward", bn_relu_backward);
-  m.impl("bn_relu_accumulate", bn_relu_accumulate);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, fold);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, defer);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_with_sums);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_backward);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_accumulate);
 }
 
 }  // namespace effdense

@@ -15,6 +15,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "backend.h"
 #include "checks.h"
 #include "cuda/kernels/launchers.h"
 #include "maps.h"

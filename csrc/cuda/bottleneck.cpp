@@ -203,8 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
 }  // namespace
 
 EFFDENSE_CUDA_LIBRARY(m) {
-  m.impl("bottleneck", bottleneck);
-  m.impl("bottleneck_backward", bottleneck_backward);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bottleneck);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bottleneck_backward);
 }
 
 // true or false: whether this thread's products may round to TF32, whatever PyTorch's settings say; None:

@@ -68,9 +68,9 @@ void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const T
 }  // namespace
 
 EFFDENSE_CUDA_LIBRARY(m) {
-  m.impl("channel_statistics", channel_statistics);
-  m.impl("append_features", append_features);
-  m.impl("take_gradient", take_gradient);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, channel_statistics);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, append_features);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, take_gradient);
 }
 
 }  // namespace effdense

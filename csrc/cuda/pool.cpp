@@ -100,8 +100,8 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
 }  // namespace
 
 EFFDENSE_CUDA_LIBRARY(m) {
-  m.impl("bn_relu_avg_pool", bn_relu_avg_pool);
-  m.impl("bn_relu_avg_pool_backward", bn_relu_avg_pool_backward);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_avg_pool);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_avg_pool_backward);
   m.impl("bn_relu_max_pool", bn_relu_max_pool);
   m.impl("max_pool_backward", max_pool_backward);
 }

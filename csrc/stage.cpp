@@ -1,0 +1,778 @@
+// See stage.h.
+#include "stage.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <array>
+
+#include "checks.h"
+#include "maps.h"
+#include "pages.h"
+
+namespace effdense {
+namespace {
+
+// ---- Maps and parameters in the forms that the operators want
+
+// An uninitialised [N, channels, *spatial] with `step` elements from pixel to pixel.
+Tensor empty_rows(const Tensor& like, int64_t channels, int64_t step) {
+  std::vector<int64_t> sizes = like.sizes().vec(), strides(sizes.size());
+  sizes[1] = channels;
+  strides[1] = 1;
+  int64_t next = step;
+  for (int64_t i = like.dim() - 1; i >= 2; --i) {
+    strides[i] = next;
+    next *= sizes[i];
+  }
+  strides[0] = next;
+  return at::empty_strided(sizes, strides, like.options());
+}
+
+Tensor on_large_pages(Tensor x) {
+  constexpr int64_t kLarge = 4 << 20;
+  if (static_cast<int64_t>(x.nbytes()) >= kLarge) use_large_pages(x);
+  return x;
+}
+
+// In rows of whole 16 bytes.
+Tensor empty_buffer(const Tensor& like, int64_t channels) {
+  const int64_t unit = std::max<int64_t>(1, 16 / static_cast<int64_t>(like.itemsize()));
+  return on_large_pages(empty_rows(like, channels, (channels + unit - 1) / unit * unit));
+}
+
+Tensor channels_last(const Tensor& x) {
+  const Tensor y = x.movedim(1, -1).contiguous().movedim(-1, 1);
+  if (y.stride(1) == 1) return y;
+  std::vector<int64_t> strides = y.strides().vec();
+  strides[1] = 1;
+  return y.as_strided(y.sizes(), strides);
+}
+
+Tensor matrix(const Tensor& conv_weight) { return conv_weight.flatten(1).contiguous(); }
+
+std::optional<Tensor> given(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// A convolution's bias in the type that sums are kept in.
+std::optional<Tensor> bias_of(const Tensor& conv_bias, at::ScalarType type) {
+  return conv_bias.defined() ? std::optional<Tensor>(conv_bias.to(type).contiguous()) : std::nullopt;
+}
+
+Tensor sum_per_channel(const Tensor& x) {
+  std::vector<int64_t> others{0};
+  for (int64_t i = 2; i < x.dim(); ++i) others.push_back(i);
+  return x.sum(others);
+}
+
+// A gradient in the dtype and shape of its parameter, and a 1x1 convolution's in its strides.
+Tensor shaped(const Tensor& like, Tensor grad) {
+  grad = grad.to(like.scalar_type());
+  if (like.dim() > 2 && like[0][0].numel() == 1 && like.stride(0) == like.size(1) && like.stride(1) == 1)
+    return grad.flatten(1).contiguous().as_strided(like.sizes(), like.strides());
+  return grad.sizes() == like.sizes() ? grad : grad.view(like.sizes());
+}
+
+// ---- Scratch memory
+
+constexpr int64_t kAlignment = 64;  // bytes: a cache line
+
+int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// One block, handed out front to back; a layer starts again at the front.
+class Scratch {
+ public:
+  explicit Scratch(const Tensor& block) : block_(block) {}
+  void start_again() { used_ = 0; }
+
+  // An uninitialised [N, channels, *spatial] in channels-last layout.
+  Tensor map(const Tensor& like, int64_t channels) {
+    std::vector<int64_t> shape = like.sizes().vec();
+    shape.erase(shape.begin() + 1);
+    shape.push_back(channels);
+    const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(like.itemsize());
+    const Tensor part = block_.narrow(0, used_, bytes);
+    used_ += padded(bytes);
+    return part.view(like.scalar_type()).view(shape).movedim(-1, 1);
+  }
+
+ private:
+  Tensor block_;
+  int64_t used_ = 0;
+};
+
+// ---- What a stage is made of
+
+// Of every parameter of a layer: its value, whether its gradient is needed, its gradient. Plain layers have
+// no conv1 and no norm2.
+template <typename T>
+struct LayerParameters {
+  T norm1_weight{}, norm1_bias{}, conv1_weight{}, conv1_bias{};
+  T norm2_weight{}, norm2_bias{}, conv2_weight{}, conv2_bias{};
+
+  // In the operators' order.
+  std::vector<T*> in_order(bool bottleneck) {
+    if (!bottleneck) return {&norm1_weight, &norm1_bias, &conv2_weight, &conv2_bias};
+    return {&norm1_weight, &norm1_bias, &conv1_weight, &conv1_bias,
+            &norm2_weight, &norm2_bias, &conv2_weight, &conv2_bias};
+  }
+};
+
+// The pool's norm and the 1x1 convolution behind it.
+template <typename T>
+struct PoolParameters {
+  T norm_weight{}, norm_bias{}, conv_weight{}, conv_bias{};
+  std::vector<T*> in_order() { return {&norm_weight, &norm_bias, &conv_weight, &conv_bias}; }
+};
+
+// relu(bn(x)) = relu(scale * x + shift).
+struct Norm {
+  Tensor mean, rstd, scale, shift;
+  bool batch_statistics;
+};
+
+struct Statistics {
+  Tensor mean, var;
+  void set(const TwoVectors& values) const {
+    mean.copy_(std::get<0>(values));
+    var.copy_(std::get<1>(values));
+  }
+};
+
+struct Range {
+  int64_t start, count;
+  Tensor of(const Tensor& map) const { return map.narrow(1, start, count); }
+  Statistics of(const Statistics& s) const {
+    return {s.mean.narrow(0, start, count), s.var.narrow(0, start, count)};
+  }
+};
+
+struct Layer {
+  int64_t position, channels;  // that it reads
+  int64_t growth, width;       // that it adds; of the bottleneck, 0: plain
+  LayerParameters<Tensor> parameters;
+  Tensor y_mask, new_mask;  // of dropout
+  double y_keep = 1, new_keep = 1;
+  int64_t dilation = 1;
+};
+
+// One value after the other of what a schema has as a list.
+template <typename T>
+class Reader {
+ public:
+  explicit Reader(const c10::List<T>& list) : list_(list) {}
+  size_t left() const { return list_.size() - at_; }
+  T next() { return list_.get(at_++); }
+
+ private:
+  const c10::List<T>& list_;
+  size_t at_ = 0;
+};
+
+Tensor next_tensor(Reader<std::optional<Tensor>>& from) { return from.next().value_or(Tensor()); }
+
+constexpr size_t kPoolParameters = 4;
+
+class Stage {
+ public:
+  Stage(const char* op, const Backend& backend, const StageSettings& settings, const Tensor& like,
+        int64_t input_channels, const OptionalTensors& parameters, const OptionalTensors& masks)
+      : settings(settings), backend_(backend), like_(like), channels(input_channels) {
+    Reader values(parameters), drops(masks);
+    const size_t step = settings.bottleneck ? 8 : 4, behind = settings.pool.empty() ? 0 : kPoolParameters;
+    TORCH_CHECK_VALUE(parameters.size() >= step + behind && (parameters.size() - behind) % step == 0, op,
+                      ": parameters must hold ", step, " tensors per layer and ", behind,
+                      " for the pool behind them, got ", parameters.size());
+    const size_t count = (parameters.size() - behind) / step, norms = count * step / 4 + (behind > 0 ? 1 : 0);
+    const auto check_length = [&](const char* name, size_t length, size_t expected, bool may_be_empty) {
+      TORCH_CHECK_VALUE(length == expected || (may_be_empty && length == 0), op, ": ", name, " must hold ",
+                        expected, " elements, got ", length);
+    };
+    check_length("masks", masks.size(), 2 * count, true);
+    check_length("drop", settings.drop.size(), masks.size(), false);
+    check_length("eps", settings.eps.size(), norms, false);
+    check_length("batch_statistics", settings.batch_statistics.size(), norms, false);
+    check_length("dilation", settings.dilation.size(), count, true);
+    check_map(op, "x", like);
+    layers.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      Layer layer{};
+      layer.position = static_cast<int64_t>(i);
+      layer.channels = channels;
+      for (Tensor* value : layer.parameters.in_order(settings.bottleneck)) *value = next_tensor(values);
+      if (!masks.empty()) {
+        layer.y_mask = next_tensor(drops);
+        layer.new_mask = next_tensor(drops);
+        layer.y_keep = 1 - settings.drop[2 * i];
+        layer.new_keep = 1 - settings.drop[2 * i + 1];
+      }
+      if (!settings.dilation.empty()) layer.dilation = settings.dilation[i];
+      const auto& [n1w, n1b, conv1, c1b, n2w, n2b, conv2, c2b] = layer.parameters;
+      layer.width = settings.bottleneck ? check_weights(op, "conv1", i, conv1, channels) : 0;
+      layer.growth = check_weights(op, "conv2", i, conv2, layer.width > 0 ? layer.width : channels);
+      sizes_.push_back(channels);
+      if (settings.bottleneck) sizes_.push_back(layer.width);
+      channels += layer.growth;
+      layers.push_back(std::move(layer));
+    }
+    if (behind > 0) {
+      for (Tensor* value : pool.in_order()) *value = next_tensor(values);
+      sizes_.push_back(channels);
+    }
+  }
+
+  int64_t norm1_of(const Layer& layer) const { return layer.position * (settings.bottleneck ? 2 : 1); }
+  int64_t norm2_of(const Layer& layer) const { return norm1_of(layer) + 1; }
+  bool batch_statistics(int64_t norm) const { return settings.batch_statistics.get(norm); }
+
+  // Where in the buffer `count` channels are of which `start` channels came before.
+  Range at(int64_t start, int64_t count) const {
+    return {settings.newest_first ? channels - start - count : start, count};
+  }
+  Range read_by(const Layer& layer) const { return at(0, layer.channels); }
+  Range made_by(const Layer& layer) const { return at(layer.channels, layer.growth); }
+
+  // The vectors that norms normalise with, one after the other: mean and variance of the buffer's channels,
+  // and of every norm whose statistics are not a part of those.
+  int64_t vector_size() const {
+    int64_t size = channels;
+    for (size_t i = 0; i < sizes_.size(); ++i) size += has_own_vectors(i) ? sizes_[i] : 0;
+    return 2 * size;
+  }
+  void split_vectors(const Tensor& vectors) {
+    int64_t used = 0;
+    const auto next = [&](int64_t size) {
+      const Statistics s{vectors.narrow(0, used, size), vectors.narrow(0, used + size, size)};
+      used += 2 * size;
+      return s;
+    };
+    of_buffer = next(channels);
+    for (size_t i = 0; i < sizes_.size(); ++i)
+      of_norms.push_back(has_own_vectors(i) ? next(sizes_[i]) : at(0, sizes_[i]).of(of_buffer));
+  }
+
+  Norm norm1(const Layer& layer) const {
+    return fold(norm1_of(layer), layer.parameters.norm1_weight, layer.parameters.norm1_bias);
+  }
+  Norm norm2(const Layer& layer) const {
+    return fold(norm2_of(layer), layer.parameters.norm2_weight, layer.parameters.norm2_bias);
+  }
+  Norm pool_norm() const {
+    return fold(static_cast<int64_t>(sizes_.size()) - 1, pool.norm_weight, pool.norm_bias);
+  }
+
+  int64_t pixels() const { return like_.size(0) * count_pixels(like_); }
+  bool is_saved(const Layer& layer) const {
+    return settings.memory == "balanced" && layer.width > 0 && layer.position >= settings.lowest;
+  }
+  int64_t saved_size() const {
+    int64_t size = 0;
+    for (const Layer& layer : layers) size += is_saved(layer) ? pixels() * layer.width : 0;
+    return size;
+  }
+  // Every y that is kept, by its layer; undefined for the others.
+  std::vector<Tensor> split_saved(const Tensor& saved) const {
+    std::vector<Tensor> kept(layers.size());
+    std::vector<int64_t> shape = like_.sizes().vec();
+    shape.erase(shape.begin() + 1);
+    shape.push_back(0);
+    int64_t used = 0;
+    for (const Layer& layer : layers) {
+      if (!is_saved(layer)) continue;
+      shape.back() = layer.width;
+      const int64_t size = pixels() * layer.width;
+      kept[layer.position] = saved.narrow(0, used, size).view(shape).movedim(-1, 1);
+      used += size;
+    }
+    return kept;
+  }
+
+  bool fuses(const Layer& layer) const {
+    const Tensor& weight = layer.parameters.conv2_weight;
+    return backend_.bn_relu_conv3x3 != nullptr && weight.dim() == 4 && weight.size(2) == 3 &&
+           weight.size(3) == 3 && layer.dilation == 1;
+  }
+  // Whether relu(norm2(y)) is made without y: nobody wants y, norm2 is known beforehand, the convolution
+  // wants z.
+  bool straight_to_z(const Layer& layer) const {
+    const bool known =
+        settings.memory == "inference" && layer.width > 0 && !batch_statistics(norm2_of(layer));
+    return known && !layer.y_mask.defined() && !fuses(layer);
+  }
+
+  // Bytes of the maps that one way holds of the scratch at once.
+  int64_t scratch_bytes(bool backward) const {
+    int64_t y = 0, z = 0, grad = 0;
+    for (const Layer& layer : layers) {
+      const int64_t source = layer.width > 0 ? layer.width : layer.channels;
+      if (!is_saved(layer) && (backward || !straight_to_z(layer))) y = std::max(y, layer.width);
+      if (!fuses(layer)) z = std::max(z, source);
+      if (backward) {
+        z = std::max(z, layer.width);  // y's gradient
+        grad = std::max(grad, layer.growth);
+      }
+    }
+    const int64_t element = static_cast<int64_t>(like_.itemsize());
+    return padded(pixels() * y * element) + padded(pixels() * z * element) +
+           padded(pixels() * grad * element);
+  }
+
+  const StageSettings& settings;
+  std::vector<Layer> layers;
+  PoolParameters<Tensor> pool;
+  Statistics of_buffer;
+  std::vector<Statistics> of_norms;
+
+ private:
+  // The output channels of a layer's convolution.
+  int64_t check_weights(const char* op, const char* name, size_t layer, const Tensor& weight,
+                        int64_t in) const {
+    TORCH_CHECK_VALUE(weight.defined() && weight.dim() == like_.dim() && weight.size(1) == in, op, ": ", name,
+                      "'s weight of layer ", layer, " must have ", in, " input channels and ", like_.dim(),
+                      " dimensions, got shape ", weight.defined() ? weight.sizes() : at::IntArrayRef());
+    return weight.size(0);
+  }
+  bool has_own_vectors(size_t norm) const {
+    return !batch_statistics(static_cast<int64_t>(norm)) || (settings.bottleneck && is_second(norm));
+  }
+  bool is_second(size_t norm) const { return norm % 2 == 1 && norm < 2 * layers.size(); }
+  Norm fold(int64_t norm, const Tensor& weight, const Tensor& bias) const {
+    const auto& [mean, var] = of_norms[norm];
+    const auto [rstd, scale, shift] =
+        backend_.fold(mean, var, given(weight), given(bias), settings.eps[norm]);
+    return {mean, rstd, scale, shift, batch_statistics(norm)};
+  }
+
+  const Backend& backend_;
+  const Tensor& like_;
+  std::vector<int64_t> sizes_;  // of the norms
+
+ public:
+  int64_t channels;  // of the buffer
+};
+
+// ---- PyTorch's convolutions: odd kernel sizes, the image's size is kept
+
+struct Convolution {
+  Convolution(const Tensor& weight, int64_t dilation) : one_dimension(weight.dim() == 3) {
+    for (int64_t i = 2; i < weight.dim(); ++i) padding.push_back(dilation * (weight.size(i) / 2));
+    if (one_dimension) padding.insert(padding.begin(), 0);  // as 2D, which knows channels-last
+    ones.assign(padding.size(), 1);
+    zeros.assign(padding.size(), 0);
+    dilations.assign(padding.size(), dilation);
+  }
+  Tensor form(const Tensor& x) const { return one_dimension ? x.unsqueeze(2) : x; }
+  bool one_dimension;
+  std::vector<int64_t> padding, ones, zeros, dilations;
+};
+
+Tensor convolve(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t dilation = 1) {
+  const Convolution c(weight, dilation);
+  const Tensor y = at::convolution(c.form(x), c.form(weight), given(bias), c.ones, c.padding, c.dilations,
+                                   false, c.zeros, 1);
+  return c.one_dimension ? y.squeeze(2) : y;
+}
+
+ThreeTensors convolve_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                               std::array<bool, 3> needs, int64_t dilation = 1) {
+  const Convolution c(weight, dilation);
+  at::OptionalIntArrayRef bias_sizes;
+  if (bias.defined()) bias_sizes = bias.sizes();
+  auto [grad_x, grad_weight, grad_bias] =
+      at::convolution_backward(c.form(grad), c.form(x), c.form(weight), bias_sizes, c.ones, c.padding,
+                               c.dilations, false, c.zeros, 1, needs);
+  if (c.one_dimension) {
+    if (needs[0]) grad_x = grad_x.squeeze(2);
+    if (needs[1]) grad_weight = grad_weight.squeeze(2);
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// ---- The two ways
+
+// Dropout and its backward, in place: zero where the mask is, the rest scaled up.
+void drop_(Tensor& x, const Tensor& mask, double keep) {
+  if (mask.defined()) x.mul_(mask).mul_(keep > 0 ? 1 / keep : 0.0);
+}
+
+class Forward {
+ public:
+  Forward(const Backend& backend, Stage& stage, const Tensor& x, const Tensor& scratch)
+      : ops_(backend), stage_(stage), x_(x), scratch_(scratch) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> run(const OptionalTensors& running) {
+    features_ = empty_buffer(x_, stage_.channels);
+    const Tensor saved = on_large_pages(at::empty({stage_.saved_size()}, x_.options()));
+    kept_ = stage_.split_saved(saved);
+    const auto wide = x_.options().dtype(accumulate_type(x_.scalar_type()));
+    const Tensor vectors = at::empty({stage_.vector_size()}, wide);
+    stage_.split_vectors(vectors);
+    for (size_t i = 0; i < stage_.of_norms.size(); ++i) {
+      if (stage_.batch_statistics(static_cast<int64_t>(i))) continue;
+      const std::optional<Tensor> mean = running.get(2 * i), var = running.get(2 * i + 1);
+      TORCH_CHECK_VALUE(mean && var, "dense_stage: running must hold mean and variance of norm ", i,
+                        ", which does not use the batch's, got None");
+      stage_.of_norms[i].set({*mean, *var});
+    }
+    const Range first = stage_.at(0, x_.size(1));
+    Tensor to = first.of(features_);
+    first.of(stage_.of_buffer).set(ops_.append_features(x_, to));
+    for (const Layer& layer : stage_.layers) run(layer);
+    return {pool(), features_, saved, vectors};
+  }
+
+ private:
+  void run(const Layer& layer) {
+    const Range own = stage_.made_by(layer);
+    const Tensor earlier = stage_.read_by(layer).of(features_);
+    Tensor added = own.of(features_);
+    const Norm norm1 = stage_.norm1(layer);
+    scratch_.start_again();
+    TwoVectors statistics;
+    if (layer.width == 0) {
+      statistics = convolve_into(layer, earlier, &norm1, added);
+    } else if (stage_.straight_to_z(layer)) {
+      Tensor z = scratch_.map(earlier, layer.width);
+      const Norm norm2 = stage_.norm2(layer);
+      bottleneck(layer, norm1, earlier, &norm2, false, z);
+      statistics = convolve_into(layer, z, nullptr, added);
+    } else {
+      const Tensor y = make_y(layer, norm1, earlier);
+      const Norm norm2 = stage_.norm2(layer);
+      statistics = convolve_into(layer, y, &norm2, added);
+    }
+    if (layer.new_mask.defined()) {
+      drop_(added, layer.new_mask, layer.new_keep);
+      statistics = ops_.channel_statistics({added});
+    }
+    own.of(stage_.of_buffer).set(statistics);
+  }
+
+  // y = W1 relu(norm1(earlier)), and its statistics.
+  Tensor make_y(const Layer& layer, const Norm& norm1, const Tensor& earlier) {
+    Tensor y = kept_[layer.position];
+    if (!y.defined()) y = scratch_.map(earlier, layer.width);
+    const bool batch = stage_.batch_statistics(stage_.norm2_of(layer)), drops = layer.y_mask.defined();
+    TwoVectors statistics = bottleneck(layer, norm1, earlier, nullptr, batch && !drops, y);
+    if (drops) {
+      drop_(y, layer.y_mask, layer.y_keep);
+      if (batch) statistics = ops_.channel_statistics({y});
+    }
+    if (batch) stage_.of_norms[stage_.norm2_of(layer)].set(statistics);
+    return y;
+  }
+
+  TwoVectors bottleneck(const Layer& layer, const Norm& norm1, const Tensor& earlier, const Norm* then,
+                        bool statistics, Tensor& y) {
+    return ops_.bottleneck({earlier}, norm1.scale, norm1.shift, matrix(layer.parameters.conv1_weight),
+                           bias_of(layer.parameters.conv1_bias, norm1.mean.scalar_type()),
+                           then == nullptr ? std::nullopt : std::optional<Tensor>(then->scale),
+                           then == nullptr ? std::nullopt : std::optional<Tensor>(then->shift), statistics,
+                           y);
+  }
+
+  // out = conv2(relu(norm(x))), without a norm conv2(x), and its statistics.
+  TwoVectors convolve_into(const Layer& layer, const Tensor& x, const Norm* norm, Tensor& out) {
+    const Tensor &weight = layer.parameters.conv2_weight, &bias = layer.parameters.conv2_bias;
+    if (norm != nullptr && stage_.fuses(layer))
+      return ops_.bn_relu_conv3x3(x, norm->scale, norm->shift, weight,
+                                  bias_of(bias, norm->mean.scalar_type()), out);
+    Tensor z = x;
+    if (norm != nullptr) {
+      z = scratch_.map(x, x.size(1));
+      ops_.bn_relu(x, norm->scale, norm->shift, z);
+    }
+    return ops_.append_features(convolve(z, weight, bias, layer.dilation), out);
+  }
+
+  Tensor pool() {
+    if (stage_.settings.pool.empty()) return at::empty({0}, x_.options());
+    const Norm norm = stage_.pool_norm();
+    const Tensor out = ops_.bn_relu_avg_pool(features_, norm.scale, norm.shift, stage_.settings.pool);
+    const Tensor& weight = stage_.pool.conv_weight;
+    return weight.defined() ? channels_last(convolve(out, weight, stage_.pool.conv_bias)) : out;
+  }
+
+  const Backend& ops_;
+  Stage& stage_;
+  const Tensor& x_;
+  Scratch scratch_;
+  Tensor features_;
+  std::vector<Tensor> kept_;  // every y for the backward, by its layer
+};
+
+class Backward {
+ public:
+  Backward(const Backend& backend, Stage& stage, const Tensor& features, const Tensor& saved,
+           const Tensor& vectors, const c10::List<bool>& needs, const Tensor& scratch)
+      : ops_(backend), stage_(stage), features_(features), scratch_(scratch), count_(stage.pixels()) {
+    stage_.split_vectors(vectors);
+    kept_ = stage_.split_saved(saved);
+    grad_features_ = empty_buffer(features, stage.channels);
+    a_ = at::zeros_like(stage.of_buffer.mean);
+    b_ = at::zeros_like(stage.of_buffer.mean);
+    Reader wanted(needs);
+    needs_input_ = wanted.next();
+    for (size_t i = 0; i < stage.layers.size(); ++i) {
+      needs_.emplace_back();
+      for (bool* need : needs_.back().in_order(stage.settings.bottleneck)) *need = wanted.next();
+    }
+    if (!stage.settings.pool.empty())
+      for (bool* need : pool_needs_.in_order()) *need = wanted.next();
+  }
+
+  // Of what is needed: the input's gradient, then the parameters'.
+  std::vector<Tensor> run(Tensor grad, int64_t input_channels) {
+    grads_.resize(stage_.layers.size());
+    start(std::move(grad));
+    const int64_t lowest = lowest_layer();
+    for (auto layer = stage_.layers.rbegin(); layer != stage_.layers.rend(); ++layer) {
+      if (layer->position < lowest) break;
+      scratch_.start_again();
+      run(*layer, layer->position > lowest);
+    }
+    std::vector<Tensor> result;
+    if (needs_input_) {
+      Tensor out = empty_rows(features_, input_channels, input_channels);
+      take(stage_.at(0, input_channels), out);
+      result.push_back(std::move(out));
+    }
+    // One after the other: never two of all gradients.
+    const auto collect = [&](const auto& likes, const auto& needs, const auto& grads) {
+      for (size_t i = 0; i < likes.size(); ++i) {
+        if (!*needs[i] || !likes[i]->defined()) continue;
+        result.push_back(shaped(*likes[i], std::exchange(*grads[i], Tensor())).contiguous());
+      }
+    };
+    const bool bottleneck = stage_.settings.bottleneck;
+    for (size_t i = 0; i < stage_.layers.size(); ++i)
+      collect(stage_.layers[i].parameters.in_order(bottleneck), needs_[i].in_order(bottleneck),
+              grads_[i].in_order(bottleneck));
+    if (!stage_.settings.pool.empty())
+      collect(stage_.pool.in_order(), pool_needs_.in_order(), pool_grads_.in_order());
+    return result;
+  }
+
+ private:
+  // The first layer whose backward is needed; -1: the input's gradient is.
+  int64_t lowest_layer() {
+    if (needs_input_) return -1;
+    for (size_t i = 0; i < needs_.size(); ++i)
+      for (const bool* need : needs_[i].in_order(stage_.settings.bottleneck))
+        if (*need) return static_cast<int64_t>(i);
+    return static_cast<int64_t>(needs_.size());
+  }
+
+  // The finished gradient of a range of channels.
+  void take(const Range& range, Tensor& out) {
+    const Tensor mean = range.of(stage_.of_buffer).mean;
+    ops_.take_gradient(range.of(features_), mean, a_.narrow(0, range.start, range.count),
+                       b_.narrow(0, range.start, range.count), range.of(grad_features_), out);
+  }
+
+  // A norm that reads the buffer: the gradients of its parameters, and its part of the deferred correction.
+  void read(const Norm& norm, const Tensor& sum_d, const Tensor& sum_dx, const Range& range, Tensor& weight,
+            Tensor& bias) {
+    normalised(norm, sum_d, sum_dx, weight, bias);
+    if (!norm.batch_statistics) return;
+    Tensor a = a_.narrow(0, range.start, range.count), b = b_.narrow(0, range.start, range.count);
+    ops_.defer(sum_d, sum_dx, norm.rstd, norm.scale, count_, a, b);
+  }
+  static void normalised(const Norm& norm, const Tensor& sum_d, const Tensor& sum_dx, Tensor& weight,
+                         Tensor& bias) {
+    weight = sum_dx.mul(norm.rstd);
+    bias = sum_d;
+  }
+
+  // Starts the gradient buffer: from the pool behind the block, or from the block's own gradient.
+  void start(Tensor grad) {
+    const at::IntArrayRef kernel = stage_.settings.pool;
+    if (kernel.empty()) {
+      grad_features_.copy_(grad);
+      return;
+    }
+    const Norm norm = stage_.pool_norm();
+    const Tensor& weight = stage_.pool.conv_weight;
+    if (weight.defined()) {  // what went into the convolution is made again: one read of the features
+      const Tensor pooled = ops_.bn_relu_avg_pool(features_, norm.scale, norm.shift, kernel);
+      std::tie(grad, pool_grads_.conv_weight, pool_grads_.conv_bias) =
+          convolve_backward(grad, pooled, weight, stage_.pool.conv_bias,
+                            {true, pool_needs_.conv_weight, pool_needs_.conv_bias});
+    }
+    const auto [sum_d, sum_dx] = ops_.bn_relu_avg_pool_backward(
+        channels_last(grad), features_, norm.scale, norm.shift, norm.mean, kernel, grad_features_);
+    read(norm, sum_d, sum_dx, {0, stage_.channels}, pool_grads_.norm_weight, pool_grads_.norm_bias);
+  }
+
+  // `below`: whether what the layer reads needs a gradient.
+  void run(const Layer& layer, bool below) {
+    const LayerParameters<bool>& needs = needs_[layer.position];
+    LayerParameters<Tensor>& grads = grads_[layer.position];
+    const Range range = stage_.read_by(layer);
+    const Tensor earlier = range.of(features_);
+    Tensor grad_earlier = range.of(grad_features_);
+    const Norm norm1 = stage_.norm1(layer);
+    Tensor g = scratch_.map(features_, layer.growth);
+    take(stage_.made_by(layer), g);
+    drop_(g, layer.new_mask, layer.new_keep);
+    if (layer.width == 0) {
+      const bool need_x = below || needs.norm1_weight || needs.norm1_bias;
+      const AfterConvolution after =
+          convolution_backward(layer, g, earlier, norm1, need_x, &grad_earlier, false);
+      if (after.x.defined())
+        read(norm1, after.sum_d, after.sum_dx, range, grads.norm1_weight, grads.norm1_bias);
+      return;
+    }
+    const Tensor y = make_y(layer, norm1, earlier);
+    const Norm norm2 = stage_.norm2(layer);
+    const bool need_features = below || needs.norm1_weight || needs.norm1_bias;
+    const bool need_y = need_features || needs.conv1_weight || needs.conv1_bias;
+    // y's gradient is wanted whole where it goes through dropout or is summed up.
+    const bool defers = !layer.y_mask.defined() && !needs.conv1_bias;
+    AfterConvolution after = convolution_backward(
+        layer, g, y, norm2, need_y || needs.norm2_weight || needs.norm2_bias, nullptr, defers);
+    if (!after.x.defined()) return;
+    normalised(norm2, after.sum_d, after.sum_dx, grads.norm2_weight, grads.norm2_bias);
+    if (!need_y) return;
+    const std::vector<Tensor> deferred = grad_of_y(layer, after, y, norm2, defers);
+    if (needs.conv1_bias) grads.conv1_bias = sum_per_channel(after.x);
+    auto [grad_weight, sum_d, sum_dx] = ops_.bottleneck_backward(
+        {earlier}, after.x, norm1.scale, norm1.shift, norm1.mean, matrix(layer.parameters.conv1_weight),
+        {grad_earlier}, true, need_features, needs.conv1_weight, deferred);
+    grads.conv1_weight = grad_weight;
+    read(norm1, sum_d, sum_dx, range, grads.norm1_weight, grads.norm1_bias);
+  }
+
+  // A bottleneck's output, kept or made again.
+  Tensor make_y(const Layer& layer, const Norm& norm1, const Tensor& earlier) {
+    Tensor y = kept_[layer.position];
+    if (y.defined()) return y;
+    y = scratch_.map(features_, layer.width);
+    ops_.bottleneck({earlier}, norm1.scale, norm1.shift, matrix(layer.parameters.conv1_weight),
+                    bias_of(layer.parameters.conv1_bias, norm1.mean.scalar_type()), std::nullopt,
+                    std::nullopt, false, y);
+    drop_(y, layer.y_mask, layer.y_keep);
+    return y;
+  }
+
+  // What the backward of conv2(relu(norm(x))) makes beside its parameters' gradients.
+  struct AfterConvolution {
+    Tensor x;  // scale * d; not masked: the gradient of relu(norm(x)); undefined where it was not needed
+    Tensor sum_d, sum_dx;
+    bool masked = true;
+  };
+
+  AfterConvolution convolution_backward(const Layer& layer, const Tensor& grad, const Tensor& x,
+                                        const Norm& norm, bool need_x, Tensor* add_to, bool masks_later) {
+    const bool need_weight = needs_[layer.position].conv2_weight,
+               need_bias = needs_[layer.position].conv2_bias;
+    LayerParameters<Tensor>& grads = grads_[layer.position];
+    const Tensor &weight = layer.parameters.conv2_weight, &bias = layer.parameters.conv2_bias;
+    const auto& [mean, rstd, scale, shift, batch] = norm;
+    AfterConvolution after;
+    if (stage_.fuses(layer)) {
+      if (need_bias) grads.conv2_bias = sum_per_channel(grad);
+      if (!need_x && !need_weight) return after;
+      Tensor grad_x = !need_x             ? at::empty({0}, x.options())
+                      : add_to == nullptr ? scratch_.map(x, x.size(1))
+                                          : *add_to;
+      auto [grad_weight, sum_d, sum_dx] = ops_.bn_relu_conv3x3_backward(
+          grad, x, scale, shift, mean, weight, grad_x, add_to != nullptr, need_x, need_weight);
+      grads.conv2_weight = grad_weight;
+      if (need_x) after = {grad_x, sum_d, sum_dx};
+      return after;
+    }
+    Tensor z = scratch_.map(x, x.size(1));
+    if (need_x && masks_later) {  // one pass makes z and takes the sums
+      after.x = channels_last(
+          std::get<0>(convolve_backward(grad, z, weight, bias, {true, false, false}, layer.dilation)));
+      std::tie(after.sum_d, after.sum_dx) = ops_.bn_relu_with_sums(after.x, x, scale, shift, mean, z);
+      std::tie(std::ignore, grads.conv2_weight, grads.conv2_bias) =
+          convolve_backward(grad, z, weight, bias, {false, need_weight, need_bias}, layer.dilation);
+      after.masked = false;
+      return after;
+    }
+    ops_.bn_relu(x, scale, shift, z);
+    Tensor grad_z;
+    std::tie(grad_z, grads.conv2_weight, grads.conv2_bias) =
+        convolve_backward(grad, z, weight, bias, {need_x, need_weight, need_bias}, layer.dilation);
+    if (!need_x) return after;
+    after.x = channels_last(grad_z);
+    std::tie(after.sum_d, after.sum_dx) =
+        add_to == nullptr ? ops_.bn_relu_backward(after.x, x, scale, shift, mean, rstd, false)
+                          : ops_.bn_relu_accumulate(after.x, x, scale, shift, mean, *add_to);
+    return after;
+  }
+
+  // Makes y's gradient of what came through conv2; returns what bottleneck_backward is to do of that.
+  std::vector<Tensor> grad_of_y(const Layer& layer, AfterConvolution& after, const Tensor& y,
+                                const Norm& norm2, bool defers) {
+    std::vector<Tensor> deferred;
+    if (norm2.batch_statistics || !after.masked) {
+      Tensor a = at::zeros_like(norm2.mean), b = at::zeros_like(norm2.mean);
+      if (norm2.batch_statistics)
+        ops_.defer(after.sum_d, after.sum_dx, norm2.rstd, norm2.scale, count_, a, b);
+      deferred = {y, norm2.mean, a, b};
+    }
+    if (!after.masked) {
+      deferred.push_back(norm2.scale);
+      deferred.push_back(norm2.shift);
+    }
+    if (defers) return deferred;
+    if (!deferred.empty()) ops_.take_gradient(y, norm2.mean, deferred[2], deferred[3], after.x, after.x);
+    drop_(after.x, layer.y_mask, layer.y_keep);
+    return {};
+  }
+
+  const Backend& ops_;
+  Stage& stage_;
+  const Tensor& features_;
+  Scratch scratch_;
+  const int64_t count_;
+  std::vector<Tensor> kept_;
+  Tensor grad_features_, a_, b_;
+  bool needs_input_;
+  std::vector<LayerParameters<bool>> needs_;
+  std::vector<LayerParameters<Tensor>> grads_;
+  PoolParameters<bool> pool_needs_;
+  PoolParameters<Tensor> pool_grads_;
+};
+
+}  // namespace
+
+int64_t stage_scratch(const Backend& backend, const Tensor& like, int64_t channels,
+                      const OptionalTensors& parameters, const OptionalTensors& masks,
+                      const StageSettings& settings, bool backward) {
+  return Stage("dense_stage", backend, settings, like, channels, parameters, masks).scratch_bytes(backward);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> stage_forward(const Backend& backend, const Tensor& x,
+                                                         const OptionalTensors& parameters,
+                                                         const OptionalTensors& running,
+                                                         const OptionalTensors& masks,
+                                                         const StageSettings& settings,
+                                                         const Tensor& scratch) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Stage stage("dense_stage", backend, settings, x, x.size(1), parameters, masks);
+  return Forward(backend, stage, x, scratch).run(running);
+}
+
+std::vector<Tensor> stage_backward(const Backend& backend, const Tensor& grad, int64_t channels,
+                                   const Tensor& features, const Tensor& saved, const Tensor& vectors,
+                                   const OptionalTensors& parameters, const OptionalTensors& masks,
+                                   const c10::List<bool>& needs, const StageSettings& settings,
+                                   const Tensor& scratch) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Stage stage("dense_stage_backward", backend, settings, features, channels, parameters, masks);
+  TORCH_CHECK_VALUE(needs.size() == 1 + parameters.size(), "dense_stage_backward: needs must hold ",
+                    1 + parameters.size(), " elements, got ", needs.size());
+  return Backward(backend, stage, features, saved, vectors, needs, scratch).run(grad, channels);
+}
+
+}  // namespace effdense
