@@ -6,6 +6,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "module_state.h"
 #include "pages.h"
 #include "schemas.h"
 #include "stage.h"
@@ -50,5 +51,7 @@ PYBIND11_MODULE(_effdense, m) {
   m.doc() = "effdense's compiled operators: importing registers torch.ops.effdense.*";
   m.def("use_large_pages", &effdense::use_large_pages,
         "Advises the system to put a tensor's memory on large pages.");
+  m.def("module_state", &effdense::module_state, "What modules are like, for module_state_is.");
+  m.def("module_state_is", &effdense::module_state_is, "Whether the modules are still like that.");
   m.def("build_info", &build_info, "What this module was built with.");
 }

@@ -175,6 +175,64 @@ def update_modules(norms: Sequence[tuple[Any, Tensor, Tensor]], count: int) -> N
     update_running_statistics(updates, count, group)
 
 
+class StageUpdate:
+    """What a stage's norms do to their buffers in a forward, from its flat vectors; gathered once.
+
+    With the batch's statistics of `count` values, as `update_modules` does it, which is the way under torch.compile, over
+    several processes, and of norms that average over all batches.
+    """
+
+    def __init__(self, stage: Any, norms: Sequence[Any]) -> None:
+        self._norms, self._places = norms, stage.vector_places()
+        self._running: list[Tensor] = []
+        self._starts: list[int] = []
+        self._momentum: list[float] = []
+        self._unbiased: list[bool] = []
+        self._counters: list[Tensor] = []
+        moved = [
+            (m, at) for m, at in zip(norms, self._places, strict=True) if m.training and m.track_running_stats
+        ]
+        self._is_plain = not torch.compiler.is_compiling() and not any(
+            m.momentum is None or group_of(m) for m, _ in moved
+        )
+        for m, (mean, var, _) in moved if self._is_plain else ():
+            if m.num_batches_tracked is not None:
+                self._counters.append(m.num_batches_tracked)
+            for buffer, start, unbiased in ((m.running_mean, mean, False), (m.running_var, var, True)):
+                if buffer is not None:
+                    self._running.append(buffer)
+                    self._starts.append(start)
+                    self._momentum.append(m.momentum)
+                    self._unbiased.append(unbiased)
+
+    def __call__(self, vectors: Tensor, count: int) -> None:
+        """Updates; `vectors`: the stage's."""
+        if not self._is_plain:
+            norms = (
+                (m, vectors[mean : mean + n], vectors[var : var + n])
+                for m, (mean, var, n) in self._numbered()
+            )
+            update_modules(list(norms), count)
+        elif (self._running or self._counters) and not recomputing():
+            keep, take = _factors(self._momentum, self._unbiased, count)
+            torch.ops.effdense.update_from_vectors(
+                vectors, self._starts, self._running, keep, take, self._counters, count > 0
+            )
+
+    def _numbered(self) -> Any:
+        return zip(self._norms, self._places, strict=True)
+
+
+def _factors(
+    momentum: Sequence[float], unbiased: Sequence[bool], count: int
+) -> tuple[list[float], list[float]]:
+    """What a running statistic and the batch's of `count` values are multiplied with."""
+    factor = count / max(count - 1, 1)
+    return [1 - m for m in momentum], [
+        m * factor if u else m for m, u in zip(momentum, unbiased, strict=True)
+    ]
+
+
 _library = torch.library.Library("effdense", "FRAGMENT")
 _library.define(
     "move_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] momentum, bool[] unbiased, SymInt count,"
@@ -184,6 +242,11 @@ _library.define(
     "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()"
 )
 _library.define("count_batches(Tensor(a!)[] counters) -> ()")
+# The same from a stage's vectors: each running statistic by what starts at its place in there; `any`: not of an empty batch.
+_library.define(
+    "update_from_vectors(Tensor vectors, int[] starts, Tensor(a!)[] running, float[] keep, float[] take,"
+    " Tensor(b!)[] counters, bool any) -> ()"
+)
 
 
 @torch.library.impl(_library, "move_running_statistics", "CompositeExplicitAutograd")
@@ -203,8 +266,7 @@ def _move(
     elif count == 0:
         return
     else:
-        factor = count / max(count - 1, 1)
-        take = [m * factor if u else m for m, u in zip(momentum, unbiased, strict=True)]
+        take = _factors(momentum, unbiased, count)[1]
     torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], take)
 
 
@@ -234,7 +296,24 @@ def _count(counters: list[Tensor]) -> None:
         torch._foreach_add_(counters, 1)
 
 
-for _name in ("move_running_statistics", "update_running_statistics", "count_batches"):
+@torch.library.impl(_library, "update_from_vectors", "CompositeExplicitAutograd")
+def _update_from_vectors(
+    vectors: Tensor,
+    starts: list[int],
+    running: list[Tensor],
+    keep: list[float],
+    take: list[float],
+    counters: list[Tensor],
+    any: bool,
+) -> None:
+    if counters:
+        _count(counters)
+    if any and running:
+        batch = [vectors[start : start + r.numel()] for start, r in zip(starts, running, strict=True)]
+        torch.ops.effdense.update_running_statistics(running, batch, keep, take)
+
+
+for _name in ("move_running_statistics", "update_running_statistics", "count_batches", "update_from_vectors"):
 
     @torch.library.register_fake(f"effdense::{_name}")
     def _(*_: Any) -> None:

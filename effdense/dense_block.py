@@ -79,7 +79,16 @@ def _dense_stage_backward(
             size = ops.stage_scratch(features, channels, parameters, masks, *settings[:-1], True)
             with workspace.lease(features.device, size) as scratch:
                 result: list[Tensor] = ops.stage_backward(
-                    grad, channels, features, saved, vectors, parameters, masks, needs, *settings[:-1], scratch.block
+                    grad,
+                    channels,
+                    features,
+                    saved,
+                    vectors,
+                    parameters,
+                    masks,
+                    needs,
+                    *settings[:-1],
+                    scratch.block,
                 )
             return result
         grads = backward(
@@ -241,25 +250,29 @@ def _parts(
 
 
 def run(
-    settings: Settings, x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters
-) -> tuple[Tensor, Stage, Tensor]:
+    settings: Settings,
+    x: Tensor,
+    parameters: Parameters,
+    needs: Sequence[bool],
+    running: Parameters,
+    masks: Parameters,
+) -> tuple[Tensor, Tensor]:
     """Runs a stage whose arguments have been checked, in x's dtype; `settings.lowest` and "inference" are set here.
 
-    Returns its output (the pool's, or the feature buffer), the stage, and its vectors (see `Stage.split_vectors`).
+    `needs`: whether the gradients of the parameters are needed. Returns its output (the pool's, or the feature buffer) and
+    its vectors (see `Stage.split_vectors`).
     """
-    tensors = (x, *parameters)
-    needs = [t is not None and t.requires_grad for t in tensors]
-    if torch.is_grad_enabled() and any(needs):
-        lowest = -1 if needs[0] else (needs.index(True) - 1) // settings.step
+    if torch.is_grad_enabled() and (x.requires_grad or any(needs)):
+        lowest = -1 if x.requires_grad else needs.index(True) // settings.step
         settings = settings._replace(lowest=lowest)
         out, vectors, *_ = StageNode.apply(
             tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks
         )
-        if needs[0] and not torch.compiler.is_compiling():
+        if x.requires_grad and not torch.compiler.is_compiling():
             # Of x the stage keeps no more than its values in the buffer; a second derivative goes to x itself.
             out.grad_fn.place = Place.apply(x)
     else:
         settings = settings._replace(memory="inference")
         out, features, _, vectors = torch.ops.effdense.dense_stage(x, parameters, running, masks, *settings)
         out = out if settings.pool else features
-    return out, Stage(settings, x.shape[1], parameters, masks), vectors
+    return out, vectors

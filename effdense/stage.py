@@ -126,6 +126,19 @@ class Stage:
         own = zip(self._sizes, self._own_vectors(), strict=True)
         return 2 * (self.channels + sum(n for n, is_own in own if is_own))
 
+    def vector_places(self) -> list[tuple[int, int, int]]:
+        """Where in the flat vectors each norm's are: the start of its mean, of its variance, and how many elements each has."""
+        places: list[tuple[int, int, int]] = []
+        used = 2 * self.channels
+        for n, is_own in zip(self._sizes, self._own_vectors(), strict=True):
+            if is_own:
+                places.append((used, used + n, n))
+                used += 2 * n
+            else:
+                start: int = self.at(0, n).start
+                places.append((start, self.channels + start, n))
+        return places
+
     def split_vectors(self, vectors: Tensor) -> tuple[tuple[Tensor, Tensor], Vectors]:
         """Views of the flat vectors: mean and variance of the buffer's channels, and those of every norm."""
         own = self._own_vectors()

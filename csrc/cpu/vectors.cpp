@@ -52,6 +52,18 @@ void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const 
   });
 }
 
+void update_running_statistics(const Tensor& to, const Tensor& batch, double keep, double take) {
+  if (to.is_contiguous() && to.scalar_type() == at::kFloat && batch.scalar_type() == at::kFloat &&
+      batch.is_contiguous()) {
+    float* to_data = to.mutable_data_ptr<float>();
+    const float* from = batch.const_data_ptr<float>();
+    const float kept = static_cast<float>(keep), taken = static_cast<float>(take);
+    for (int64_t c = 0; c < to.numel(); ++c) to_data[c] = kept * to_data[c] + taken * from[c];
+  } else {
+    to.mul_(keep).add_(batch, take);
+  }
+}
+
 // running <- keep * running + take * batch for every pair; schema in effdense/batch_norm.py, as plain PyTorch
 // needs it too.
 void update_running_statistics(TensorList running, TensorList batch, at::ArrayRef<double> keep,
@@ -62,27 +74,44 @@ void update_running_statistics(TensorList running, TensorList batch, at::ArrayRe
                     ": batch, keep and take must have ", count, " elements (one per running statistic), got ",
                     batch.size(), ", ", keep.size(), " and ", take.size());
   for (size_t i = 0; i < count; ++i) {
-    const Tensor& to = running[i];
-    TORCH_CHECK_VALUE(batch[i].sizes() == to.sizes(), op, ": batch[", i, "] must have shape ", to.sizes(),
-                      ", got ", batch[i].sizes());
-    if (to.is_contiguous() && to.scalar_type() == at::kFloat && batch[i].scalar_type() == at::kFloat &&
-        batch[i].is_contiguous()) {
-      float* to_data = to.mutable_data_ptr<float>();
-      const float* from = batch[i].const_data_ptr<float>();
-      const float kept = static_cast<float>(keep[i]), taken = static_cast<float>(take[i]);
-      for (int64_t c = 0; c < to.numel(); ++c) to_data[c] = kept * to_data[c] + taken * from[c];
-    } else {
-      to.mul_(keep[i]).add_(batch[i], take[i]);
-    }
+    TORCH_CHECK_VALUE(batch[i].sizes() == running[i].sizes(), op, ": batch[", i, "] must have shape ",
+                      running[i].sizes(), ", got ", batch[i].sizes());
+    update_running_statistics(running[i], batch[i], keep[i], take[i]);
+  }
+}
+
+// The same from a stage's vectors, where each statistic's batch starts at its place; the counters count a
+// batch.
+void update_from_vectors(const Tensor& vectors, at::IntArrayRef starts, TensorList running,
+                         at::ArrayRef<double> keep, at::ArrayRef<double> take, TensorList counters,
+                         bool any) {
+  constexpr const char* op = "update_from_vectors";
+  for (const Tensor& counter : counters) {
+    if (counter.is_cpu() && counter.scalar_type() == at::kLong && counter.numel() == 1)
+      ++*counter.mutable_data_ptr<int64_t>();
+    else
+      counter.add_(1);
+  }
+  if (!any) return;
+  TORCH_CHECK_VALUE(
+      starts.size() == running.size() && keep.size() == running.size() && take.size() == running.size(), op,
+      ": starts, keep and take must have ", running.size(), " elements (one per running statistic), got ",
+      starts.size(), ", ", keep.size(), " and ", take.size());
+  for (size_t i = 0; i < running.size(); ++i) {
+    const Tensor batch = vectors.narrow(0, starts[i], running[i].numel());
+    update_running_statistics(running[i], batch, keep[i], take[i]);
   }
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
+  m.impl("update_from_vectors", update_from_vectors);
   EFFDENSE_IMPLEMENT(m, cpu_backend, fold);
   EFFDENSE_IMPLEMENT(m, cpu_backend, defer);
-  m.impl("update_running_statistics", update_running_statistics);
+  m.impl("update_running_statistics",
+         static_cast<void (*)(TensorList, TensorList, at::ArrayRef<double>, at::ArrayRef<double>)>(
+             update_running_statistics));
 }
 
 }  // namespace effdense

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from effdense.code import Reads
 from effdense.inputs import takes
-from effdense.nn.layers import dimensions_of, fits, run_stage, run_transition, run_unpooled
+from effdense.nn.layers import fits, run_transition, run_unpooled
+from effdense.nn.looks import look
+from effdense.nn.obstacles import global_obstacle
+from effdense.nn.stage_run import Chains, dimensions_of, run_stage
 from effdense.nn.structure import (
     DROPOUTS,
     Chain,
@@ -106,10 +109,14 @@ class ForeignBlock(Foreign):
 
     def chains(self) -> tuple[list[Chain], str] | None:
         """See DenseBlock."""
+        return None if global_obstacle() is not None else look(self, self._chains)
+
+    def _chains(self) -> tuple[list[Chain], str] | None:
         try:
-            return self.read()
+            chains, memory = self.read()
         except Obstacle:
             return None
+        return Chains(chains), memory
 
     def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""

@@ -10,18 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense import dense_block, dense_layer, pool
-from effdense.autograd import dropout_scale, prepare, without_autocast
-from effdense.batch_norm import Norm, read_module, update_modules
+from effdense import dense_layer, pool
+from effdense.autograd import dropout_scale
+from effdense.batch_norm import read_module, update_modules
 from effdense.checks import (
-    check_conv_weight,
     check_memory,
-    check_norm,
     check_spatial_dims,
-    check_vector,
 )
 from effdense.inputs import takes, through
 from effdense.modules import kind_of
+from effdense.nn.looks import look
 from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,
@@ -35,8 +33,8 @@ from effdense.nn.obstacles import (
     same_processes,
     transition_obstacle,
 )
+from effdense.nn.stage_run import Chains, dimensions_of, draw_mask, run_stage
 from effdense.nn.structure import NO_DROP, Chain, Drop
-from effdense.stage import Settings
 
 
 def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
@@ -127,7 +125,7 @@ class DenseLayer(_Layer):
         fused = self.obstacle() is None and not self._drops_inside()
         if fused and features and all(takes(x, self.conv1.weight.dim()) for x in features):
             drop = Drop(self.drop_rate if self.training else 0.0)
-            new, mask = self._fused(features), _draw_mask(drop, self.conv2, features[0])
+            new, mask = self._fused(features), draw_mask(drop, self.conv2, features[0])
             return new if mask is None else new * mask * dropout_scale(1 - self.drop_rate)
         new = self._one_by_one(features)
         if self.drop_rate > 0:
@@ -167,18 +165,6 @@ def _chain(name: str, layer: Any) -> Chain:
         return Chain(name, [layer.norm1], [layer.conv1], [drop])
     inside = drop if layer.dropout_after_bottleneck else NO_DROP
     return Chain(name, [layer.norm1, layer.norm2], [layer.conv1, layer.conv2], [inside, drop])
-
-
-def _draw_mask(drop: Drop, conv: Any, x: Tensor) -> Tensor | None:
-    """Which of the values that conv makes dropout keeps, in bytes; None where it drops nothing.
-
-    Drawn in the contiguous layout, so that on the CPU it is what F.dropout would draw.
-    """
-    if drop.rate <= 0:
-        return None
-    spatial = (1,) * (x.dim() - 2) if drop.channels else x.shape[2:]
-    shape = (x.shape[0], conv.weight.shape[0], *spatial)
-    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - drop.rate)
 
 
 class PlainDenseLayer(_Layer):
@@ -286,10 +272,14 @@ class DenseBlock(nn.ModuleDict):
 
     def chains(self) -> tuple[list[Chain], str] | None:
         """What run_stage takes of it; None where there is an obstacle."""
+        return None if global_obstacle() is not None else look(self, self._chains)
+
+    def _chains(self) -> tuple[list[Chain], str] | None:
         if self.obstacle() is not None:
             return None
         layers: list[Any] = list(self.values())
-        return [_chain(name, layer) for name, layer in zip(self, layers, strict=True)], layers[0].memory
+        chains = Chains(_chain(name, layer) for name, layer in zip(self, layers, strict=True))
+        return chains, layers[0].memory
 
     def forward(self, init_features: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_input_features + num_layers * growth_rate, *spatial].
@@ -303,107 +293,6 @@ class DenseBlock(nn.ModuleDict):
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
-
-
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
-
-
-def _check_layer(
-    name: str, kernels: Sequence[int], norms: Sequence[Norm], convs: Sequence[Any], channels: int, x: Tensor
-) -> None:
-    """Checks one layer's tensors against the channels that reach it."""
-    op = "DenseBlock"
-    for i, (kernel, norm) in enumerate(zip(kernels, norms, strict=True)):
-        weight, bias = convs[2 * i : 2 * i + 2]
-        check_norm(op, [f"{name}.norm{i + 1}.{part}" for part in _TENSORS], norm, channels, x)
-        check_conv_weight(op, f"{name}.conv{i + 1}.weight", weight, channels, kernel, x)
-        channels = weight.shape[0]
-        check_vector(op, f"{name}.conv{i + 1}.bias", bias, channels, x, "the convolution's output channels")
-
-
-def _masks(chains: Sequence[Chain], x: Tensor) -> tuple[list[float], list[Tensor | None]]:
-    """Dropout's probabilities and masks for the engine, two a layer: nothing at all where no layer drops."""
-    masks = [
-        [_draw_mask(d, conv, x) for d, conv in zip(chain.drops, chain.convs, strict=True)] for chain in chains
-    ]
-    if all(mask is None for own in masks for mask in own):
-        return [], []
-    rates = [[drop.rate for drop in chain.drops] for chain in chains]
-    return [p for own in rates for p in [0.0, *own][-2:]], [m for own in masks for m in [None, *own][-2:]]
-
-
-def dimensions_of(chains: Sequence[Chain]) -> int:
-    """How many dimensions a block's input has."""
-    count: int = chains[0].convs[0].weight.dim()
-    return count
-
-
-def run_stage(chains: Sequence[Chain], memory: str, x: Tensor, *behind: Any) -> Tensor:
-    """Runs a block's layers, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage.
-
-    `x`: what `takes` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is.
-    """
-    return through(x, lambda x: _run_stage(chains, memory, x, *behind))
-
-
-def _run_stage(
-    chains: Sequence[Chain],
-    memory: str,
-    x: Tensor,
-    pool_norm: Any = None,
-    kernel_size: Sequence[int] = (),
-    conv: Any = None,
-) -> Tensor:
-    bottleneck = len(chains[0].convs) == 2
-    convs = [c for chain in chains for c in chain.convs]
-    convs += [] if conv is None else [conv]
-    channels, (x,), weights, result = prepare(
-        "DenseBlock", [x], [p for c in convs for p in (c.weight, c.bias)]
-    )
-    parameters: list[Tensor | None] = []
-    norms: list[Norm] = []
-    for i, chain in enumerate(chains):
-        own = [read_module(m) for m in chain.norms]
-        kernels = [conv.kernel_size[0] for conv in chain.convs]
-        pairs = weights[2 * len(kernels) * i :][: 2 * len(kernels)]
-        _check_layer(chain.name, kernels, own, pairs, channels, x)
-        for j, norm in enumerate(own):
-            parameters += [norm.weight, norm.bias, *pairs[2 * j : 2 * j + 2]]
-        norms += own
-        channels += pairs[-2].shape[0]  # type: ignore[union-attr]
-    all_norms = [m for chain in chains for m in chain.norms]
-    if pool_norm is not None:
-        norm = read_module(pool_norm)
-        check_norm("DenseBlock", [f"the following norm.{part}" for part in _TENSORS], norm, channels, x)
-        behind: Sequence[Tensor | None] = (None, None) if conv is None else weights[-2:]
-        if conv is not None:
-            check_conv_weight("DenseBlock", "the following conv.weight", behind[0], channels, 1, x)
-        parameters += [norm.weight, norm.bias, *behind]
-        norms.append(norm)
-        all_norms.append(pool_norm)
-    drop, masks = _masks(chains, x)
-    dilation = [chain.convs[-1].dilation[0] for chain in chains]
-    settings = Settings(
-        bottleneck=bottleneck,
-        memory=memory,
-        lowest=-1,
-        eps=[norm.eps for norm in norms],
-        batch_statistics=[norm.batch_statistics for norm in norms],
-        drop=drop,
-        pool=list(kernel_size),
-        dilation=dilation if max(dilation) > 1 else [],
-        newest_first=chains[0].newest_first,
-        group=next((norm.group for norm in norms if norm.batch_statistics), ""),
-    )
-    running = [
-        t for n in norms for t in ((None, None) if n.batch_statistics else (n.running_mean, n.running_var))
-    ]
-    with without_autocast(x):
-        out, stage, vectors = dense_block.run(settings, x, parameters, running, masks)
-    statistics = stage.split_vectors(vectors)[1]
-    count = x.numel() // x.shape[1]
-    update_modules([(m, *s) for m, s in zip(all_norms, statistics, strict=True)], count)
-    return out if conv is None or result is None else out.to(result)
 
 
 NAMES = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")

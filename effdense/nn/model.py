@@ -14,7 +14,7 @@ from effdense.batch_norm import read_module, update_modules
 from effdense.inputs import takes, through
 from effdense.modules import kind_of
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
-from effdense.nn.layers import DenseBlock, Transition, dimensions_of, run_stage
+from effdense.nn.layers import DenseBlock, Transition
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     CONVS,
@@ -28,6 +28,7 @@ from effdense.nn.obstacles import (
     refuse_scripting,
     same_processes,
 )
+from effdense.nn.stage_run import dimensions_of, run_stage
 from effdense.nn.structure import DROPOUTS, Chain
 from effdense.reference import channels_last
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from effdense.code import Reads, code_of_tree, constants_of, counts
 from effdense.modules import original, walk
+from effdense.nn.looks import KEPT
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     AVG_POOLS,
@@ -136,7 +137,7 @@ def drop_attributes(module: nn.Module) -> list[str]:
 
 
 # Ours, and what PyTorch puts there: nn.DataParallel, Module.compile.
-_OTHERS = "_effdense", "_memory", "_former_parameters", "_is_replica", "_compiled_call_impl"
+_OTHERS = KEPT, "_effdense", "_memory", "_former_parameters", "_is_replica", "_compiled_call_impl"
 MODULE_STATE = frozenset((*vars(nn.Module()), *_OTHERS))
 _NORM_STATE = MODULE_STATE | {"eps", "momentum", "track_running_stats"}  # read at every forward
 
