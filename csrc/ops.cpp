@@ -18,6 +18,9 @@ TORCH_LIBRARY(effdense, m) {
 }
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) { effdense::implement_stage<effdense::cpu_backend>(m); }
+#ifdef EFFDENSE_CUDA_ARCHITECTURES
+TORCH_LIBRARY_IMPL(effdense, CUDA, m) { effdense::implement_stage<effdense::cuda_backend>(m); }
+#endif
 
 namespace {
 

@@ -253,15 +253,14 @@ def run(
     settings: Settings,
     x: Tensor,
     parameters: Parameters,
-    needs: Sequence[bool],
     running: Parameters,
     masks: Parameters,
 ) -> tuple[Tensor, Tensor]:
     """Runs a stage whose arguments have been checked, in x's dtype; `settings.lowest` and "inference" are set here.
 
-    `needs`: whether the gradients of the parameters are needed. Returns its output (the pool's, or the feature buffer) and
-    its vectors (see `Stage.split_vectors`).
+    Returns its output (the pool's, or the feature buffer) and its vectors (see `Stage.split_vectors`).
     """
+    needs = [p is not None and p.requires_grad for p in parameters] if torch.is_grad_enabled() else []
     if torch.is_grad_enabled() and (x.requires_grad or any(needs)):
         lowest = -1 if x.requires_grad else needs.index(True) // settings.step
         settings = settings._replace(lowest=lowest)

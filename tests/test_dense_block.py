@@ -113,6 +113,78 @@ def test_compiled_operators_and_the_twin_agree(
     assert_close(*results, 1e-12)
 
 
+SETTINGS = ["as they are", "lowest layers frozen", "norms in evaluation", "first convolution's bias"]
+
+
+def change(model: nn.Module, setting: str) -> None:
+    layers = list(block_of(model).values())
+    if setting == "lowest layers frozen":
+        layers[0].requires_grad_(False)
+    elif setting == "norms in evaluation":
+        for m in (m for m in layers[1].modules() if isinstance(m, nn.BatchNorm2d)):
+            m.eval()
+            m.weight.requires_grad_(False)
+    elif setting == "first convolution's bias":
+        for name, p in layers[1].named_parameters():
+            p.requires_grad_(name == "conv1.bias")
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("memory", [*MEMORY, "inference"])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("plain", [False, True])
+def test_both_orchestrations_give_the_same_bits(
+    plain: bool, tail: str, memory: str, setting: str, drop_rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine in Python and csrc/stage.cpp, on the same operators."""
+    ops = operators(make_input())
+    if not hasattr(ops, "stage_forward"):
+        pytest.skip("these operators have the engine in Python alone")
+    ours = converted(make_naive(plain, tail, bias=True, drop_rate=drop_rate), "minimal")
+    change(ours, setting)
+    settings, x, parameters, running, masks = capture(ours, make_input((5, 6)), monkeypatch)
+    settings = settings._replace(memory=memory)
+    for newest_first in (False, True):
+        for needs_x in (False, True):
+            needs = [needs_x, *(p is not None and p.requires_grad for p in parameters)]
+            lowest = -1 if needs_x else (needs.index(True) - 1) // settings.step
+            case = settings._replace(newest_first=newest_first, lowest=lowest)
+            assert_same_bits(ops, case, x, detached(parameters), running, masks, needs)
+
+
+def assert_same_bits(
+    ops: Any, settings: Any, x: Tensor, parameters: Any, running: Any, masks: Any, needs: list[bool]
+) -> None:
+    flat = settings[:-1]  # the group stays in Python
+
+    def scratch(backward: bool) -> Tensor:
+        size = ops.stage_scratch(x, x.shape[1], parameters, masks, *flat, backward)
+        return torch.full(
+            (size,), 0xFF, dtype=torch.uint8, device=x.device
+        )  # NaN, where it is read unwritten
+
+    one = engine.forward(ops, settings, x, parameters, running, masks)
+    other = ops.stage_forward(x, parameters, running, masks, *flat, scratch(False))
+    out, features, saved, vectors = one
+    assert_equal(one, other)
+    if settings.memory == "inference":
+        return
+    grad = weights_of(out if settings.pool else features)
+    kept = features, saved, vectors, parameters, masks, needs
+    grads = engine.backward(ops, settings, grad, x.shape[1], *kept)
+    assert_equal(
+        [g for g in grads if g is not None], ops.stage_backward(grad, x.shape[1], *kept, *flat, scratch(True))
+    )
+
+
+def assert_equal(ones: Any, others: Any) -> None:
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert one.stride() == other.stride() and one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
 # ---- dropout
 
 
@@ -175,7 +247,7 @@ def test_masks_inside_a_layer(memory: str, plain: bool, norms: str, monkeypatch:
     drop, masks = make_masks(x, plain)
     expected = naive_with_masks(naive, x, drop, masks)
     with torch.set_grad_enabled(memory != "inference"):
-        got, _, _ = dense_block.run(settings._replace(drop=drop), x, parameters, running, masks)
+        got, _ = dense_block.run(settings._replace(drop=drop), x, parameters, running, masks)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
     if memory == "inference":
         return

@@ -49,16 +49,16 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
   check_bottleneck(op, features, scale, shift, weight, bias, out_scale, out_shift, y);
   const Tensor& first = features[0];
   const int64_t channels = scale.numel(), out_channels = weight.size(0);
-  Tensor mean = at::zeros({statistics ? out_channels : 0}, scale.options());
-  Tensor var = at::ones({statistics ? out_channels : 0}, scale.options());
-  if (y.numel() == 0) return {mean, var};
+  const int64_t wanted = statistics ? out_channels : 0;
+  if (y.numel() == 0) return {at::zeros({wanted}, scale.options()), at::ones({wanted}, scale.options())};
+  Tensor mean = at::empty({wanted}, scale.options()), var = at::empty({wanted}, scale.options());
 
   EFFDENSE_DISPATCH(first.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Rows<A>& wide = rows<A>();
     const Features<T> x(features);
     const Block<T> out = writable<T>(op, "y", y);
-    const Factor<A> w(weight.to(scale.scalar_type()).t());  // [channels, out_channels]
+    const Factor<A> w(wide_weight(weight, scale), Places::of(channels, out_channels, 1, channels));
     const A *bias_data = data_or_null<A>(bias), *out_scale_data = data_or_null<A>(out_scale),
             *out_shift_data = data_or_null<A>(out_shift);
     const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(channels + out_channels));
@@ -96,9 +96,13 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
   const Tensor& first = features[0];
   const int64_t channels = scale.numel(), out_channels = weight.size(0);
 
-  Tensor grad_weight = at::zeros({need_weight ? out_channels : 0, channels}, scale.options());
-  Tensor sum_d = at::zeros({channels}, scale.options()), sum_dx = at::zeros({channels}, scale.options());
-  if (grad_y.numel() == 0) return {grad_weight, sum_d, sum_dx};
+  const bool nothing = grad_y.numel() == 0;
+  const auto result = [&](at::IntArrayRef sizes, bool is_written) {
+    return is_written && !nothing ? at::empty(sizes, scale.options()) : at::zeros(sizes, scale.options());
+  };
+  Tensor grad_weight = result({need_weight ? out_channels : 0, channels}, true);
+  Tensor sum_d = result({channels}, true), sum_dx = result({channels}, true);
+  if (nothing) return {grad_weight, sum_d, sum_dx};
 
   EFFDENSE_DISPATCH(first.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
@@ -113,14 +117,19 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       const bool wanted = grad_features[i].numel() > 0;
       grads.push_back(wanted ? writable<T>(op, name.c_str(), grad_features[i]) : Block<T>{nullptr, 0});
     }
-    const Factor<A> w(weight.to(scale.scalar_type()));  // [out_channels, channels]
+    const Factor<A> w(wide_weight(weight, scale), Places::of(out_channels, channels, channels, 1));
     const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(2 * channels + out_channels));
     const int64_t step = tiles.step();
     const int64_t z_step = row_step<A>(channels);
     const int64_t per_slot = step * (2 * z_step + channels + 3 * out_channels) + kPanel;
     const Tensor scratch = at::empty({tiles.slots(), per_slot}, scale.options());
+    // The first slot's sums are made in the result.
     const Tensor partial =
-        at::empty({need_weight ? tiles.slots() : 0, out_channels, channels}, scale.options());
+        at::empty({need_weight ? tiles.slots() - 1 : 0, out_channels, channels}, scale.options());
+    const auto sum_of = [&](int64_t slot) {
+      return slot == 0 ? grad_weight.mutable_data_ptr<A>()
+                       : partial.mutable_data_ptr<A>() + (slot - 1) * out_channels * channels;
+    };
     std::vector<char> started(tiles.slots());
     Sums sums(tiles.slots(), channels);
     tiles.for_each([&](int64_t slot, Tile tile) {
@@ -145,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       }
       wide.bn_relu(tile.rows(), channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
-        const Block<A> to{partial.mutable_data_ptr<A>() + slot * out_channels * channels, channels};
+        const Block<A> to{sum_of(slot), channels};
         add_transposed(tile.rows(), out_channels, channels, tile_dy, constant(z), to, started[slot],
                        transposed, grads.size() == 1 ? ahead(grads[0], tile, channels) : Ahead{});
         started[slot] = true;
@@ -172,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
         c += count;
       }
     });
-    for (int64_t slot = 0; need_weight && slot < tiles.slots(); ++slot) grad_weight.add_(partial[slot]);
+    for (int64_t slot = 1; need_weight && slot < tiles.slots(); ++slot) grad_weight.add_(partial[slot - 1]);
     sums.template write<A>(sum_d, sum_dx);
   });
   return {grad_weight, sum_d, sum_dx};

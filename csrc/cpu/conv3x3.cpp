@@ -67,6 +67,25 @@ Block<const T> dense_or(Block<const A> dense, Block<const T> stored) {
     return stored;
 }
 
+// Where in a weight [k, channels, 3, 3] the input channels begin.
+std::vector<int64_t> offsets_of_channels(const Tensor& weight) {
+  std::vector<int64_t> offsets(weight.size(1));
+  for (int64_t c = 0; c < weight.size(1); ++c) offsets[c] = c * weight.stride(1);
+  return offsets;
+}
+
+// Where the taps' output channels are, tap by tap; with `turned` from the last tap to the first.
+std::vector<int64_t> offsets_of_taps(const Tensor& weight, bool turned) {
+  std::vector<int64_t> offsets;
+  offsets.reserve(kTaps * weight.size(0));
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    const int64_t from = turned ? kTaps - 1 - tap : tap;
+    const int64_t offset = from / 3 * weight.stride(2) + from % 3 * weight.stride(3);
+    for (int64_t o = 0; o < weight.size(0); ++o) offsets.push_back(o * weight.stride(0) + offset);
+  }
+  return offsets;
+}
+
 void check_input(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift,
                  const Tensor& weight) {
   check_map(op, "x", x);
@@ -84,8 +103,8 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
   if (bias) check_per_channel(op, "bias", *bias, x, k);
   check_same_images(op, "out", out, x);
   check_channels(op, "out", out, k, "the weight's output channels");
-  Tensor mean = at::zeros({k}, scale.options()), var = at::ones({k}, scale.options());
-  if (x.numel() == 0) return {mean, var};
+  if (x.numel() == 0) return {at::zeros({k}, scale.options()), at::ones({k}, scale.options())};
+  Tensor mean = at::empty({k}, scale.options()), var = at::empty({k}, scale.options());
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Rows<A>& wide = rows<A>();
@@ -93,8 +112,8 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
     const Block<T> to = writable<T>(op, "out", out);
     const int64_t columns = kTaps * k, taps_step = aligned(columns);
     // [channels, 9 k]: the taps side by side
-    const Tensor taps_side_by_side = weight.to(scale.scalar_type()).permute({1, 2, 3, 0});
-    const Factor<A> w(taps_side_by_side.reshape({channels, columns}));
+    const Tensor wide_taps = wide_weight(weight, scale);
+    const Factor<A> w(wide_taps, {offsets_of_channels(wide_taps), offsets_of_taps(wide_taps, false)});
     const Bands bands(x, sizeof(A) * (channels + taps_step), 2);
     const int64_t width = bands.width, pixels = bands.height * width, ring = bands.step + 2;
     const int64_t z_size = aligned(ring * width * channels), taps_size = ring * width * taps_step + kVector;
@@ -152,10 +171,13 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
   check_channels(op, "grad", grad, k, "the weight's output channels");
   check_per_channel(op, "mean", mean, x, channels);
   if (need_x) check_same_shape(op, "grad_x", grad_x, x);
-  Tensor grad_weight =
-      at::zeros({channels, 3, 3, need_weight ? k : 0}, scale.options()).permute({3, 0, 1, 2});
-  Tensor sum_d = at::zeros({channels}, scale.options()), sum_dx = at::zeros({channels}, scale.options());
-  if (x.numel() == 0) return {grad_weight, sum_d, sum_dx};
+  const bool nothing = x.numel() == 0;
+  const auto result = [&](at::IntArrayRef sizes) {
+    return nothing ? at::zeros(sizes, scale.options()) : at::empty(sizes, scale.options());
+  };
+  const Tensor grad_taps = result({channels, 3, 3, need_weight ? k : 0});
+  Tensor grad_weight = grad_taps.permute({3, 0, 1, 2}), sum_d = result({channels}), sum_dx = result({channels});
+  if (nothing) return {grad_weight, sum_d, sum_dx};
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Rows<A>& wide = rows<A>();
@@ -164,14 +186,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
     const Block<T> to = need_x ? writable<T>(op, "grad_x", grad_x) : Block<T>{nullptr, 0};
     const int64_t columns = kTaps * k, around_step = aligned(columns);
     // [9 k, channels]; what a pixel gets from its neighbour on one side came through the tap on the other
-    const Tensor around_a_pixel = weight.to(scale.scalar_type()).flip({2, 3}).permute({2, 3, 0, 1});
-    const Factor<A> w(around_a_pixel.reshape({columns, channels}));
+    const Tensor wide_taps = wide_weight(weight, scale);
+    const Factor<A> w(wide_taps, {offsets_of_taps(wide_taps, true), offsets_of_channels(wide_taps)});
     const Bands bands(x, sizeof(A) * (4 * channels + around_step + k), 0);
     const int64_t width = bands.width, pixels = bands.height * width, most = aligned(bands.step * width);
     const int64_t line = (width + 2) * k, padded = aligned((bands.step + 2) * line) + kVector;
     const int64_t per_slot = most * (4 * channels + around_step) + padded + kVector;
     const Tensor scratch = at::empty({bands.slots(), per_slot}, scale.options());
-    const Tensor partial = at::zeros({need_weight ? bands.slots() : 0, channels, columns}, scale.options());
+    const Tensor partial = at::empty({need_weight ? bands.slots() : 0, channels, columns}, scale.options());
+    std::vector<char> started(bands.slots());
     Sums sums(bands.slots(), channels);
     bands.for_each([&](int64_t slot, int64_t image, int64_t first, int64_t last) {
       A* x_scratch = scratch.mutable_data_ptr<A>() + slot * per_slot;
@@ -195,8 +218,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
       wide.bn_relu(count, channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
         const Block<A> sum{partial.mutable_data_ptr<A>() + slot * channels * columns, columns};
-        add_transposed(count, channels, columns, constant(z), constant(around), sum, true, transposed,
+        add_transposed(count, channels, columns, constant(z), constant(around), sum, started[slot], transposed,
                        ahead(to, {row, row + count}, channels));
+        started[slot] = true;
       }
       if (!need_x) return;
       w.multiply_backward(loops, count, constant(around), dz,
@@ -204,8 +228,18 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
                            from_row(to, row), accumulate, sums.d(slot), sums.dx(slot)},
                           from.ahead({row + count, std::min(row + 2 * count, bands.pixels)}));
     });
-    for (int64_t slot = 0; need_weight && slot < bands.slots(); ++slot)
-      grad_weight.add_(partial[slot].view({channels, 3, 3, k}).flip({1, 2}).permute({3, 0, 1, 2}));
+    if (need_weight) {
+      const A* from = partial.const_data_ptr<A>();
+      A* to_taps = grad_taps.mutable_data_ptr<A>();
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t tap = 0; tap < kTaps; ++tap)
+          for (int64_t o = 0; o < k; ++o) {
+            const int64_t i = c * columns + tap * k + o;
+            A sum = from[i];
+            for (int64_t slot = 1; slot < bands.slots(); ++slot) sum += from[slot * channels * columns + i];
+            to_taps[c * columns + (kTaps - 1 - tap) * k + o] = sum;
+          }
+    }
     sums.template write<A>(sum_d, sum_dx);
   });
   return {grad_weight, sum_d, sum_dx};

@@ -52,23 +52,44 @@ int64_t row_step(int64_t n) {
   return (panels(n) | 1) * kPanel;
 }
 
+// A convolution's weight in the type that sums are kept in, which is that of the vector `like`.
+inline Tensor wide_weight(const Tensor& weight, const Tensor& like) {
+  return weight.scalar_type() == like.scalar_type() ? weight : weight.to(like.scalar_type());
+}
+
+// Where a factor's elements are taken from: element (p, j) is from[row[p] + column[j]].
+struct Places {
+  std::vector<int64_t> row, column;
+  // Of a matrix [k, n].
+  static Places of(int64_t k, int64_t n, int64_t row_step, int64_t column_step) {
+    Places places{std::vector<int64_t>(k), std::vector<int64_t>(n)};
+    for (int64_t p = 0; p < k; ++p) places.row[p] = p * row_step;
+    for (int64_t j = 0; j < n; ++j) places.column[j] = j * column_step;
+    return places;
+  }
+};
+
 // The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it.
 template <typename A>
 class Factor {
  public:
-  explicit Factor(const Tensor& matrix) : k_(matrix.size(0)), n_(matrix.size(1)) {
-    if (own_products<A>() == nullptr) {
-      data_ = matrix.contiguous();
-      return;
-    }
-    data_ = at::empty({panels(n_), k_, kPanel}, matrix.options());
+  Factor(const Tensor& from, const Places& places)
+      : k_(static_cast<int64_t>(places.row.size())), n_(static_cast<int64_t>(places.column.size())) {
+    const A* data = from.const_data_ptr<A>();
+    const bool own = own_products<A>() != nullptr;
+    const int64_t width = own ? kPanel : n_, count = own ? panels(n_) : 1;
+    data_ = at::empty({count, k_, width}, from.options());
     A* to = data_.template mutable_data_ptr<A>();
-    const A* from = matrix.const_data_ptr<A>();
-    const int64_t row = matrix.stride(0), column = matrix.stride(1);
-    for (int64_t panel = 0; panel < panels(n_); ++panel)
-      for (int64_t p = 0; p < k_; ++p)
-        for (int64_t j = panel * kPanel; j < (panel + 1) * kPanel; ++j)
-          *to++ = j < n_ ? from[p * row + j * column] : A(0);
+    for (int64_t panel = 0; panel < count; ++panel) {
+      const int64_t* column = places.column.data() + panel * width;
+      const int64_t columns = std::min(width, n_ - panel * width);
+      for (const int64_t row : places.row) {
+        const A* source = data + row;
+        for (int64_t j = 0; j < columns; ++j) to[j] = source[column[j]];
+        std::fill(to + columns, to + width, A(0));
+        to += width;
+      }
+    }
   }
 
   // c [m, n] = a [m, k] times this. Of c's rows `room` elements may be written, where that is more than n.

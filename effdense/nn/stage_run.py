@@ -37,11 +37,10 @@ class _Run(NamedTuple):
 
     settings: Settings
     parameters: list[Tensor | None]
-    needs: list[bool]  # whether a parameter's gradient is
     running: list[Tensor | None]
     dtype: torch.dtype | None  # of the result, under autocast
     update: StageUpdate  # of the running statistics
-    behind: State
+    behind: State | None  # None: not to be kept
 
 
 def draw_mask(drop: Drop, conv: Any, x: Tensor) -> Tensor | None:
@@ -108,16 +107,16 @@ def _run_stage(
     values = x.shape[0] * x.shape[2:].numel()
     # What a batch of one value, an inference tensor or autocast ask for is seen to below.
     as_before = run is not None and values > 1 and not x.is_inference() and not autocast_enabled(x)
-    if run is None or not as_before or not run.behind.is_same():
-        x, run, keep = _prepare(chains, memory, x, pool_norm, kernel_size, conv)
-        if runs is not None and keep:
+    if run is None or run.behind is None or not as_before or not run.behind.is_same():
+        x, run = _prepare(chains, memory, x, pool_norm, kernel_size, conv)
+        if runs is not None and run.behind is not None:
             if len(runs) >= _MOST_RUNS:
                 runs.clear()
             runs[key] = run
     drop, masks = _masks(chains, x)
     settings = run.settings._replace(drop=drop) if drop else run.settings
     with without_autocast(x):
-        out, vectors = dense_block.run(settings, x, run.parameters, run.needs, run.running, masks)
+        out, vectors = dense_block.run(settings, x, run.parameters, run.running, masks)
     run.update(vectors, values)
     return out if conv is None or run.dtype is None else out.to(run.dtype)
 
@@ -127,15 +126,15 @@ _MOST_RUNS = 16  # image sizes of a head, dtypes, devices
 
 def _prepare(
     chains: Sequence[Chain], memory: str, x: Tensor, pool_norm: Any, kernel_size: Sequence[int], conv: Any
-) -> tuple[Tensor, _Run, bool]:
-    """Checks everything: x as it runs, the rest that the engine takes, and whether that may be kept."""
+) -> tuple[Tensor, _Run]:
+    """Checks everything: x as it runs, and the rest that the engine takes."""
     bottleneck = len(chains[0].convs) == 2
     convs = [c for chain in chains for c in chain.convs]
     convs += [] if conv is None else [conv]
     channels, (given,), weights, result = prepare(
         "DenseBlock", [x], [p for c in convs for p in (c.weight, c.bias)]
     )
-    keep = given is x and not autocast_enabled(x)
+    keep = can_keep() and given is x and not autocast_enabled(x)
     x, first = given, channels
     parameters: list[Tensor | None] = []
     norms: list[Norm] = []
@@ -174,15 +173,8 @@ def _prepare(
     running = [
         t for n in norms for t in ((None, None) if n.batch_statistics else (n.running_mean, n.running_var))
     ]
-    stage = Stage(settings, first, parameters, [])
-    needs = [p is not None and p.requires_grad for p in parameters]
-    run = _Run(
-        settings,
-        parameters,
-        needs,
-        running,
-        result,
-        StageUpdate(stage, all_norms),
-        State([m for m in (pool_norm, conv) if m is not None]),
-    )
-    return x, run, keep and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in all_norms)
+    update = StageUpdate(Stage(settings, first, parameters, []), all_norms)
+    # Over which processes a norm is synchronised, no module's state tells.
+    keep = keep and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in all_norms)
+    state = State([m for m in (pool_norm, conv) if m is not None]) if keep else None
+    return x, _Run(settings, parameters, running, result, update, state)

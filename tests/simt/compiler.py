@@ -135,8 +135,12 @@ def _headers() -> list[Path]:
 
 
 def _object(source: Path, *flags: str) -> Path:
-    """Compiled again when any header has changed, or a .cpp file of csrc/cuda, which operators.cpp includes."""
-    included = (ROOT / "csrc" / "cuda").glob("*.cpp") if source.suffix == ".cpp" else ()
+    """Compiled again when any header has changed, or a .cpp file of csrc that operators.cpp includes."""
+    included = (
+        [*(ROOT / "csrc" / "cuda").glob("*.cpp"), ROOT / "csrc" / "stage.cpp"]
+        if source.suffix == ".cpp"
+        else []
+    )
     made_of = [source, *_headers(), *sorted(included)]
     return _once(f"{source.stem}.o", made_of, flags, lambda to: compile_for_cpu([source], to, *flags, "-c"))
 

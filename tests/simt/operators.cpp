@@ -8,6 +8,7 @@
 #include "cuda/features.cpp"
 #include "cuda/pool.cpp"
 #include "simt/launch.h"
+#include "stage.cpp"
 
 namespace {
 
@@ -24,6 +25,7 @@ void watch(const std::string& name, const at::Tensor& x) {
 
 TORCH_LIBRARY(EFFDENSE_SIMT, m) {
   effdense::define_operators(m);
+  effdense::define_stage(m);
   // loads, their bytes, stores, their bytes: of what is watched, and of all launches since `forget`
   m.def("watch(str name, Tensor x) -> ()", watch);
   m.def("watched(str name) -> int[]",
@@ -34,3 +36,5 @@ TORCH_LIBRARY(EFFDENSE_SIMT, m) {
     simt::reset_counters();
   });
 }
+
+TORCH_LIBRARY_IMPL(EFFDENSE_SIMT, CPU, m) { effdense::implement_stage<effdense::cuda_backend>(m); }
