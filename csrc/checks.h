@@ -224,7 +224,9 @@ inline void check_bottleneck_backward(const char* op, TensorList features, const
 inline Tensor norm_parameter(const char* op, const char* name, const std::optional<Tensor>& vector,
                              const Tensor& like) {
   if (!vector) return Tensor();
-  const Tensor wide = vector->to(like.scalar_type()).contiguous();
+  Tensor wide = *vector;
+  if (wide.scalar_type() != like.scalar_type()) wide = wide.to(like.scalar_type());
+  wide = wide.contiguous();
   check_per_channel(op, name, wide, like, like.numel());
   return wide;
 }

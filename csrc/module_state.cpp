@@ -31,8 +31,9 @@ py::object state_of(PyObject* module) {
 // Of a dictionary: its keys and values, one after the other. With each value a tensor is, `facts` takes it
 // in.
 bool may_be_tensor(PyObject* value) {
-  constexpr unsigned long kOthers = Py_TPFLAGS_LONG_SUBCLASS | Py_TPFLAGS_LIST_SUBCLASS | Py_TPFLAGS_TUPLE_SUBCLASS |
-                                    Py_TPFLAGS_UNICODE_SUBCLASS | Py_TPFLAGS_DICT_SUBCLASS;
+  constexpr unsigned long kOthers = Py_TPFLAGS_LONG_SUBCLASS | Py_TPFLAGS_LIST_SUBCLASS |
+                                    Py_TPFLAGS_TUPLE_SUBCLASS | Py_TPFLAGS_UNICODE_SUBCLASS |
+                                    Py_TPFLAGS_DICT_SUBCLASS;
   return value != Py_None && !PyFloat_CheckExact(value) && !PyType_HasFeature(Py_TYPE(value), kOthers);
 }
 
@@ -53,7 +54,8 @@ py::tuple items_of(PyObject* dictionary, size_t& facts) {
     PyTuple_SET_ITEM(items.ptr(), i++, key);
     Py_INCREF(value);
     PyTuple_SET_ITEM(items.ptr(), i++, value);
-    if (may_be_tensor(value) && THPVariable_Check(value)) facts += facts_of(THPVariable_Unpack(value)) + static_cast<size_t>(i);
+    if (may_be_tensor(value) && THPVariable_Check(value))
+      facts += facts_of(THPVariable_Unpack(value)) + static_cast<size_t>(i);
     return true;
   });
   return items;
@@ -64,7 +66,8 @@ bool same_items(PyObject* dictionary, PyObject* items, size_t& facts) {
   Py_ssize_t i = 0;
   return for_items(dictionary, [&](PyObject* key, PyObject* value) {
     if (PyTuple_GET_ITEM(items, i++) != key || PyTuple_GET_ITEM(items, i++) != value) return false;
-    if (may_be_tensor(value) && THPVariable_Check(value)) facts += facts_of(THPVariable_Unpack(value)) + static_cast<size_t>(i);
+    if (may_be_tensor(value) && THPVariable_Check(value))
+      facts += facts_of(THPVariable_Unpack(value)) + static_cast<size_t>(i);
     return true;
   });
 }

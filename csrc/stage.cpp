@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "checks.h"
 #include "maps.h"
@@ -19,6 +20,36 @@ namespace effdense {
 namespace {
 
 // ---- Maps and parameters in the forms that the operators want
+
+// A view without the dispatcher, whose cost counts where layers are small. For dense tensors below autograd.
+Tensor view_of(const Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset) {
+  Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(x.storage()),
+                                                         x.key_set(), x.dtype());
+  view.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, offset);
+  return view;
+}
+
+// x.narrow(dim, start, count).
+Tensor part_of(const Tensor& x, int64_t dim, int64_t start, int64_t count) {
+  c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[dim] = count;
+  return view_of(x, sizes, x.strides(), x.storage_offset() + start * x.stride(dim));
+}
+
+// A flat tensor's elements from `offset` on as a channels-last map with the batch and spatial sizes of
+// `like`.
+Tensor as_map(const Tensor& flat, int64_t offset, const Tensor& like, int64_t channels) {
+  c10::SmallVector<int64_t, 5> sizes(like.sizes().begin(), like.sizes().end()), strides(sizes.size());
+  sizes[1] = channels;
+  strides[1] = 1;
+  int64_t step = channels;
+  for (int64_t i = like.dim() - 1; i >= 2; --i) {
+    strides[i] = step;
+    step *= sizes[i];
+  }
+  strides[0] = step;
+  return view_of(flat, sizes, strides, flat.storage_offset() + offset);
+}
 
 // An uninitialised [N, channels, *spatial] with `step` elements from pixel to pixel.
 Tensor empty_rows(const Tensor& like, int64_t channels, int64_t step) {
@@ -54,7 +85,13 @@ Tensor channels_last(const Tensor& x) {
   return y.as_strided(y.sizes(), strides);
 }
 
-Tensor matrix(const Tensor& conv_weight) { return conv_weight.flatten(1).contiguous(); }
+Tensor matrix(const Tensor& conv_weight) {
+  const int64_t rows = conv_weight.size(0), columns = conv_weight.size(1);
+  const bool is_one = conv_weight.stride(1) == 1 && conv_weight.stride(0) == columns;
+  if (conv_weight.numel() == rows * columns && is_one)
+    return view_of(conv_weight, {rows, columns}, {columns, 1}, conv_weight.storage_offset());
+  return conv_weight.flatten(1).contiguous();
+}
 
 std::optional<Tensor> given(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
@@ -73,9 +110,12 @@ Tensor sum_per_channel(const Tensor& x) {
 
 // A gradient in the dtype and shape of its parameter, and a 1x1 convolution's in its strides.
 Tensor shaped(const Tensor& like, Tensor grad) {
-  grad = grad.to(like.scalar_type());
-  if (like.dim() > 2 && like[0][0].numel() == 1 && like.stride(0) == like.size(1) && like.stride(1) == 1)
-    return grad.flatten(1).contiguous().as_strided(like.sizes(), like.strides());
+  if (grad.scalar_type() != like.scalar_type()) grad = grad.to(like.scalar_type());
+  const bool one_pixel = like.dim() > 2 && like.numel() == like.size(0) * like.size(1);
+  if (one_pixel && like.stride(0) == like.size(1) && like.stride(1) == 1) {
+    const Tensor rows = grad.flatten(1).contiguous();
+    return view_of(rows, like.sizes(), like.strides(), rows.storage_offset());
+  }
   return grad.sizes() == like.sizes() ? grad : grad.view(like.sizes());
 }
 
@@ -88,18 +128,17 @@ int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * k
 // One block, handed out front to back; a layer starts again at the front.
 class Scratch {
  public:
-  explicit Scratch(const Tensor& block) : block_(block) {}
+  // `block`: bytes, at a cache line's beginning.
+  Scratch(const Tensor& block, at::ScalarType type) : block_(block.view(type)) {}
   void start_again() { used_ = 0; }
 
   // An uninitialised [N, channels, *spatial] in channels-last layout.
   Tensor map(const Tensor& like, int64_t channels) {
-    std::vector<int64_t> shape = like.sizes().vec();
-    shape.erase(shape.begin() + 1);
-    shape.push_back(channels);
-    const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(like.itemsize());
-    const Tensor part = block_.narrow(0, used_, bytes);
-    used_ += padded(bytes);
-    return part.view(like.scalar_type()).view(shape).movedim(-1, 1);
+    const int64_t first = used_, size = like.size(0) * count_pixels(like) * channels;
+    used_ += padded(size * static_cast<int64_t>(like.itemsize()));
+    TORCH_CHECK(used_ <= static_cast<int64_t>(block_.nbytes()), "dense_stage: scratch has ", block_.nbytes(),
+                " bytes, too few");
+    return as_map(block_, first / static_cast<int64_t>(like.itemsize()), like, channels);
   }
 
  private:
@@ -140,16 +179,24 @@ struct Norm {
 struct Statistics {
   Tensor mean, var;
   void set(const TwoVectors& values) const {
-    mean.copy_(std::get<0>(values));
-    var.copy_(std::get<1>(values));
+    copy(mean, std::get<0>(values));
+    copy(var, std::get<1>(values));
+  }
+  static void copy(const Tensor& to, const Tensor& from) {
+    const bool plain =
+        to.is_cpu() && from.is_cpu() && from.scalar_type() == to.scalar_type() && from.is_contiguous();
+    if (plain && from.sizes() == to.sizes())
+      std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
+    else
+      to.copy_(from);
   }
 };
 
 struct Range {
   int64_t start, count;
-  Tensor of(const Tensor& map) const { return map.narrow(1, start, count); }
+  Tensor of(const Tensor& map) const { return part_of(map, 1, start, count); }
   Statistics of(const Statistics& s) const {
-    return {s.mean.narrow(0, start, count), s.var.narrow(0, start, count)};
+    return {part_of(s.mean, 0, start, count), part_of(s.var, 0, start, count)};
   }
 };
 
@@ -248,7 +295,7 @@ class Stage {
   void split_vectors(const Tensor& vectors) {
     int64_t used = 0;
     const auto next = [&](int64_t size) {
-      const Statistics s{vectors.narrow(0, used, size), vectors.narrow(0, used + size, size)};
+      const Statistics s{part_of(vectors, 0, used, size), part_of(vectors, 0, used + size, size)};
       used += 2 * size;
       return s;
     };
@@ -279,16 +326,11 @@ class Stage {
   // Every y that is kept, by its layer; undefined for the others.
   std::vector<Tensor> split_saved(const Tensor& saved) const {
     std::vector<Tensor> kept(layers.size());
-    std::vector<int64_t> shape = like_.sizes().vec();
-    shape.erase(shape.begin() + 1);
-    shape.push_back(0);
     int64_t used = 0;
     for (const Layer& layer : layers) {
       if (!is_saved(layer)) continue;
-      shape.back() = layer.width;
-      const int64_t size = pixels() * layer.width;
-      kept[layer.position] = saved.narrow(0, used, size).view(shape).movedim(-1, 1);
-      used += size;
+      kept[layer.position] = as_map(saved, used, like_, layer.width);
+      used += pixels() * layer.width;
     }
     return kept;
   }
@@ -404,7 +446,7 @@ void drop_(Tensor& x, const Tensor& mask, double keep) {
 class Forward {
  public:
   Forward(const Backend& backend, Stage& stage, const Tensor& x, const Tensor& scratch)
-      : ops_(backend), stage_(stage), x_(x), scratch_(scratch) {}
+      : ops_(backend), stage_(stage), x_(x), scratch_(scratch, x.scalar_type()) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> run(const OptionalTensors& running) {
     features_ = empty_buffer(x_, stage_.channels);
@@ -511,7 +553,11 @@ class Backward {
  public:
   Backward(const Backend& backend, Stage& stage, const Tensor& features, const Tensor& saved,
            const Tensor& vectors, const c10::List<bool>& needs, const Tensor& scratch)
-      : ops_(backend), stage_(stage), features_(features), scratch_(scratch), count_(stage.pixels()) {
+      : ops_(backend),
+        stage_(stage),
+        features_(features),
+        scratch_(scratch, features.scalar_type()),
+        count_(stage.pixels()) {
     stage_.split_vectors(vectors);
     kept_ = stage_.split_saved(saved);
     grad_features_ = empty_buffer(features, stage.channels);
@@ -572,8 +618,8 @@ class Backward {
   // The finished gradient of a range of channels.
   void take(const Range& range, Tensor& out) {
     const Tensor mean = range.of(stage_.of_buffer).mean;
-    ops_.take_gradient(range.of(features_), mean, a_.narrow(0, range.start, range.count),
-                       b_.narrow(0, range.start, range.count), range.of(grad_features_), out);
+    ops_.take_gradient(range.of(features_), mean, part_of(a_, 0, range.start, range.count),
+                       part_of(b_, 0, range.start, range.count), range.of(grad_features_), out);
   }
 
   // A norm that reads the buffer: the gradients of its parameters, and its part of the deferred correction.
@@ -581,7 +627,7 @@ class Backward {
             Tensor& bias) {
     normalised(norm, sum_d, sum_dx, weight, bias);
     if (!norm.batch_statistics) return;
-    Tensor a = a_.narrow(0, range.start, range.count), b = b_.narrow(0, range.start, range.count);
+    Tensor a = part_of(a_, 0, range.start, range.count), b = part_of(b_, 0, range.start, range.count);
     ops_.defer(sum_d, sum_dx, norm.rstd, norm.scale, count_, a, b);
   }
   static void normalised(const Norm& norm, const Tensor& sum_d, const Tensor& sum_dx, Tensor& weight,
