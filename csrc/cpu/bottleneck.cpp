@@ -58,7 +58,9 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
     const Rows<A>& wide = rows<A>();
     const Features<T> x(features);
     const Block<T> out = writable<T>(op, "y", y);
-    const Factor<A> w(wide_weight(weight, scale), Places::of(channels, out_channels, 1, channels));
+    const Tensor wide_w = wide_weight(weight, scale);
+    Factor<A> w(channels, out_channels, scale.options());
+    w.from_transposed(wide_w.const_data_ptr<A>());
     const A *bias_data = data_or_null<A>(bias), *out_scale_data = data_or_null<A>(out_scale),
             *out_shift_data = data_or_null<A>(out_shift);
     const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(channels + out_channels));
@@ -117,7 +119,9 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       const bool wanted = grad_features[i].numel() > 0;
       grads.push_back(wanted ? writable<T>(op, name.c_str(), grad_features[i]) : Block<T>{nullptr, 0});
     }
-    const Factor<A> w(wide_weight(weight, scale), Places::of(out_channels, channels, channels, 1));
+    const Tensor wide_w = wide_weight(weight, scale);
+    Factor<A> w(out_channels, channels, scale.options());
+    w.from(wide_w.const_data_ptr<A>());
     const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(2 * channels + out_channels));
     const int64_t step = tiles.step();
     const int64_t z_step = row_step<A>(channels);

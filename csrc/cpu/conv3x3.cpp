@@ -67,23 +67,33 @@ Block<const T> dense_or(Block<const A> dense, Block<const T> stored) {
     return stored;
 }
 
-// Where in a weight [k, channels, 3, 3] the input channels begin.
-std::vector<int64_t> offsets_of_channels(const Tensor& weight) {
-  std::vector<int64_t> offsets(weight.size(1));
-  for (int64_t c = 0; c < weight.size(1); ++c) offsets[c] = c * weight.stride(1);
-  return offsets;
+// The factor [channels, 9 k] of a weight [k, channels, 3, 3]: the taps side by side.
+template <typename A>
+Factor<A> taps_side_by_side(const Tensor& weight) {
+  const int64_t k = weight.size(0), channels = weight.size(1);
+  Factor<A> factor(channels, kTaps * k, weight.options());
+  const A* from = weight.const_data_ptr<A>();
+  for (int64_t o = 0; o < k; ++o) {
+    A* to[kTaps];
+    for (int64_t tap = 0; tap < kTaps; ++tap) to[tap] = factor.place(0, tap * k + o);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t tap = 0; tap < kTaps; ++tap) to[tap][c * factor.step] = *from++;
+  }
+  return factor;
 }
 
-// Where the taps' output channels are, tap by tap; with `turned` from the last tap to the first.
-std::vector<int64_t> offsets_of_taps(const Tensor& weight, bool turned) {
-  std::vector<int64_t> offsets;
-  offsets.reserve(kTaps * weight.size(0));
-  for (int64_t tap = 0; tap < kTaps; ++tap) {
-    const int64_t from = turned ? kTaps - 1 - tap : tap;
-    const int64_t offset = from / 3 * weight.stride(2) + from % 3 * weight.stride(3);
-    for (int64_t o = 0; o < weight.size(0); ++o) offsets.push_back(o * weight.stride(0) + offset);
-  }
-  return offsets;
+// The factor [9 k, channels]: what a pixel gets from its neighbour on one side came through the tap on the other.
+template <typename A>
+Factor<A> around_a_pixel(const Tensor& weight) {
+  const int64_t k = weight.size(0), channels = weight.size(1);
+  Factor<A> factor(kTaps * k, channels, weight.options());
+  const A* from = weight.const_data_ptr<A>();
+  for (int64_t o = 0; o < k; ++o)
+    for (int64_t c = 0; c < channels; ++c) {
+      A* to = factor.place(o, c);
+      for (int64_t tap = kTaps - 1; tap >= 0; --tap) to[tap * k * factor.step] = *from++;
+    }
+  return factor;
 }
 
 void check_input(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift,
@@ -111,9 +121,7 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
     const Readable<T> from(x);
     const Block<T> to = writable<T>(op, "out", out);
     const int64_t columns = kTaps * k, taps_step = aligned(columns);
-    // [channels, 9 k]: the taps side by side
-    const Tensor wide_taps = wide_weight(weight, scale);
-    const Factor<A> w(wide_taps, {offsets_of_channels(wide_taps), offsets_of_taps(wide_taps, false)});
+    const Factor<A> w = taps_side_by_side<A>(wide_weight(weight, scale).contiguous());
     const Bands bands(x, sizeof(A) * (channels + taps_step), 2);
     const int64_t width = bands.width, pixels = bands.height * width, ring = bands.step + 2;
     const int64_t z_size = aligned(ring * width * channels), taps_size = ring * width * taps_step + kVector;
@@ -185,9 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
     const Readable<T> g(grad);
     const Block<T> to = need_x ? writable<T>(op, "grad_x", grad_x) : Block<T>{nullptr, 0};
     const int64_t columns = kTaps * k, around_step = aligned(columns);
-    // [9 k, channels]; what a pixel gets from its neighbour on one side came through the tap on the other
-    const Tensor wide_taps = wide_weight(weight, scale);
-    const Factor<A> w(wide_taps, {offsets_of_taps(wide_taps, true), offsets_of_channels(wide_taps)});
+    const Factor<A> w = around_a_pixel<A>(wide_weight(weight, scale).contiguous());
     const Bands bands(x, sizeof(A) * (4 * channels + around_step + k), 0);
     const int64_t width = bands.width, pixels = bands.height * width, most = aligned(bands.step * width);
     const int64_t line = (width + 2) * k, padded = aligned((bands.step + 2) * line) + kVector;
@@ -231,14 +237,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
     if (need_weight) {
       const A* from = partial.const_data_ptr<A>();
       A* to_taps = grad_taps.mutable_data_ptr<A>();
+      const int64_t slots = bands.slots(), size = channels * columns;
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t tap = 0; tap < kTaps; ++tap)
-          for (int64_t o = 0; o < k; ++o) {
-            const int64_t i = c * columns + tap * k + o;
-            A sum = from[i];
-            for (int64_t slot = 1; slot < bands.slots(); ++slot) sum += from[slot * channels * columns + i];
-            to_taps[c * columns + (kTaps - 1 - tap) * k + o] = sum;
-          }
+        for (int64_t tap = 0; tap < kTaps; ++tap) {
+          const A* sum = from + c * columns + tap * k;
+          A* to_tap = to_taps + c * columns + (kTaps - 1 - tap) * k;
+          std::copy_n(sum, k, to_tap);
+          for (int64_t slot = 1; slot < slots; ++slot)
+            for (int64_t o = 0; o < k; ++o) to_tap[o] += sum[slot * size + o];
+        }
     }
     sums.template write<A>(sum_d, sum_dx);
   });

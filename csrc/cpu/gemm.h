@@ -57,39 +57,35 @@ inline Tensor wide_weight(const Tensor& weight, const Tensor& like) {
   return weight.scalar_type() == like.scalar_type() ? weight : weight.to(like.scalar_type());
 }
 
-// Where a factor's elements are taken from: element (p, j) is from[row[p] + column[j]].
-struct Places {
-  std::vector<int64_t> row, column;
-  // Of a matrix [k, n].
-  static Places of(int64_t k, int64_t n, int64_t row_step, int64_t column_step) {
-    Places places{std::vector<int64_t>(k), std::vector<int64_t>(n)};
-    for (int64_t p = 0; p < k; ++p) places.row[p] = p * row_step;
-    for (int64_t j = 0; j < n; ++j) places.column[j] = j * column_step;
-    return places;
-  }
-};
-
-// The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it.
+// The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it: in panels
+// of columns, or row by row.
 template <typename A>
 class Factor {
  public:
-  Factor(const Tensor& from, const Places& places)
-      : k_(static_cast<int64_t>(places.row.size())), n_(static_cast<int64_t>(places.column.size())) {
-    const A* data = from.const_data_ptr<A>();
-    const bool own = own_products<A>() != nullptr;
-    const int64_t width = own ? kPanel : n_, count = own ? panels(n_) : 1;
-    data_ = at::empty({count, k_, width}, from.options());
-    A* to = data_.template mutable_data_ptr<A>();
-    for (int64_t panel = 0; panel < count; ++panel) {
-      const int64_t* column = places.column.data() + panel * width;
-      const int64_t columns = std::min(width, n_ - panel * width);
-      for (const int64_t row : places.row) {
-        const A* source = data + row;
-        for (int64_t j = 0; j < columns; ++j) to[j] = source[column[j]];
-        std::fill(to + columns, to + width, A(0));
-        to += width;
-      }
-    }
+  Factor(int64_t k, int64_t n, const at::TensorOptions& options)
+      : step(own_products<A>() == nullptr ? n : kPanel), k_(k), n_(n) {
+    const int64_t count = (n + step - 1) / step;
+    data_ = count * step == n ? at::empty({count, k, step}, options) : at::zeros({count, k, step}, options);
+  }
+
+  // Where element (p, j) is; (p + 1, j) is `step` further.
+  A* place(int64_t p, int64_t j) {
+    return data_.template mutable_data_ptr<A>() + j / step * (k_ * step) + p * step + j % step;
+  }
+  const int64_t step;
+
+  // From the matrix [k, n], row by row.
+  Factor& from(const A* matrix) {
+    for (int64_t j = 0; j < n_; j += step)
+      for (int64_t p = 0; p < k_; ++p)
+        std::copy_n(matrix + p * n_ + j, std::min(step, n_ - j), place(p, j));
+    return *this;
+  }
+  // From the matrix [n, k], its transpose.
+  Factor& from_transposed(const A* matrix) {
+    for (int64_t j = 0; j < n_; j += step)
+      effdense::rows<A>().transpose(std::min(step, n_ - j), k_, {matrix + j * k_, k_}, {place(0, j), step});
+    return *this;
   }
 
   // c [m, n] = a [m, k] times this. Of c's rows `room` elements may be written, where that is more than n.
