@@ -139,6 +139,17 @@ def _(
     return of_x + [torch.empty_like(p, memory_format=torch.contiguous_format) for p in wanted]
 
 
+_FUNCTIONS = {"dense_stage": _dense_stage, "dense_stage_backward": _dense_stage_backward}
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """The operator; as a plain function, where nobody looks on who would see an operator: lists of hundreds of tensors are dear."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return getattr(torch.ops.effdense, name)(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FUNCTIONS[name](*arguments)
+
+
 class StageNode(torch.autograd.Function):
     """The stage for autograd: returns its output (the pool's, or the feature buffer) and the norms' vectors."""
 
@@ -147,9 +158,7 @@ class StageNode(torch.autograd.Function):
         settings: tuple[Any, ...], norms: int, masks: int, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         parameters, running, drops = _parts(norms, masks, tensors)
-        out, features, saved, vectors = torch.ops.effdense.dense_stage(
-            x, parameters, running, drops, *settings
-        )
+        out, features, saved, vectors = _call("dense_stage", x, parameters, running, drops, *settings)
         return (out, vectors, saved, features) if Settings(*settings).pool else (features, vectors, saved)
 
     @staticmethod
@@ -171,11 +180,8 @@ class StageNode(torch.autograd.Function):
         parameters, masks = tensors[: ctx.count], tensors[ctx.count :]
 
         def once(grad: Tensor) -> list[Tensor | None]:
-            made = iter(
-                torch.ops.effdense.dense_stage_backward(
-                    grad, ctx.channels, features, saved, vectors, parameters, masks, needs, *ctx.settings
-                )
-            )
+            kept = features, saved, vectors, parameters, masks
+            made = iter(_call("dense_stage_backward", grad, ctx.channels, *kept, needs, *ctx.settings))
             return [next(made) if need else None for need in needs]
 
         def inputs() -> list[Tensor | None]:
@@ -272,6 +278,6 @@ def run(
             out.grad_fn.place = Place.apply(x)
     else:
         settings = settings._replace(memory="inference")
-        out, features, _, vectors = torch.ops.effdense.dense_stage(x, parameters, running, masks, *settings)
+        out, features, _, vectors = _call("dense_stage", x, parameters, running, masks, *settings)
         out = out if settings.pool else features
     return out, vectors

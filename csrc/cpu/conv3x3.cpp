@@ -91,7 +91,8 @@ Factor<A> around_a_pixel(const Tensor& weight) {
   for (int64_t o = 0; o < k; ++o)
     for (int64_t c = 0; c < channels; ++c) {
       A* to = factor.place(o, c);
-      for (int64_t tap = kTaps - 1; tap >= 0; --tap) to[tap * k * factor.step] = *from++;
+      const int64_t next = k * factor.step;
+      for (int64_t tap = kTaps - 1; tap >= 0; --tap) to[tap * next] = *from++;
     }
   return factor;
 }

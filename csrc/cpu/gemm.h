@@ -65,20 +65,25 @@ class Factor {
   Factor(int64_t k, int64_t n, const at::TensorOptions& options)
       : step(own_products<A>() == nullptr ? n : kPanel), k_(k), n_(n) {
     const int64_t count = (n + step - 1) / step;
-    data_ = count * step == n ? at::empty({count, k, step}, options) : at::zeros({count, k, step}, options);
+    keep_ = count * step == n ? at::empty({count, k, step}, options) : at::zeros({count, k, step}, options);
+    data_ = keep_.template mutable_data_ptr<A>();
   }
 
   // Where element (p, j) is; (p + 1, j) is `step` further.
-  A* place(int64_t p, int64_t j) {
-    return data_.template mutable_data_ptr<A>() + j / step * (k_ * step) + p * step + j % step;
-  }
+  A* place(int64_t p, int64_t j) { return data_ + j / step * (k_ * step) + p * step + j % step; }
   const int64_t step;
 
   // From the matrix [k, n], row by row.
   Factor& from(const A* matrix) {
-    for (int64_t j = 0; j < n_; j += step)
-      for (int64_t p = 0; p < k_; ++p)
-        std::copy_n(matrix + p * n_ + j, std::min(step, n_ - j), place(p, j));
+    for (int64_t p = 0; p < k_; ++p)
+      for (int64_t j = 0; j < n_; j += step) {
+        A* to = place(p, j);
+        const A* from = matrix + p * n_ + j;
+        if (step == kPanel && n_ - j >= kPanel)
+          std::copy_n(from, kPanel, to);
+        else
+          std::copy_n(from, std::min(step, n_ - j), to);
+      }
     return *this;
   }
   // From the matrix [n, k], its transpose.
@@ -111,10 +116,11 @@ class Factor {
   }
 
  private:
-  const A* data() const { return data_.template const_data_ptr<A>(); }
+  const A* data() const { return data_; }
 
   int64_t k_, n_;
-  Tensor data_;
+  Tensor keep_;
+  A* data_;
 };
 
 // c [m, n] = or += a^T b, a [rows, m], b [rows, n]. `scratch` [m, rows] is used where who multiplies wants
