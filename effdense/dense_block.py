@@ -7,7 +7,7 @@ each way; `run` is what modules call.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ def _(
     return of_x + [torch.empty_like(p, memory_format=torch.contiguous_format) for p in wanted]
 
 
-_FUNCTIONS = {"dense_stage": _dense_stage, "dense_stage_backward": _dense_stage_backward}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"dense_stage": _dense_stage, "dense_stage_backward": _dense_stage_backward}
 
 
 def _call(name: str, *arguments: Any) -> Any:
