@@ -142,12 +142,12 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("own", [True, False])
 def test_a_change_between_steps_counts(own: bool, change: Callable[[Any], None]) -> None:
-    naive, ours = pair = net(own)
+    pair, x = net(own), images(own)
     for model in pair:
-        model(images(own)).sum().backward()
+        model(x).sum().backward()
     for model in pair:
         change(layers_of(model))
-    assert_same(*pair, images(own))
+    assert_same(*pair, x)
 
 
 def test_a_patched_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:
