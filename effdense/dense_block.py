@@ -115,7 +115,7 @@ def _(
     out = x.new_empty(0)
     if pool:
         spatial = [n // k for n, k in zip(x.shape[2:], pool, strict=True)]
-        weight = stage.pool_parameters[2]
+        weight = stage.pool_parameters.conv_weight
         channels = stage.channels if weight is None else weight.shape[0]
         out = x.new_empty(x.shape[0], *spatial, channels).movedim(-1, 1)
     vectors = x.new_empty(stage.vector_size(), dtype=accumulate_dtype(x.dtype))
@@ -139,7 +139,10 @@ def _(
     return of_x + [torch.empty_like(p, memory_format=torch.contiguous_format) for p in wanted]
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"dense_stage": _dense_stage, "dense_stage_backward": _dense_stage_backward}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "dense_stage": _dense_stage,
+    "dense_stage_backward": _dense_stage_backward,
+}
 
 
 def _call(name: str, *arguments: Any) -> Any:
@@ -231,11 +234,14 @@ def _plain(settings: tuple[Any, ...], count: int, x: Tensor, *tensors: Tensor | 
 
     features = x.to(wide)
     for n in stage.layers:
-        y, norm, affine = features, n.norm1, (n.weight1, n.bias1)
-        if n.conv1 is not None:
-            y = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv1, n.conv1_bias)
-            y, norm, affine = drop(y, n.masks[0], n.keep[0]), n.norm1 + 1, (n.weight2, n.bias2)
-        new = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, n.conv2, n.conv2_bias, n.dilation)
+        own = n.parameters
+        y, norm, affine = features, n.norm1, (own.norm1_weight, own.norm1_bias)
+        if n.width:
+            conv1 = own.conv1_weight, own.conv1_bias
+            y = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, *conv1)
+            y, norm, affine = drop(y, n.masks[0], n.keep[0]), n.norm1 + 1, (own.norm2_weight, own.norm2_bias)
+        conv2 = own.conv2_weight, own.conv2_bias
+        new = plain_bn_relu_convolve(y, fixed[norm], s.eps[norm], *affine, *conv2, n.dilation)
         both = [features, drop(new, n.masks[1], n.keep[1])]
         features = torch.cat(both[::-1] if s.newest_first else both, 1)
     if s.pool:

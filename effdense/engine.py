@@ -39,7 +39,16 @@ from effdense.convolution import (
     convolve_backward,
 )
 from effdense.reference import accumulate_dtype, channels_last
-from effdense.stage import POOL_PARAMETERS, Layer, Parameters, Settings, Stage, Vectors
+from effdense.stage import (
+    Layer,
+    LayerParameters,
+    Parameters,
+    PoolParameters,
+    Settings,
+    Stage,
+    Vectors,
+    by_name,
+)
 from effdense.synchronize import join_coefficients, join_statistics
 from effdense.workspace import on_large_pages
 
@@ -72,10 +81,9 @@ def _bottleneck(
     ops: Any, layer: Layer, norm1: Folded, earlier: Tensor, y: Tensor, then: Folded | None, statistics: bool
 ) -> Any:
     """Writes y = W1 relu(norm1(earlier)), or relu(then(y)); returns y's statistics."""
-    assert layer.conv1 is not None
-    out = (None, None) if then is None else (then.scale, then.shift)
-    bias = vector(layer.conv1_bias, norm1.mean)
-    return ops.bottleneck([earlier], norm1.scale, norm1.shift, matrix(layer.conv1), bias, *out, statistics, y)
+    own, out = layer.parameters, (None, None) if then is None else (then.scale, then.shift)
+    weight, bias = matrix(own.conv1_weight), vector(own.conv1_bias, norm1.mean)
+    return ops.bottleneck([earlier], norm1.scale, norm1.shift, weight, bias, *out, statistics, y)
 
 
 def _first_half(
@@ -140,9 +148,8 @@ def forward(
             source: tuple[Tensor, Folded | None] = earlier, norm1
             if layer.width:
                 source = _first_half(ops, stage, layer, norm1, earlier, norms, kept, scratch)
-            statistics = bn_relu_convolve(
-                ops, *source, layer.conv2, layer.conv2_bias, new, scratch, layer.dilation
-            )
+            conv2 = layer.parameters.conv2_weight, layer.parameters.conv2_bias
+            statistics = bn_relu_convolve(ops, *source, *conv2, new, scratch, layer.dilation)
         if layer.masks[1] is not None:
             statistics = ops.channel_statistics([_drop_(new, layer.masks[1], layer.keep[1])])
         _set_joint((mean[own], var[own]), statistics, settings.group, x)
@@ -150,7 +157,7 @@ def forward(
     if settings.pool:
         norm = stage.pool_norm(norms)
         out = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, settings.pool)
-        weight, bias = stage.pool_parameters[2:]
+        weight, bias = stage.pool_parameters.conv_weight, stage.pool_parameters.conv_bias
         out = out if weight is None else channels_last(convolve(out, weight, bias))
     return out, features, saved, vectors
 
@@ -169,7 +176,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the input (of `channels` channels) and of every parameter, as far as `needs` asks for them."""
     stage = Stage(settings, channels, parameters, masks)
-    way = _Backward(ops, stage, features, saved, vectors, needs)
+    way = _Backward(ops, stage, features, saved, vectors, needs[1:])
     way.pool(grad)
     del grad  # of the pooled size
     step = settings.step
@@ -178,18 +185,12 @@ def backward(
     for layer in reversed(stage.layers[max(lowest, 0) :]):
         with workspace.lease(features.device, size) as scratch:
             way.layer(layer, scratch, below=layer.position > lowest)
-    result = way.result
-    if needs[0]:
-        result[0] = way.take(0, channels, empty_channels_last(features, channels))
-    for i, (need, like) in enumerate(zip(needs, (None, *parameters), strict=True)):
-        value = result[i] if need else None
-        # One after the other: never two of all gradients.
-        result[i] = value if value is None or like is None else shaped(like, value).contiguous()
-    return result
+    grad_x = way.take(0, channels, empty_channels_last(features, channels)) if needs[0] else None
+    return [grad_x, *way.gradients(parameters)]
 
 
 class _Backward:
-    """The gradient buffer, the deferred corrections, and the gradients made so far (input, then parameters)."""
+    """The gradient buffer, the deferred corrections, and the parameters' gradients made so far. `needs`: of which there are any."""
 
     def __init__(
         self,
@@ -200,13 +201,14 @@ class _Backward:
         vectors: Tensor,
         needs: Sequence[bool],
     ) -> None:
-        self.ops, self.stage, self.features, self.needs = ops, stage, features, needs
+        self.ops, self.stage, self.features = ops, stage, features
+        self.flat_needs, (self.needs, self.pool_needs) = needs, by_name(stage.settings, needs)
+        self.grads, self.pool_grads = [LayerParameters() for _ in stage.layers], PoolParameters()
         (self.mean, _), self.norms = stage.split_vectors(vectors)
         self.kept = stage.split_saved(saved, features)
         self.count = features.shape[0] * features.shape[2:].numel()
         self.grad_features = on_large_pages(empty_buffer(features, stage.channels))
         self.a, self.b = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        self.result: list[Tensor | None] = [None] * len(needs)
 
     def take(self, start: int, end: int, out: Tensor) -> Tensor:
         """The finished gradient of the channels that came as the start-th to the end-th."""
@@ -216,15 +218,22 @@ class _Backward:
         self.ops.take_gradient(x, self.mean[of], a, b, grad, out)
         return out
 
-    def _normalised(self, norm: Folded, sums: Sequence[Tensor], position: int) -> None:
-        """The gradients of a norm's parameters."""
-        self.result[position], self.result[position + 1] = sums[1] * norm.rstd, sums[0]
+    def gradients(self, parameters: Parameters) -> list[Tensor | None]:
+        """All that were needed, in the operators' order, shaped as their parameters."""
+        names = LayerParameters.names(self.stage.settings.bottleneck)
+        made = [getattr(own, name) for own in self.grads for name in names]
+        made += self.pool_grads if self.stage.settings.pool else []
+        self.grads, self.pool_grads = [], PoolParameters()
+        for i, (need, like) in enumerate(zip(self.flat_needs, parameters, strict=True)):
+            # One after the other: never two of all gradients.
+            made[i] = shaped(like, made[i]).contiguous() if need and like is not None else None
+        return made
 
-    def _read(self, norm: Folded, sums: Sequence[Tensor], position: int, of: slice = slice(None)) -> None:
-        """The same of a norm that reads the buffer, and its part of the deferred correction."""
-        self._normalised(norm, sums, position)
+    def _correct(self, norm: Folded, sums: Sequence[Tensor], of: slice) -> tuple[Tensor, Tensor]:
+        """The gradients of a norm's weight and bias that reads the buffer; its part of the deferred correction is added."""
         if norm.batch_statistics:
             norm.defer(sums[0], sums[1], self.count, self.a[of], self.b[of])
+        return _affine(norm, sums)
 
     def pool(self, grad: Tensor) -> None:
         """Starts the gradient buffer: from the pool behind the block, or from the block's own gradient."""
@@ -233,76 +242,75 @@ class _Backward:
         if not kernel:
             self.grad_features.copy_(grad)
             return
-        norm, (weight, bias) = stage.pool_norm(self.norms), stage.pool_parameters[2:]
-        if weight is not None:  # what went into the convolution is made again: one read of the features
+        norm, own, needs = stage.pool_norm(self.norms), stage.pool_parameters, self.pool_needs
+        grads: dict[str, Tensor] = {}
+        if (
+            own.conv_weight is not None
+        ):  # what went into the convolution is made again: one read of the features
             pooled = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, kernel)
-            needs = True, self.needs[-2], self.needs[-1]
-            grad, *self.result[-2:] = convolve_backward(grad, pooled, weight, bias, needs)
+            wanted = True, needs.conv_weight, needs.conv_bias
+            grad, grads["conv_weight"], grads["conv_bias"] = convolve_backward(
+                grad, pooled, own.conv_weight, own.conv_bias, wanted
+            )
         sums = ops.bn_relu_avg_pool_backward(
             channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel, self.grad_features
         )
-        self._read(norm, sums, len(self.needs) - POOL_PARAMETERS)
+        grads["norm_weight"], grads["norm_bias"] = self._correct(norm, sums, slice(None))
+        self.pool_grads = PoolParameters(**grads)
 
     def layer(self, layer: Layer, scratch: workspace.Lease, below: bool) -> None:
         """One layer; what it makes is gone when the next one starts. `below`: whether what the layer reads needs a gradient."""
-        stage, ops, step = self.stage, self.ops, self.stage.settings.step
-        first = 1 + step * layer.position
-        wanted = self.needs[first : first + step]
-        of = stage.read_by(layer)
-        earlier, grad_earlier, norm1 = (
-            self.features[:, of],
-            self.grad_features[:, of],
-            stage.norm1(layer, self.norms),
-        )
+        stage, ops, own = self.stage, self.ops, layer.parameters
+        needs, of = self.needs[layer.position], stage.read_by(layer)
+        earlier, grad_earlier = self.features[:, of], self.grad_features[:, of]
+        norm1 = stage.norm1(layer, self.norms)
         g = scratch.channels_last(self.features, layer.growth)
         self.take(layer.channels, layer.channels + layer.growth, g)
         _drop_(g, layer.masks[1], layer.keep[1])
         source, norm = earlier, norm1
         if layer.width:
             source, norm = self._y(layer, norm1, earlier, scratch), stage.norm2(layer, self.norms)
+        need_features = below or needs.norm1_weight or needs.norm1_bias
+        need_y = need_features or needs.conv1_weight or needs.conv1_bias
         # y's gradient is wanted whole where it goes through dropout or is summed up
-        defers = bool(layer.width) and layer.masks[0] is None and not wanted[3]
+        defers = bool(layer.width) and layer.masks[0] is None and not needs.conv1_bias
         conv2 = bn_relu_convolve_backward(
             ops,
             g,
             source,
             norm,
-            layer.conv2,
-            layer.conv2_bias,
-            (below or any(wanted[:-2]), wanted[-2], wanted[-1]),
+            own.conv2_weight,
+            own.conv2_bias,
+            (need_y or needs.norm2_weight or needs.norm2_bias, needs.conv2_weight, needs.conv2_bias),
             scratch,
             None if layer.width else grad_earlier,
             defers,
             layer.dilation,
         )
-        self.result[first + step - 2 : first + step] = conv2.weight, conv2.bias
-        if conv2.x is None or conv2.sums is None:
-            return
-        if not layer.width:
-            self._read(norm1, conv2.sums, first, of)
-            return
-        self._normalised(norm, conv2.sums, first + 4)
-        if not (below or any(wanted[:4])):
-            return
-        grad_y, deferred = self._grad_y(layer, conv2, source, norm, defers)
-        if wanted[3]:
-            self.result[first + 3] = sum_per_channel(grad_y)
-        assert layer.conv1 is not None
-        need_features = below or wanted[0] or wanted[1]
-        vectors = norm1.scale, norm1.shift, norm1.mean
-        grad_conv1, *sums = ops.bottleneck_backward(
-            [earlier],
-            grad_y,
-            *vectors,
-            matrix(layer.conv1),
-            [grad_earlier],
-            True,
-            need_features,
-            wanted[2],
-            deferred,
-        )
-        self.result[first + 2] = grad_conv1
-        self._read(norm1, sums, first, of)
+        grads = {"conv2_weight": conv2.weight, "conv2_bias": conv2.bias}
+        if conv2.x is not None and conv2.sums is not None:
+            if not layer.width:
+                grads["norm1_weight"], grads["norm1_bias"] = self._correct(norm1, conv2.sums, of)
+            else:
+                grads["norm2_weight"], grads["norm2_bias"] = _affine(norm, conv2.sums)
+                if need_y:
+                    grad_y, deferred = self._grad_y(layer, conv2, source, norm, defers)
+                    grads["conv1_bias"] = sum_per_channel(grad_y) if needs.conv1_bias else None
+                    grads["conv1_weight"], *sums = ops.bottleneck_backward(
+                        [earlier],
+                        grad_y,
+                        norm1.scale,
+                        norm1.shift,
+                        norm1.mean,
+                        matrix(own.conv1_weight),
+                        [grad_earlier],
+                        True,
+                        need_features,
+                        needs.conv1_weight,
+                        deferred,
+                    )
+                    grads["norm1_weight"], grads["norm1_bias"] = self._correct(norm1, sums, of)
+        self.grads[layer.position] = LayerParameters(**grads)
 
     def _y(self, layer: Layer, norm1: Folded, earlier: Tensor, scratch: workspace.Lease) -> Tensor:
         """A bottleneck's output, kept or made again."""
@@ -331,3 +339,8 @@ class _Backward:
         if deferred:
             self.ops.take_gradient(*deferred, conv2.x, conv2.x)
         return _drop_(conv2.x, layer.masks[0], layer.keep[0]), []
+
+
+def _affine(norm: Folded, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients of a norm's weight and bias, of sum d and sum d (x - mean)."""
+    return sums[1] * norm.rstd, sums[0]

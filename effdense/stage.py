@@ -13,7 +13,6 @@ from torch import Tensor
 from effdense.batch_norm import Folded, fold
 from effdense.convolution import fuses
 
-POOL_PARAMETERS = 4  # norm's weight and bias; weight and bias of the 1x1 convolution behind the pool
 Vectors = list[tuple[Tensor, Tensor]]
 Parameters = Sequence[Tensor | None]
 
@@ -44,22 +43,56 @@ class Settings(NamedTuple):
         return 8 if self.bottleneck else 4
 
 
+class LayerParameters(NamedTuple):
+    """Of a layer's parameters: the values, whether their gradients are needed, the gradients. None where there is none."""
+
+    norm1_weight: Any = None
+    norm1_bias: Any = None
+    conv1_weight: Any = None  # conv1 and norm2 in bottleneck layers only
+    conv1_bias: Any = None
+    norm2_weight: Any = None
+    norm2_bias: Any = None
+    conv2_weight: Any = None
+    conv2_bias: Any = None
+
+    @classmethod
+    def names(cls, bottleneck: bool) -> tuple[str, ...]:
+        """Those that a kind of layer has, in the operators' order."""
+        return cls._fields if bottleneck else (*cls._fields[:2], *cls._fields[6:])
+
+
+class PoolParameters(NamedTuple):
+    """The same of the pool behind a block: its norm, and the 1x1 convolution behind it."""
+
+    norm_weight: Any = None
+    norm_bias: Any = None
+    conv_weight: Any = None
+    conv_bias: Any = None
+
+
+def by_name(settings: Settings, flat: Sequence[Any]) -> tuple[list[LayerParameters], PoolParameters]:
+    """What the operators have in one list, one after the other: layer by layer, then the pool's."""
+    names, behind = (
+        LayerParameters.names(settings.bottleneck),
+        len(PoolParameters._fields) if settings.pool else 0,
+    )
+    values = iter(flat)
+    layers = [
+        LayerParameters(**{name: next(values) for name in names})
+        for _ in range((len(flat) - behind) // len(names))
+    ]
+    return layers, PoolParameters(*values)
+
+
 class Layer(NamedTuple):
-    """One layer's tensors (conv1 and norm2 in bottleneck layers only), and where it is."""
+    """One layer's parameters, and where it is."""
 
     position: int  # in the block
     channels: int  # that it reads
     growth: int  # that it adds
     width: int  # of the bottleneck; 0: plain
     norm1: int  # which of all norms; norm2 is the next
-    weight1: Tensor | None
-    bias1: Tensor | None
-    conv1: Tensor | None
-    conv1_bias: Tensor | None
-    weight2: Tensor | None
-    bias2: Tensor | None
-    conv2: Tensor
-    conv2_bias: Tensor | None
+    parameters: LayerParameters
     masks: tuple[Tensor | None, Tensor | None]  # of dropout: y's, and the new features'
     keep: tuple[float, float]  # the probabilities that a value was kept
     dilation: int  # of conv2
@@ -80,26 +113,21 @@ class Stage:
         masks: Sequence[Tensor | None],
     ) -> None:
         self.settings = settings
-        pools = 1 if settings.pool else 0
-        end = len(parameters) - POOL_PARAMETERS * pools
-        self.pool_parameters = parameters[end:]
-        step, norms = settings.step, settings.step // 4
+        of_layers, self.pool_parameters = by_name(settings, parameters)
+        norms = settings.step // 4
         self.layers: list[Layer] = []
-        for i in range(end // step):
-            own: Any = list(parameters[step * i : step * (i + 1)])
-            if not settings.bottleneck:
-                own[2:2] = [None] * 4
+        for i, own in enumerate(of_layers):
             mask: Any = tuple(masks[2 * i : 2 * i + 2]) or (None, None)
             first, second = settings.drop[2 * i : 2 * i + 2] or (0.0, 0.0)
             (dilation,) = settings.dilation[i : i + 1] or (1,)
-            growth, width = own[6].shape[0], own[2].shape[0] if settings.bottleneck else 0
-            self.layers.append(
-                Layer(i, channels, growth, width, norms * i, *own, mask, (1 - first, 1 - second), dilation)  # type: ignore[call-arg]
-            )
+            growth = own.conv2_weight.shape[0]
+            width = own.conv1_weight.shape[0] if settings.bottleneck else 0
+            keep = 1 - first, 1 - second
+            self.layers.append(Layer(i, channels, growth, width, norms * i, own, mask, keep, dilation))
             channels += growth
         self.channels = channels
         self._sizes = [n for layer in self.layers for n in (layer.channels, layer.width)[:norms]]
-        self._sizes += [channels] * pools
+        self._sizes += [channels] if settings.pool else []
         self._second = {layer.norm1 + 1 for layer in self.layers} if settings.bottleneck else set()
 
     def at(self, start: int, end: int) -> slice:
@@ -158,16 +186,18 @@ class Stage:
 
     def norm1(self, layer: Layer, norms: Vectors) -> Folded:
         """The layer's first norm, folded."""
-        return self._fold(layer.norm1, layer.weight1, layer.bias1, norms)
+        own = layer.parameters
+        return self._fold(layer.norm1, own.norm1_weight, own.norm1_bias, norms)
 
     def norm2(self, layer: Layer, norms: Vectors) -> Folded:
         """The layer's second norm, folded."""
-        return self._fold(layer.norm1 + 1, layer.weight2, layer.bias2, norms)
+        own = layer.parameters
+        return self._fold(layer.norm1 + 1, own.norm2_weight, own.norm2_bias, norms)
 
     def pool_norm(self, norms: Vectors) -> Folded:
         """The norm in front of the pool, folded."""
-        weight, bias = self.pool_parameters[:2]
-        return self._fold(len(norms) - 1, weight, bias, norms)
+        own = self.pool_parameters
+        return self._fold(len(norms) - 1, own.norm_weight, own.norm_bias, norms)
 
     def _is_saved(self, layer: Layer) -> bool:
         s = self.settings
@@ -193,16 +223,20 @@ class Stage:
         """Whether relu(norm2(y)) is made without y: nobody wants y, norm2 is known beforehand, and the convolution wants z."""
         s = self.settings
         known = s.memory == "inference" and layer.width > 0 and not s.batch_statistics[layer.norm1 + 1]
-        return known and layer.masks[0] is None and not fuses(ops, layer.conv2, layer.dilation)
+        return known and layer.masks[0] is None and not _fuses(ops, layer)
 
     def forward_scratch(self, ops: Any) -> list[int]:
         """Channels of the maps that a forward holds of the workspace at once: a y that is not kept, and a z."""
         made = [n.width for n in self.layers if not self._is_saved(n) and not self.straight_to_z(ops, n)]
-        z = [n.width or n.channels for n in self.layers if not fuses(ops, n.conv2, n.dilation)]
+        z = [n.width or n.channels for n in self.layers if not _fuses(ops, n)]
         return [max(made, default=0), max(z, default=0)]
 
     def backward_scratch(self, ops: Any) -> list[int]:
         """The same of a backward, where a z may be y's gradient, and there is the gradient of a layer's new features."""
         made = max((n.width for n in self.layers if not self._is_saved(n)), default=0)
-        z = [n.width if fuses(ops, n.conv2, n.dilation) else n.width or n.channels for n in self.layers]
+        z = [n.width if _fuses(ops, n) else n.width or n.channels for n in self.layers]
         return [made, max(z, default=0), max((n.growth for n in self.layers), default=0)]
+
+
+def _fuses(ops: Any, layer: Layer) -> bool:
+    return fuses(ops, layer.parameters.conv2_weight, layer.dilation)
