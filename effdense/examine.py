@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense.code import Reads, code_of, code_of_tree, counts, is_known
+from effdense.code import Reads, code_of_tree, counts, is_known
 from effdense.modules import kind_of, named, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
-from effdense.nn.model import stem_of
+from effdense.nn.model import head_of, stem_of
 from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,
@@ -50,9 +50,8 @@ def _looks_like(module: nn.Module) -> type | None:
         return PlainDenseLayer
     if {"norm", "conv", "pool"} <= names:
         return Transition
-    if {"features", "classifier"} <= names and _holds_blocks(module._modules["features"]):
-        read = code_of(cls).reads
-        return None if any(counts(n, read) for n in names - {"features", "classifier"}) else DenseNet
+    if "features" in names and _holds_blocks(module._modules["features"]):
+        return None if head_of(module) is None else DenseNet
     layers = list(module._modules.values())
     if layers and all(m is not None and _looks_like(m) in LAYERS for m in layers):
         return DenseBlock
@@ -259,13 +258,16 @@ class Examiner:
 
 def _forms(module: nn.Module, ours: type, reads: Reads) -> Iterator[Form]:
     """What is tried on the probe, in this order."""
-    form = Form(reads=reads)
+    head = head_of(module) if ours is DenseNet else None
+    form = Form(reads=reads) if head is None else Form(reads=reads, head=head)
     yield form
     if ours is ForeignBlock:
         drops = any(drop_attributes(m) for m in walk(module))
-        for newest_first, everywhere in ((False, True), (True, False), (True, True)):
-            if drops or not everywhere:
-                yield form._replace(everywhere=everywhere, newest_first=newest_first)
+        # A layer alone that gives back what it adds is no block: no more than a norm, ReLU and convolution.
+        only = (False, True) if len(layers_of(module)) > 1 else (False,)
+        for new_only, newest_first, everywhere in itertools.product(only, (False, True), (False, True)):
+            if (drops or not everywhere) and (new_only or newest_first or everywhere):
+                yield form._replace(everywhere=everywhere, newest_first=newest_first, new_only=new_only)
     if ours is ForeignTransition:
         conv = read_transition(module, hooks=False, reads=reads)[0].conv
         yield form._replace(pool=(2,) * len(conv.kernel_size))
@@ -277,10 +279,9 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _same_code(module: nn.Module, ours: type) -> Any:
-    """What modules that run the same code have in common; of a foreign one, nothing is known before its probe."""
-    if issubclass(ours, Foreign):
+    """What modules that run the same code have in common; of a foreign one, and of a net, nothing is known before its probe."""
+    if issubclass(ours, (Foreign, DenseNet)):
         return ours, module
     attributes = {k: repr(v) for k, v in vars(module).items() if k not in MODULE_STATE}
-    whole = ours not in (DenseBlock, DenseNet)
-    children = tuple((n, type(m)) for n, m in named(module)) if whole else ()
+    children = tuple((n, type(m)) for n, m in named(module)) if ours is not DenseBlock else ()
     return ours, type(module), *sorted(attributes.items()), *children

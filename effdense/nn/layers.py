@@ -341,7 +341,8 @@ def dimensions_of(chains: Sequence[Chain]) -> int:
 def run_stage(chains: Sequence[Chain], memory: str, x: Tensor, *behind: Any) -> Tensor:
     """Runs a block's layers, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage.
 
-    `x`: what `takes` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is.
+    `x`: what `takes` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is;
+    nothing where the block gives back new features only.
     """
     return through(x, lambda x: _run_stage(chains, memory, x, *behind))
 
@@ -403,6 +404,8 @@ def _run_stage(
     statistics = stage.split_vectors(vectors)[1]
     count = x.numel() // x.shape[1]
     update_modules([(m, *s) for m, s in zip(all_norms, statistics, strict=True)], count)
+    if chains[0].new_only:
+        out = out[:, stage.added()]
     return out if conv is None or result is None else out.to(result)
 
 

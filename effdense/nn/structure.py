@@ -57,6 +57,7 @@ class Chain(NamedTuple):
     convs: list[Any]
     drops: list[Drop]
     newest_first: bool = False  # its block puts new features in front of what they are made of
+    new_only: bool = False  # its block gives back what its layers add, without its input
 
     @property
     def channels(self) -> int:
