@@ -18,11 +18,12 @@ from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDe
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
 from effdense.nn.model import head_of, stem_of
-from effdense.nn.obstacles import chain_obstacle, transition_obstacle
+from effdense.nn.obstacles import CONVS, chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,
     Obstacle,
     drop_attributes,
+    layer_obstacle,
     layers_of,
     lead_of,
     looks_like_block,
@@ -31,6 +32,7 @@ from effdense.nn.structure import (
     read_block,
     read_transition,
 )
+from effdense.nn.widths import growing
 from effdense.probe import difference
 
 
@@ -76,10 +78,24 @@ def _successors(model: nn.Module) -> dict[nn.Module, set[nn.Module]]:
     return behind
 
 
+def _why_no_block(layers: dict[str, nn.Module]) -> str:
+    """Why modules that read a dense block's widths (widths.py) do not run fused."""
+    first, *_, last = layers
+    reasons = (layer_obstacle(n, m, code_of_tree(m).reads) for n, m in layers.items())
+    bare = "they are convolutions by themselves, not modules with a norm, ReLU and convolution each"
+    reason = bare if isinstance(layers[first], CONVS) else next(filter(None, reasons), None)
+    return (
+        f"{first} to {last} read widths that grow like a dense block's, but "
+        f"{reason or 'they are not all that is in a module, whose forward could be compared'}"
+    )
+
+
 def _structure_obstacle(module: nn.Module, ours: type, reads: Reads) -> str | None:
     """Why a module is not made like ours, or None."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    if type(module).forward is nn.Module.forward:
+        return f"a {type(module).__name__} has no forward: put its layers into a module whose forward is a block's alone"
     if type(module).__call__ is not nn.Module.__call__:
         return "its class has a __call__ of its own"
     if own := own_tensors(module, reads):
@@ -124,6 +140,7 @@ class Examiner:
         """
         successors, behind = _successors(model), set[nn.Module]()
         inside: set[nn.Module] = set()
+        told: set[nn.Module] = set()  # layers of what has a block's widths only
         blocks = [m for m in walk(model) if looks_like_block(m)]
         self.blocks = {original(type(m)) for m in blocks} - {nn.Sequential}
         self.dense = bool(blocks) or looks_like_transition(model)
@@ -134,6 +151,11 @@ class Examiner:
             reason = None
             if not is_fused_kind(module):
                 ours, reason = self._kind(module, module in behind)
+            if ours is None or ours in (DenseFeatures, DenseNet):
+                layers = growing(module)
+                if not told.issuperset(layers.values()):
+                    told.update(layers.values())
+                    yield name, module, ForeignBlock, _why_no_block(layers)
             if ours is None:
                 continue
             yield name, module, ours, reason
@@ -162,7 +184,10 @@ class Examiner:
         if ours is None and self.dense and module not in self.sequences and self._is_stem(module):
             return DenseFeatures, self(module, DenseFeatures)
         if ours not in (None, Transition):
-            return ours, self(module, ours)
+            reason = self(module, ours)
+            # A block with torchvision's names may put its features together in another way.
+            other = ours is DenseBlock and reason is not None and self(module, ForeignBlock) is None
+            return (ForeignBlock, None) if other else (ours, reason)
         own = ours is Transition and has_base(type(module), ours)
         if (behind or self.dense) and looks_like_transition(module):
             # With torchvision's names and all that it has, it can become our own.

@@ -112,9 +112,9 @@ class ForeignBlock(Foreign):
         noted = noted_of(self)
         chains, seen = read_block(self, noted.form.everywhere, reads=noted.form.reads)
         noted.check(seen)
-        order = {"newest_first": noted.form.newest_first, "new_only": noted.form.new_only}
-        if any(order.values()):
-            chains = [chain._replace(**order) for chain in chains]
+        first, only = noted.form.newest_first, noted.form.new_only
+        if first or only:
+            chains = [chain._replace(newest_first=first, new_only=only) for chain in chains]
         return chains, noted.memory
 
     def chains(self) -> tuple[list[Chain], str] | None:
