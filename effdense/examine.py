@@ -18,7 +18,7 @@ from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDe
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
 from effdense.nn.model import head_of, stem_of
-from effdense.nn.obstacles import CONVS, chain_obstacle, transition_obstacle
+from effdense.nn.obstacles import ACTIVATIONS, CONVS, chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,
     Obstacle,
@@ -267,7 +267,7 @@ class Examiner:
                     break
                 first = first or reason
             else:
-                return str(first)
+                return str(first) if ours is not ForeignTransition or _has_relu(module, reads) else _NO_RELU
             switches = {
                 name
                 for m in walk(module)
@@ -279,6 +279,16 @@ class Examiner:
             }
             same = frozenset(n for n in switches if difference(module, ours, form, n) is None)
             return form._replace(reads=reads._replace(without=same))
+
+
+_NO_RELU = (
+    "it has no ReLU between its norm and its convolution, as far as convert sees; the fused forward has one"
+)
+
+
+def _has_relu(module: nn.Module, reads: Reads) -> bool:
+    """Whether a ReLU is among its modules, or named in its code."""
+    return any(type(m) in ACTIVATIONS for m in walk(module)) or any("relu" in name for name in reads.names)
 
 
 def _forms(module: nn.Module, ours: type, reads: Reads) -> Iterator[Form]:
