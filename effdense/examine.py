@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense.code import Reads, code_of, code_of_tree, counts, is_known
+from effdense.code import Reads, code_of_tree, counts, is_known
 from effdense.modules import kind_of, named, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
-from effdense.nn.model import stem_of
-from effdense.nn.obstacles import chain_obstacle, transition_obstacle
+from effdense.nn.model import head_of, stem_of
+from effdense.nn.obstacles import ACTIVATIONS, CONVS, chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,
     Obstacle,
     drop_attributes,
+    layer_obstacle,
     layers_of,
     lead_of,
     looks_like_block,
@@ -31,6 +32,7 @@ from effdense.nn.structure import (
     read_block,
     read_transition,
 )
+from effdense.nn.widths import growing
 from effdense.probe import difference
 
 
@@ -50,9 +52,8 @@ def _looks_like(module: nn.Module) -> type | None:
         return PlainDenseLayer
     if {"norm", "conv", "pool"} <= names:
         return Transition
-    if {"features", "classifier"} <= names and _holds_blocks(module._modules["features"]):
-        read = code_of(cls).reads
-        return None if any(counts(n, read) for n in names - {"features", "classifier"}) else DenseNet
+    if "features" in names and _holds_blocks(module._modules["features"]):
+        return None if head_of(module) is None else DenseNet
     layers = list(module._modules.values())
     if layers and all(m is not None and _looks_like(m) in LAYERS for m in layers):
         return DenseBlock
@@ -77,10 +78,24 @@ def _successors(model: nn.Module) -> dict[nn.Module, set[nn.Module]]:
     return behind
 
 
+def _why_no_block(layers: dict[str, nn.Module]) -> str:
+    """Why modules that read a dense block's widths (widths.py) do not run fused."""
+    first, *_, last = layers
+    reasons = (layer_obstacle(n, m, code_of_tree(m).reads) for n, m in layers.items())
+    bare = "they are convolutions by themselves, not modules with a norm, ReLU and convolution each"
+    reason = bare if isinstance(layers[first], CONVS) else next(filter(None, reasons), None)
+    return (
+        f"{first} to {last} read widths that grow like a dense block's, but "
+        f"{reason or 'they are not all that is in a module, whose forward could be compared'}"
+    )
+
+
 def _structure_obstacle(module: nn.Module, ours: type, reads: Reads) -> str | None:
     """Why a module is not made like ours, or None."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    if type(module).forward is nn.Module.forward:
+        return f"a {type(module).__name__} has no forward: put its layers into a module whose forward is a block's alone"
     if type(module).__call__ is not nn.Module.__call__:
         return "its class has a __call__ of its own"
     if own := own_tensors(module, reads):
@@ -125,6 +140,7 @@ class Examiner:
         """
         successors, behind = _successors(model), set[nn.Module]()
         inside: set[nn.Module] = set()
+        told: set[nn.Module] = set()  # layers of what has a block's widths only
         blocks = [m for m in walk(model) if looks_like_block(m)]
         self.blocks = {original(type(m)) for m in blocks} - {nn.Sequential}
         self.dense = bool(blocks) or looks_like_transition(model)
@@ -135,6 +151,11 @@ class Examiner:
             reason = None
             if not is_fused_kind(module):
                 ours, reason = self._kind(module, module in behind)
+            if ours is None or ours in (DenseFeatures, DenseNet):
+                layers = growing(module)
+                if not told.issuperset(layers.values()):
+                    told.update(layers.values())
+                    yield name, module, ForeignBlock, _why_no_block(layers)
             if ours is None:
                 continue
             yield name, module, ours, reason
@@ -163,7 +184,10 @@ class Examiner:
         if ours is None and self.dense and module not in self.sequences and self._is_stem(module):
             return DenseFeatures, self(module, DenseFeatures)
         if ours not in (None, Transition):
-            return ours, self(module, ours)
+            reason = self(module, ours)
+            # A block with torchvision's names may put its features together in another way.
+            other = ours is DenseBlock and reason is not None and self(module, ForeignBlock) is None
+            return (ForeignBlock, None) if other else (ours, reason)
         own = ours is Transition and has_base(type(module), ours)
         if (behind or self.dense) and looks_like_transition(module):
             # With torchvision's names and all that it has, it can become our own.
@@ -243,7 +267,7 @@ class Examiner:
                     break
                 first = first or reason
             else:
-                return str(first)
+                return str(first) if ours is not ForeignTransition or _has_relu(module, reads) else _NO_RELU
             switches = {
                 name
                 for m in walk(module)
@@ -257,15 +281,28 @@ class Examiner:
             return form._replace(reads=reads._replace(without=same))
 
 
+_NO_RELU = (
+    "it has no ReLU between its norm and its convolution, as far as convert sees; the fused forward has one"
+)
+
+
+def _has_relu(module: nn.Module, reads: Reads) -> bool:
+    """Whether a ReLU is among its modules, or named in its code."""
+    return any(type(m) in ACTIVATIONS for m in walk(module)) or any("relu" in name for name in reads.names)
+
+
 def _forms(module: nn.Module, ours: type, reads: Reads) -> Iterator[Form]:
     """What is tried on the probe, in this order."""
-    form = Form(reads=reads)
+    head = head_of(module) if ours is DenseNet else None
+    form = Form(reads=reads) if head is None else Form(reads=reads, head=head)
     yield form
     if ours is ForeignBlock:
         drops = any(drop_attributes(m) for m in walk(module))
-        for newest_first, everywhere in ((False, True), (True, False), (True, True)):
-            if drops or not everywhere:
-                yield form._replace(everywhere=everywhere, newest_first=newest_first)
+        # A layer alone that gives back what it adds is no block: no more than a norm, ReLU and convolution.
+        only = (False, True) if len(layers_of(module)) > 1 else (False,)
+        for new_only, newest_first, everywhere in itertools.product(only, (False, True), (False, True)):
+            if (drops or not everywhere) and (new_only or newest_first or everywhere):
+                yield form._replace(everywhere=everywhere, newest_first=newest_first, new_only=new_only)
     if ours is ForeignTransition:
         conv = read_transition(module, hooks=False, reads=reads)[0].conv
         yield form._replace(pool=(2,) * len(conv.kernel_size))
@@ -277,10 +314,9 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _same_code(module: nn.Module, ours: type) -> Any:
-    """What modules that run the same code have in common; of a foreign one, nothing is known before its probe."""
-    if issubclass(ours, Foreign):
+    """What modules that run the same code have in common; of a foreign one, and of a net, nothing is known before its probe."""
+    if issubclass(ours, (Foreign, DenseNet)):
         return ours, module
     attributes = {k: repr(v) for k, v in vars(module).items() if k not in MODULE_STATE}
-    whole = ours not in (DenseBlock, DenseNet)
-    children = tuple((n, type(m)) for n, m in named(module)) if whole else ()
+    children = tuple((n, type(m)) for n, m in named(module)) if ours is not DenseBlock else ()
     return ours, type(module), *sorted(attributes.items()), *children

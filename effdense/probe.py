@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense.code import code_of_tree
 from effdense.modules import original, walk
-from effdense.nn import DenseBlock, DenseLayer, DenseNet, Transition
+from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
 from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form
+from effdense.nn.model import tail_of
 from effdense.nn.obstacles import CONVS
 from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, lead_of, read_transition
 from effdense.watch import Attributes, Watch, chance
@@ -74,24 +76,36 @@ def _buffers(module: nn.Module) -> list[Tensor]:
     return list(dict.fromkeys(b for m in walk(module) for b in m._buffers.values() if b is not None))
 
 
-def _bare_copy(module: nn.Module, ours: type, flipped: str | None = None) -> nn.Module:
+class _Averaged(DenseFeatures):
+    """A probe's features, whose average is taken by the fused head, as a converted net takes it."""
+
+    forward = nn.Sequential.forward
+
+    def pooled(self, input: Tensor, relu_before: bool = False) -> Tensor:
+        """See DenseFeatures."""
+        return F.relu(self(input)).flatten(2).mean(2)
+
+
+def _bare_copy(module: nn.Module, ours: type, form: Form, flipped: str | None = None) -> nn.Module:
     """A copy with random weights on which every dropout is switched on.
 
-    A block's layers become small ones, a net's features a convolution; a foreign block stays whole. What is called behind a
-    transition's convolution or a net's head, and is no class of PyTorch's, gets a stand-in. `flipped`: an attribute whose
-    truth values are turned round.
+    A block's layers become small ones, a net's features a convolution, and a ReLU if they end with one; a foreign block
+    stays whole. What is called behind a transition's convolution, and is no class of PyTorch's, or behind a net's pool gets a
+    stand-in. `flipped`: an attribute whose truth values are turned round.
     """
     copier = _Copier()
     if ours is DenseBlock:
         for i, layer in enumerate(module._modules.values()):
             copier.known[id(layer)] = DenseLayer(_CHANNELS + 2 * i, 2, 1, 0.0).double()
     if ours is DenseNet:
-        features, classifier = module._modules["features"], module._modules["classifier"]
-        conv = _first_conv(module)
-        width = classifier.in_features if type(classifier) is nn.Linear else _CHANNELS
-        copier.known[id(features)] = nn.Sequential(type(conv)(_CHANNELS, width, 1)).double()
-        if type(classifier) is not nn.Linear:
-            copier.known[id(classifier)] = StandIn()
+        tail = tail_of(module, form.head) or []
+        width = next((m.in_features for m in tail if type(m) is nn.Linear), _CHANNELS)
+        relu = [nn.ReLU()] if form.head.relu_before else []
+        small = _Averaged(type(_first_conv(module))(_CHANNELS, width, 1), *relu)
+        copier.known[id(module._modules["features"])] = small.double()
+        for behind in tail:
+            if type(behind) not in (nn.Linear, nn.Dropout):
+                copier.known[id(behind)] = StandIn()
     if (lead := lead_of(module) if ours is ForeignBlock else None) is not None:
         copier.known[id(lead)] = StandIn()
     if ours is ForeignTransition:
@@ -191,7 +205,7 @@ def difference(module: nn.Module, ours: type, form: Form = NO_FORM, flipped: str
     """Compares a module's forward with the fused one on copies; says what differs, or None. `flipped`: see _bare_copy."""
     others = chance()
     try:
-        theirs, mine = (_bare_copy(module, ours, flipped) for _ in range(2))
+        theirs, mine = (_bare_copy(module, ours, form, flipped) for _ in range(2))
         code = code_of_tree(theirs)
         if code.obstacle is not None:
             return code.obstacle

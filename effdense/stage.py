@@ -136,6 +136,10 @@ class Stage:
             start, end = self.channels - end, self.channels - start
         return slice(start, end)
 
+    def added(self) -> slice:
+        """The channels that all layers add."""
+        return self.at(self.layers[0].channels, self.channels)
+
     def read_by(self, layer: Layer) -> slice:
         """The channels that a layer reads."""
         return self.at(0, layer.channels)

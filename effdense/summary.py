@@ -193,7 +193,8 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
         return convert(bare_copy(model)).train()
 
     known = bare()
-    if not isinstance(known, DenseNet) or not isinstance(known.features, DenseFeatures):
+    named = isinstance(known, DenseNet) and "classifier" in known._modules
+    if not named or not isinstance(known.features, DenseFeatures):
         raise ValueError(
             f"summary: {type(model).__name__} is not a DenseNet with features and classifier that effdense.convert converts"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -155,6 +156,26 @@ def test_what_only_looks_like_a_transition_stays() -> None:
     model = nn.Sequential(Narrowing(), nn.Conv2d(3, 6, 1), structures.NetBlock(2, 6, 4))
     effdense.convert(model)
     assert type(model[0]) is Narrowing and kinds(model) == {"DenseFeatures": 1, "DenseBlock": 1}
+
+
+def test_a_transition_without_a_relu_stays_and_the_report_says_why() -> None:
+    class Narrowing(nn.Module):
+        """weiaicunzai's pytorch-cifar100."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            parts = nn.BatchNorm2d(14), nn.Conv2d(14, 7, 1, bias=False), nn.AvgPool2d(2, stride=2)
+            self.down_sample = nn.Sequential(*parts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_sample(x)
+
+    naive = randomised(nn.Sequential(structures.NetBlock(2, 6, 4), Narrowing(), structures.NetBlock(2, 7, 4)))
+    ours = effdense.convert(copy.deepcopy(naive))
+    (entry,) = (e for e in effdense.report(ours) if not e.converted)
+    assert (entry.name, entry.kind) == ("1", "Transition")
+    assert str(entry.reason).startswith("it has no ReLU between its norm and its convolution")
+    assert_same(naive, ours, torch.randn(2, 6, 8, 9, dtype=torch.float64))
 
 
 def saved(model: nn.Module, x: Tensor) -> list[int]:

@@ -52,15 +52,16 @@ def torchxrayvision() -> nn.Module:
 
 
 FUSED = {"DenseFeatures": 1, "DenseBlock": 4, "Transition": 3}
+WITH_HEAD = {"DenseNet": 1, **FUSED}
 NETS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
-    "torchvision": (torchvision, 64, {"DenseNet": 1, **FUSED, "DenseLayer": 58}),
-    "timm": (lambda: timm("densenet121"), 64, FUSED),
-    "timm, dropout": (lambda: timm("densenet121", proj_drop_rate=0.2), 64, FUSED),
-    "timm, blur": (lambda: timm("densenetblur121d"), 64, FUSED),
-    "timm, blurred transitions": (blurred, 64, FUSED),
-    "MONAI, 1D": (lambda: monai(1), 64, FUSED),
-    "MONAI, 2D": (lambda: monai(2, dropout_prob=0.2), 64, FUSED),
-    "MONAI, 3D": (lambda: monai(3, dropout_prob=0.2), 32, FUSED),
+    "torchvision": (torchvision, 64, {**WITH_HEAD, "DenseLayer": 58}),
+    "timm": (lambda: timm("densenet121"), 64, WITH_HEAD),
+    "timm, dropout": (lambda: timm("densenet121", proj_drop_rate=0.2), 64, WITH_HEAD),
+    "timm, blur": (lambda: timm("densenetblur121d"), 64, WITH_HEAD),
+    "timm, blurred transitions": (blurred, 64, WITH_HEAD),
+    "MONAI, 1D": (lambda: monai(1), 64, WITH_HEAD),
+    "MONAI, 2D": (lambda: monai(2, dropout_prob=0.2), 64, WITH_HEAD),
+    "MONAI, 3D": (lambda: monai(3, dropout_prob=0.2), 32, WITH_HEAD),
     "torchxrayvision": (torchxrayvision, 64, FUSED),
 }
 
@@ -85,7 +86,7 @@ def test_a_librarys_net_computes_the_same(name: str) -> None:
 def test_timms_other_nets_are_converted(name: str) -> None:
     with torch.device("meta"):
         model = timm(name)
-    assert kinds(effdense.convert(model)) == FUSED
+    assert kinds(effdense.convert(model)) == WITH_HEAD
 
 
 def test_timms_methods_stay() -> None:

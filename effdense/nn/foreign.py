@@ -30,12 +30,24 @@ from effdense.nn.structure import (
 from effdense.pool import plain_avg_pool
 
 
+class Head(NamedTuple):
+    """What a net's forward calls behind its `features`."""
+
+    names: tuple[str, ...] = ("classifier",)  # of the submodules
+    relus: int | None = (
+        None  # how many ReLUs come before the pool among these; None: its forward pools by a function
+    )
+    relu_before: bool = False  # whether the features end with a ReLU themselves: the head may have none
+
+
 class Form(NamedTuple):
     """What a probe finds out, and no structure shows."""
 
     everywhere: bool = False  # whether a layer's rate of dropout is for all its convolutions
     newest_first: bool = False  # whether a block puts new features in front of what they are made of
+    new_only: bool = False  # whether a block gives back what its layers add, without its input
     pool: tuple[int, ...] = ()  # a transition's, if its forward calls a function
+    head: Head = Head()  # a net's
     reads: Reads = Reads()  # the attributes that count
 
 
@@ -103,8 +115,9 @@ class ForeignBlock(Foreign):
         noted = noted_of(self)
         chains, seen = read_block(self, noted.form.everywhere, reads=noted.form.reads)
         noted.check(seen)
-        if noted.form.newest_first:
-            chains = [chain._replace(newest_first=True) for chain in chains]
+        first, only = noted.form.newest_first, noted.form.new_only
+        if first or only:
+            chains = [chain._replace(newest_first=first, new_only=only) for chain in chains]
         return chains, noted.memory
 
     def chains(self) -> tuple[list[Chain], str] | None:
@@ -119,7 +132,7 @@ class ForeignBlock(Foreign):
         return Chains(chains), memory
 
     def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """[N, C, *spatial] -> [N, C + what the layers add, *spatial]."""
+        """[N, C, *spatial] -> [N, C + what the layers add, *spatial], or what they add alone."""
         stage = self.chains()
         if stage is None or not takes(x, dimensions_of(stage[0])):
             return None

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from effdense import dense_block, pool
 from effdense.batch_norm import read_module, update_modules
+from effdense.code import code_of, counts
 from effdense.inputs import takes, through
-from effdense.modules import kind_of
-from effdense.nn.foreign import ForeignBlock, ForeignTransition
+from effdense.modules import kind_of, walk
+from effdense.nn.foreign import ForeignBlock, ForeignTransition, Head, Noted
 from effdense.nn.layers import DenseBlock, Transition
 from effdense.nn.obstacles import (
     ACTIVATIONS,
@@ -23,6 +24,7 @@ from effdense.nn.obstacles import (
     dimensions,
     global_obstacle,
     is_norm,
+    is_sequence,
     module_obstacle,
     plain_max_pool,
     refuse_scripting,
@@ -67,31 +69,35 @@ class DenseFeatures(nn.Sequential):
 
     def parts(self) -> list[Any]:
         """The submodules, and in a plain sequence's place, such as a stem's, those of that one."""
-        found: list[Any] = []
-        for module in self._modules.values():
-            plain = type(module) is nn.Sequential and changed("", module, False) is None
-            found += module._modules.values() if plain and module is not None else [module]
-        return found
+        return parts_of(self)
 
-    def head(self) -> tuple[Any, Any] | None:
-        """What run_stage takes of the last block, and the norm behind it, if they and a head's pool can run together."""
+    def head(self, relu_before: bool = False) -> tuple[int, Any, Any] | None:
+        """Where the last block is, what run_stage takes of it, and the norm behind it, if they and a head's pool can run together.
+
+        `relu_before`: the head has no ReLU for certain, so the features must end with one.
+        """
         modules = self.parts()
-        if len(modules) < 2 or self.obstacle() is not None or not _is(self, (DenseFeatures,)):
+        ending = ending_of(modules)
+        if ending is None or self.obstacle() is not None or not _is(self, (DenseFeatures,)):
             return None
-        block, norm = modules[-2:]
-        stage = block.chains() if _is_part(block, _BLOCKS) and _is(norm, NORMS) else None
-        return None if stage is None or not _same_processes(stage[0], norm) else (stage, norm)
+        if relu_before and not ending.relu:
+            return None
+        block, norm = modules[ending.block : ending.block + 2]
+        stage = block.chains() if _is_part(block, _BLOCKS) else None
+        return (
+            None if stage is None or not _shares_statistics(stage[0], norm) else (ending.block, stage, norm)
+        )
 
-    def pooled(self, input: Tensor) -> Tensor | None:
+    def pooled(self, input: Tensor, relu_before: bool = False) -> Tensor | None:
         """The global average [N, C] of relu of what forward gives, where there is a `head`."""
-        head = self.head()
+        head = self.head(relu_before)
         if head is None:
             return None
-        (chains, memory), norm = head
+        block, (chains, memory), norm = head
         if not takes(input, dimensions_of(chains)):
             return None
         modules = self.parts()
-        x = _enter(modules[-2], self._walk(input, modules[:-2]))
+        x = _enter(modules[block], self._walk(input, modules[:block]))
         return run_stage(chains, memory, x, norm, x.shape[2:]).flatten(1)
 
     def gives_a_buffer(self, input: Tensor) -> bool:
@@ -123,6 +129,72 @@ class DenseFeatures(nn.Sequential):
         ):
             return 1, _conv_to_channels_last(first, x)
         return 1, first(_apart(first, x))
+
+
+def parts_of(sequence: nn.Module) -> list[Any]:
+    """See DenseFeatures.parts."""
+    found: list[Any] = []
+    for module in sequence._modules.values():
+        plain = type(module) is nn.Sequential and changed("", module, False) is None
+        found += module._modules.values() if plain and module is not None else [module]
+    return found
+
+
+class _Ending(NamedTuple):
+    block: int  # the place of the module before the last norm
+    relu: bool  # whether the norm's ReLU is there too
+
+
+def ending_of(modules: list[Any]) -> _Ending | None:
+    """The norm that a net's features end with, and its ReLU, if they do."""
+    for count, relu in ((1, False), (1, True), (2, True)):
+        last = modules[-count:]
+        if len(modules) > count and (_relu_behind(last) == count if relu else _is(last[0], NORMS)):
+            return _Ending(len(modules) - count - 1, relu)
+    return None
+
+
+def head_of(net: nn.Module) -> Head | None:
+    """What its forward seems to call behind its features, by the names of its submodules and what these are."""
+    read = code_of(type(net)).reads
+    names = tuple(n for n, m in net._modules.items() if n != "features" and m is not None and counts(n, read))
+    features = net._modules.get("features")
+    ending = None if features is None else ending_of(parts_of(features))
+    split = None if ending is None else _at_pool([net._modules[name] for name in names])
+    if split is None and names != ("classifier",):
+        return None
+    return Head(names, None if split is None else split[0], ending is not None and ending.relu)
+
+
+def tail_of(net: nn.Module, head: Head) -> list[Any] | None:
+    """What a net calls on the averages [N, C] of its features; None where the pool is another one, or has hooks."""
+    behind: list[Any] = [net._modules.get(name) for name in head.names]
+    if head.relus is None or None in behind:
+        return None if None in behind else behind
+    split = _at_pool(behind)
+    return split[1] if split is not None and split[0] == head.relus else None
+
+
+def _at_pool(behind: list[Any]) -> tuple[int, list[Any]] | None:
+    """How many ReLUs come before the global pool of a head, and what is called on its averages [N, C]; None: it is no such head."""
+    modules = [m for m in _flat(behind) if type(m) is not nn.Identity or changed("", m, False) is not None]
+    place = next((i for i, m in enumerate(modules) if _is_global_pool(m)), None)
+    if place is None or not all(_is(m, ACTIVATIONS) for m in modules[:place]):
+        return None
+    tail = modules[place + 1 :]
+    if tail and _is(tail[0], (nn.Flatten,)) and (tail[0].start_dim, tail[0].end_dim) == (1, -1):
+        return place, tail[1:]
+    # Else its forward flattens by a function; a convolution there would take the image of one pixel.
+    return (place, tail) if all(type(m) in (nn.Linear, nn.Dropout) for m in tail) else None
+
+
+def _flat(modules: Iterable[Any]) -> list[Any]:
+    """The modules; in the place of a sequence with a global pool, what is in it."""
+    found: list[Any] = []
+    for module in modules:
+        pools = is_sequence(module) and any(type(m) in _GLOBAL_POOLS for m in walk(module))
+        found += _flat(filter(None, module._modules.values())) if pools else [module]
+    return found
 
 
 def _run_stem(norm: Any, windows: Any, x: Tensor) -> Tensor:
@@ -164,12 +236,12 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
             return None
         x = _enter(first, x)
         passage = second.passage(x)
-        if passage is None or not _same_processes(stage[0], passage[0]):
+        if passage is None or not _shares_statistics(stage[0], passage[0]):
             return 1, run_stage(*stage, x)
         return 2, run_stage(*stage, x, *passage)
     count = _count_head(modules[1:])
     stage = first.chains() if count else None
-    if stage is None or not takes(x, dimensions_of(stage[0])) or not _same_processes(stage[0], second):
+    if stage is None or not takes(x, dimensions_of(stage[0])) or not _shares_statistics(stage[0], second):
         return None
     x = _enter(first, x)
     return 1 + count, run_stage(*stage, x, second, x.shape[2:])
@@ -178,12 +250,18 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
 def _count_head(modules: list[Any]) -> int:
     """How many modules are a norm, relu and average over all pixels; 0 if these do not come first."""
     behind = _relu_behind(modules)
-    if behind is None or behind >= len(modules) or not _is(modules[behind], _GLOBAL_POOLS):
+    if behind is None or behind >= len(modules) or not _is_global_pool(modules[behind]):
         return 0
-    sizes = modules[behind].output_size
-    sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
     fits = dimensions(modules[0]) in (None, 1 + _GLOBAL_POOLS.index(type(modules[behind])))
-    return behind + 1 if fits and all(size == 1 for size in sizes) else 0
+    return behind + 1 if fits else 0
+
+
+def _is_global_pool(module: Any) -> bool:
+    """Whether it is PyTorch's average over all pixels."""
+    if not _is(module, _GLOBAL_POOLS):
+        return False
+    sizes = module.output_size
+    return all(size == 1 for size in (sizes if isinstance(sizes, (tuple, list)) else (sizes,)))
 
 
 def _relu_behind(modules: list[Any]) -> int | None:
@@ -215,9 +293,9 @@ def stem_of(modules: list[Any]) -> _Stem | None:
     return None if windows is None else _Stem(behind + 1, windows)
 
 
-def _same_processes(chains: list[Chain], norm: nn.Module) -> bool:
-    """Whether a norm behind a block takes the block's statistics."""
-    return same_processes((chains[0].norms[0], norm))
+def _shares_statistics(chains: list[Chain], norm: nn.Module) -> bool:
+    """Whether a norm behind a block takes the block's statistics: of all its features, over the same processes."""
+    return not chains[0].new_only and same_processes((chains[0].norms[0], norm))
 
 
 def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:
@@ -228,7 +306,7 @@ def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:
 
 
 class DenseNet(nn.Module):
-    """features and classifier, with relu and a global average pool between; torchvision's DenseNet becomes this.
+    """features and classifier, with relu and a global average pool between; torchvision's DenseNet, timm's and MONAI's become this.
 
     Args:
         features: gives [N, C, *spatial].
@@ -244,10 +322,10 @@ class DenseNet(nn.Module):
 
     def obstacle(self) -> str | None:
         """Why the head runs apart from the last block at the moment, or None."""
-        features = self.features
-        if not isinstance(features, DenseFeatures) or features.head() is None:
+        features, head = self.features, _noted_head(self)
+        if not isinstance(features, DenseFeatures) or features.head(head.relu_before) is None:
             return "its features do not end with a dense block that runs as a whole and a norm"
-        return None
+        return "its head has another pool, or hooks" if tail_of(self, head) is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, *spatial] -> what the classifier makes of the pooled features."""
@@ -259,9 +337,19 @@ class DenseNet(nn.Module):
     def fused(self, x: Tensor) -> Tensor | None:
         """What forward gives, the head run with the last block; None where it cannot."""
         features: Any = self.features
-        if not isinstance(features, DenseFeatures):
+        head = _noted_head(self)
+        tail = tail_of(self, head)
+        if not isinstance(features, DenseFeatures) or tail is None:
             return None
-        pooled = features.pooled(x)
-        if pooled is None and features.gives_a_buffer(x):  # which torchvision's forward would change in place
-            pooled = F.relu(features(x)).flatten(2).mean(2)
-        return None if pooled is None else self.classifier(pooled)
+        y = features.pooled(x, head.relu_before)
+        if y is None and not head.relu_before and features.gives_a_buffer(x):
+            y = F.relu(features(x)).flatten(2).mean(2)  # where torchvision's forward would change it in place
+        if y is not None:
+            for module in tail:
+                y = module(y)
+        return y
+
+
+def _noted_head(net: nn.Module) -> Head:
+    noted: Noted | None = net.__dict__.get("_effdense")
+    return Head() if noted is None else noted.form.head

@@ -172,16 +172,27 @@ def each(value: int | Iterable[int], spatial: int) -> tuple[int, ...]:
 
 # Of other libraries: subclasses of batch norms that compute a batch norm, and what their submodules do behind it.
 _LISTED_NORMS = {("timm.layers.norm_act", "BatchNormAct2d")}
+# Their modules that call their submodules one after the other.
+_LISTED_SEQUENCES = {("timm.layers.adaptive_avgmax_pool", "SelectAdaptivePool2d")}
+
+
+def _is_listed(kind: type, listed: set[tuple[str, str]]) -> bool:
+    """Whether it is one of the classes named, the library's own."""
+    name = kind.__module__, kind.__name__
+    found = name in listed and getattr(sys.modules.get(name[0]), name[1], None) is kind
+    return found and is_librarys(kind.forward)  # type: ignore[attr-defined]
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a call does no more than call its submodules one after the other: nn.Sequential's very class, or a listed one."""
+    kind = type(module)
+    known = kind is nn.Sequential or _is_listed(kind, _LISTED_SEQUENCES)
+    return known and changed("", module, False) is None
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a batch norm itself: PyTorch's very class, or a listed library's."""
-    kind = type(module)
-    if kind in NORMS:
-        return True
-    name = kind.__module__, kind.__name__
-    listed = name in _LISTED_NORMS and getattr(sys.modules.get(name[0]), name[1], None) is kind
-    return listed and is_librarys(kind.forward)
+    return type(module) in NORMS or _is_listed(type(module), _LISTED_NORMS)
 
 
 def dimensions(norm: Any) -> int | None:

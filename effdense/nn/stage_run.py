@@ -40,6 +40,7 @@ class _Run(NamedTuple):
     running: list[Tensor | None]
     dtype: torch.dtype | None  # of the result, under autocast
     update: StageUpdate  # of the running statistics
+    returned: slice | None  # the channels of the buffer that the block gives back; None: all
     behind: State | None  # None: not to be kept
 
 
@@ -88,7 +89,8 @@ def dimensions_of(chains: Sequence[Chain]) -> int:
 def run_stage(chains: Sequence[Chain], memory: str, x: Tensor, *behind: Any) -> Tensor:
     """Runs a block's layers, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage.
 
-    `x`: what `takes` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is.
+    `x`: what `takes` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is;
+    nothing where the block gives back new features only.
     """
     return through(x, lambda x: _run_stage(chains, memory, x, *behind))
 
@@ -118,6 +120,8 @@ def _run_stage(
     with without_autocast(x):
         out, vectors = dense_block.run(settings, x, run.parameters, run.running, masks)
     run.update(vectors, values)
+    if run.returned is not None:
+        out = out[:, run.returned]
     return out if conv is None or run.dtype is None else out.to(run.dtype)
 
 
@@ -173,8 +177,9 @@ def _prepare(
     running = [
         t for n in norms for t in ((None, None) if n.batch_statistics else (n.running_mean, n.running_var))
     ]
-    update = StageUpdate(Stage(settings, first, parameters, []), all_norms)
+    stage = Stage(settings, first, parameters, [])
+    update, returned = StageUpdate(stage, all_norms), stage.added() if chains[0].new_only else None
     # Over which processes a norm is synchronised, no module's state tells.
     keep = keep and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in all_norms)
     state = State([m for m in (pool_norm, conv) if m is not None]) if keep else None
-    return x, _Run(settings, parameters, running, result, update, state)
+    return x, _Run(settings, parameters, running, result, update, returned, state)

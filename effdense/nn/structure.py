@@ -58,6 +58,7 @@ class Chain(NamedTuple):
     convs: list[Any]
     drops: list[Drop]
     newest_first: bool = False  # its block puts new features in front of what they are made of
+    new_only: bool = False  # its block gives back what its layers add, without its input
 
     @property
     def channels(self) -> int:
@@ -222,6 +223,17 @@ def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool
     return Chain(name, norms, convs, drops)
 
 
+def layer_obstacle(name: str, layer: nn.Module, reads: Reads) -> str | None:
+    """Why a module is not one of a dense block's layers, or None."""
+    found: list[tuple[str, Any]] = []
+    try:
+        _walk(name, layer, False, reads, found)
+        _read_layer(found, None, False)
+    except Obstacle as obstacle:
+        return str(obstacle)
+    return None
+
+
 class StandIn(nn.Module):
     """On a probe, in the place of what is called in the same way with effdense and without: that is not run."""
 
@@ -238,7 +250,7 @@ def lead_of(block: nn.Module) -> nn.Module | None:
         return None
     if isinstance(children[0], StandIn):
         return children[0]
-    first, second = (_convs(m) for m in children[:2])
+    first, second = (convs_of(m) for m in children[:2])
     if (
         not looks_like_transition(children[0])
         or not 1 <= len(second) <= 2
@@ -248,7 +260,8 @@ def lead_of(block: nn.Module) -> nn.Module | None:
     return children[0] if second[0].in_channels == first[0].out_channels else None
 
 
-def _convs(module: nn.Module) -> list[Any]:
+def convs_of(module: nn.Module) -> list[Any]:
+    """All its convolutions, itself too, in the order of registration."""
     return [m for m in walk(module) if isinstance(m, CONVS)]
 
 
@@ -308,8 +321,11 @@ def read_block(
 def looks_like_block(module: nn.Module) -> bool:
     """Whether the widths of its layers are those of a dense block, whatever may stand in the way of running it fused."""
     widths: list[tuple[int, int]] = []
-    for layer in layers_of(module).values():
-        convs = _convs(layer)
+    layers = layers_of(module).values()
+    if len(layers) == 2 and len({original(type(layer)) for layer in layers}) > 1:
+        return False  # two convolutions of a net's may have such widths by chance
+    for layer in layers:
+        convs = convs_of(layer)
         if not convs or len(convs) > 2 or not layer._modules:
             return False
         widths.append((convs[0].in_channels, convs[-1].out_channels))
@@ -319,7 +335,7 @@ def looks_like_block(module: nn.Module) -> bool:
 
 def looks_like_transition(module: nn.Module) -> bool:
     """Whether what comes behind a block is made of several modules with one convolution, of one pixel."""
-    convs = _convs(module)
+    convs = convs_of(module)
     return len(convs) == 1 and module is not convs[0] and set(convs[0].kernel_size) == {1}
 
 
