@@ -36,10 +36,7 @@ PROBE_BATCH = 2  # of the step in float64
 HEADINGS = (
     "library: model",
     "input",
-    "blocks converted",
-    "transitions",
-    "stem",
-    "head",
+    "blocks, transitions, stem, head converted",
     "output error",
     "gradient error",
     "peak MiB before",
@@ -144,8 +141,8 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
         peaks[1] += f" ({after['peak_bytes'] / before['peak_bytes']:.2f}x)"
         times[1] += f" ({before['median_ms'] / after['median_ms']:.2f}x as fast)"
         distances = [f"{after[key]:.0e}" for key in ("output_error", "gradient_error")]
-        counts = [f"{after['converted'][part]} of {n}" if n else "-" for part, n in after["parts"].items()]
-        cells.append([*what, *counts, *distances, *peaks, *times])
+        counts = [f"{after['converted'][part]}/{n}" if n else "-" for part, n in after["parts"].items()]
+        cells.append([*what, ", ".join(counts), *distances, *peaks, *times])
     return cells
 
 

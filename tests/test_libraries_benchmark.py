@@ -31,7 +31,7 @@ def measured(settings: Settings, impls: Sequence[str], *_: Any) -> dict[str, Any
 def test_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = nets.NETS["d2l:densenet"]._replace(batch=2, image_size=32)
+    small = nets.NETS["d2l:densenet"]._replace(batch=2, image_size=64)
     monkeypatch.setitem(nets.NETS, "d2l:densenet", small)
     monkeypatch.setattr(libraries.compare, "run", measured)
     files = ["--json", str(tmp_path / "out.json"), "--table", str(tmp_path / "out.md")]
@@ -40,18 +40,26 @@ def test_the_table(
     before, after = result["rows"]
     assert (before["impl"], after["impl"]) == libraries.IMPLS
     assert (after["batch"], after["image_size"]) == (small.batch, small.image_size)
-    assert (after["blocks"], after["converted"]) == (4, 4)
+    has = {"blocks": 4, "transitions": 3, "stems": 1, "heads": 1}
+    assert (after["parts"], after["converted"]) == (has, has)
     assert max(after["output_error"], after["gradient_error"]) < 1e-12
     head, _, line = (tmp_path / "out.md").read_text().splitlines()
     assert head.count("|") == line.count("|") == len(libraries.HEADINGS) + 1
-    assert line.startswith("| d2l: densenet | 2 x 32x32 | 4 of 4 | ")
+    assert line.startswith("| d2l: densenet | 2 x 64x64 | 4/4, 3/3, 1/1, 1/1 | ")
     assert line.endswith(" | 1,000 | 250 (0.25x) | 3,000 | 2,000 (1.50x as fast) |")
     assert "d2l: densenet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structures_have_the_published_sizes(name: str) -> None:
-    parameters = {"gpleiss": 769_162, "tutorial": 14_160_238}
+    parameters = {
+        "gpleiss": 769_162,
+        "tutorial": 14_160_238,
+        "kuangliu": 1_000_618,
+        "bamos": 769_162,
+        "andreasveit": 769_162,
+        "mmpretrain": 7_978_856,
+    }
     with torch.device("meta"):
         model = nets.build(name)
     count = sum(p.numel() for p in model.parameters())
@@ -80,7 +88,7 @@ def test_differences_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(effdense, "convert", wrong)
     settings = dataclasses.replace(libraries.settings_of("d2l:densenet"), image_size=32)
     found = libraries.differences(settings)
-    assert found["converted"] == 0
+    assert set(found["converted"].values()) == {0}
     assert min(found["output_error"], found["gradient_error"]) > 1e-6
 
 
@@ -88,6 +96,7 @@ def test_only_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert libraries._names("timm, d2l:densenet") == [
         "timm:densenet121",
         "timm:densenetblur121d",
+        "timm:densenet121-features_only",
         "d2l:densenet",
     ]
     with pytest.raises(SystemExit):
