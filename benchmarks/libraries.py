@@ -33,6 +33,7 @@ IMPLS = ("naive", "effdense-balanced")
 LARGE = tuple(f"torchvision:densenet{depth}" for depth in (161, 169, 201))
 NAMES = ("torchvision:densenet121", *LARGE, *nets.NETS)
 PROBE_BATCH = 2  # of the step in float64
+PROBE_VOLUME = 64  # the largest volumes in it: PyTorch's convolution in float64 takes minutes for more
 HEADINGS = (
     "library: model",
     "input",
@@ -97,7 +98,9 @@ def differences(settings: Settings) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     before = models.build(settings.model, "naive").model.double()
     after = effdense.convert(copy.deepcopy(before))
-    images, labels = batch_for(dataclasses.replace(settings, batch=PROBE_BATCH), before)
+    volumes = any(isinstance(m, torch.nn.Conv3d) for m in before.modules())
+    size = min(settings.image_size, PROBE_VOLUME) if volumes else settings.image_size
+    images, labels = batch_for(dataclasses.replace(settings, batch=PROBE_BATCH, image_size=size), before)
     (output, grads), (own_output, own_grads) = (
         _step(model, images.double(), labels) for model in (before, after)
     )
