@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import effdense
-from benchmarks import libraries, measure, models, nets
+from benchmarks import cifar_structures, libraries, measure, models, nets
 from benchmarks.worker import Settings, batch_for, loss_of
 
 # PyTorch, and what is written in this repository.
@@ -110,3 +110,15 @@ def test_what_cannot_be_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match="'timm:densenet121' needs timm, which is not installed"):
         models.build("timm:densenet121", "naive")
+
+
+@pytest.mark.compiled
+def test_a_net_that_is_converted_in_part_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "weiaicunzai:densenet121"
+    small = nets.NETS[name]._replace(make=lambda _: cifar_structures.WeiaicunzaiNet())
+    monkeypatch.setitem(nets.NETS, name, small)
+    built = models.build(name, "effdense-balanced")
+    assert libraries.fused(built.model, torch.randn(2, 3, 32, 32)).blocks == 4
+    monkeypatch.setattr(effdense, "convert", lambda model, **_: model)
+    with pytest.raises(RuntimeError, match=r"effdense.convert left \d+ of the model's modules as they were"):
+        models.build(name, "effdense-balanced")
