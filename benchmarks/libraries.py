@@ -20,6 +20,8 @@ from torch import Tensor
 import effdense
 from benchmarks import compare, models, nets
 from benchmarks.compare import MIB, OnProgress
+from benchmarks.nets import Parts
+from benchmarks.parts import fused
 from benchmarks.program import reports_missing_packages
 from benchmarks.worker import Settings, batch_for, loss_of
 
@@ -31,10 +33,11 @@ IMPLS = ("naive", "effdense-balanced")
 LARGE = tuple(f"torchvision:densenet{depth}" for depth in (161, 169, 201))
 NAMES = ("torchvision:densenet121", *LARGE, *nets.NETS)
 PROBE_BATCH = 2  # of the step in float64
+PROBE_VOLUME = 64  # the largest volumes in it: PyTorch's convolution in float64 takes minutes for more
 HEADINGS = (
     "library: model",
     "input",
-    "blocks converted",
+    "blocks, transitions, stem, head converted",
     "output error",
     "gradient error",
     "peak MiB before",
@@ -52,7 +55,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure every net and return `{"environment": {...}, "rows": [{...}, ...]}`: two rows a net, compare.run's.
 
-    The converted net's row has `blocks`, `converted` (of them), `output_error` and `gradient_error` too, or an "error" that says why not.
+    The converted net's row has `parts`, `converted` (how many of each run fused), `output_error` and `gradient_error` too, or an
+    "error" that says why not.
     `on_progress` is called `pieces(repeats)` times per net.
     """
     result: dict[str, Any] = {"rows": []}
@@ -81,22 +85,28 @@ def settings_of(name: str, threads: int | None = None) -> Settings:
     return Settings(name, batch // 2 if name in LARGE else batch, image_size, threads=threads)
 
 
+def parts_of(name: str) -> Parts:
+    """Return what a net has that could run fused."""
+    return nets.NETS[name].parts if name in nets.NETS else Parts(4, 3, 1, 1)
+
+
 def differences(settings: Settings) -> dict[str, Any]:
-    """Return how many blocks were converted, and how far one training step's results are from the unconverted net's.
+    """Return how many blocks and other parts run fused, and how far one training step's results are from the unconverted net's.
 
     The errors are those of the output and of all gradients together: |after - before| / |before|, Euclidean norms, in float64.
     """
     torch.manual_seed(settings.seed)
     before = models.build(settings.model, "naive").model.double()
     after = effdense.convert(copy.deepcopy(before))
-    images, labels = batch_for(dataclasses.replace(settings, batch=PROBE_BATCH), before)
+    volumes = any(isinstance(m, torch.nn.Conv3d) for m in before.modules())
+    size = min(settings.image_size, PROBE_VOLUME) if volumes else settings.image_size
+    images, labels = batch_for(dataclasses.replace(settings, batch=PROBE_BATCH, image_size=size), before)
     (output, grads), (own_output, own_grads) = (
         _step(model, images.double(), labels) for model in (before, after)
     )
-    blocks = [entry for entry in effdense.report(after) if entry.kind == "DenseBlock"]
     return {
-        "blocks": len(blocks),
-        "converted": sum(entry.converted and entry.reason is None for entry in blocks),
+        "parts": parts_of(settings.model)._asdict(),
+        "converted": fused(after, images.double())._asdict(),
         "output_error": _distance([own_output], [output]),
         "gradient_error": _distance(own_grads, grads),
     }
@@ -134,7 +144,8 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
         peaks[1] += f" ({after['peak_bytes'] / before['peak_bytes']:.2f}x)"
         times[1] += f" ({before['median_ms'] / after['median_ms']:.2f}x as fast)"
         distances = [f"{after[key]:.0e}" for key in ("output_error", "gradient_error")]
-        cells.append([*what, f"{after['converted']} of {after['blocks']}", *distances, *peaks, *times])
+        counts = [f"{after['converted'][part]}/{n}" if n else "-" for part, n in after["parts"].items()]
+        cells.append([*what, ", ".join(counts), *distances, *peaks, *times])
     return cells
 
 

@@ -196,7 +196,7 @@ def batch_for(settings: Settings, model: Any) -> tuple[Any, Any]:
     """Return images and labels that suit the model."""
     import torch
 
-    from benchmarks import data
+    from benchmarks import data, nets
 
     if settings.data == "fashion-mnist":
         images, labels = data.load_cut()
@@ -206,11 +206,12 @@ def batch_for(settings: Settings, model: Any) -> tuple[Any, Any]:
             )
         return data.to_tensors(images[: settings.batch], labels[: settings.batch], settings.image_size)
     stem = next(p for p in model.parameters() if p.dim() > 2)  # its first convolution's weight
-    classes = list(model.parameters())[-1].numel()  # the classifier's bias
+    classes = list(model.parameters())[-1].shape[0]  # the classifier's bias, or the last convolution's weight
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch, stem.shape[1], *(settings.image_size,) * (stem.dim() - 2))
     images = torch.randn(shape, generator=generator)
-    return images, torch.randint(classes, (settings.batch,), generator=generator)
+    labels = torch.randint(classes, (settings.batch,), generator=generator)
+    return nets.load(settings.model, images), labels
 
 
 def loss_of(outputs: Any, labels: Any) -> Any:

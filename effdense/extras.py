@@ -23,6 +23,7 @@ PACKAGES = {
     "torchvision": Package("torchvision", ("vision", "peers")),
     "lightning": Package("lightning", ("peers",)),
     "monai": Package("monai", ("peers",)),
+    "pytorchcv": Package("pytorchcv", ("peers",)),
     "segmentation_models_pytorch": Package("segmentation-models-pytorch", ("peers",)),
     "sklearn": Package("scikit-learn", ("peers",)),
     "timm": Package("timm", ("peers",)),

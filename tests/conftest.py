@@ -68,6 +68,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
     config.addinivalue_line(
+        "markers", "tools: builds, benchmarks and `make gpu`, which are not run again beside another torch"
+    )
+    config.addinivalue_line(
         "markers", "isa: what depends on the instruction set (derived, tests/selection.py)"
     )
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import os
 import tempfile
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -36,6 +38,21 @@ def _run(
         raise
     finally:
         dist.destroy_process_group()
+
+
+def once(factory: pytest.TempPathFactory, function: Callable[..., Any], count: int) -> list[Any]:
+    """What `run_in_processes` returns, made once for all of pytest's workers: the others wait for it."""
+    # pytest-xdist gives every worker a folder of its own in the run's.
+    folder = (
+        factory.getbasetemp() if "PYTEST_XDIST_WORKER" not in os.environ else factory.getbasetemp().parent
+    )
+    made = folder / f"{function.__module__}.{function.__qualname__}.pt"
+    with open(f"{made}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            torch.save(run_in_processes(function, count), made)
+    result: list[Any] = torch.load(made, weights_only=False)
+    return result
 
 
 def run_in_processes(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:

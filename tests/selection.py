@@ -1,7 +1,7 @@
 """Which tests ask something of the instruction set: `pytest -m isa`, derived from what a test uses, so that none can be forgotten.
 
-A test of operators does where it runs on effdense's CPU kernels. Any other test does, unless its file starts programs or tests a
-command: blocks and models run on these kernels too.
+A test of operators does where it runs on effdense's CPU kernels. Any other test does, unless its file starts programs, tests a
+command, or asks what convert makes of a model: blocks and models run on these kernels too.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import pytest
 import benchmarks
 
 OPERATOR_FIXTURES = ("ops", "any_ops", "runs_on")
-# Where the names of a file come from that is about what stands around the computation: programs, processes, commands.
+# Where the names of a file come from that is about what stands around the computation: programs, processes, commands, convert.
 AROUND = {
     "argparse",
     "subprocess",
+    "tests.conversions.assert_same",
+    "tests.conversions.kinds",
     "tests.processes",
     "tests.simt.compiler",
     "tests.training",
@@ -37,9 +39,15 @@ def asks_of_the_instruction_set(item: pytest.Function) -> bool:
 
 
 def _sources(module: types.ModuleType) -> set[str]:
-    """The modules that a file's names come from."""
-    values = vars(module).values()
-    return {v.__name__ if isinstance(v, types.ModuleType) else getattr(v, "__module__", "") for v in values}
+    """The modules that a file's names come from, and the names in full."""
+    sources: set[str] = set()
+    for value in vars(module).values():
+        if isinstance(value, types.ModuleType):
+            sources.add(value.__name__)
+        else:
+            of = getattr(value, "__module__", "")
+            sources |= {of, f"{of}.{getattr(value, '__name__', '')}"}
+    return sources
 
 
 @functools.cache

@@ -19,6 +19,8 @@ from benchmarks.worker import ROOT, Settings, Worker, WorkerError, batch_for
 from tests.papers import PARAMETERS
 from tests.training import write_idx
 
+pytestmark = pytest.mark.tools
+
 FLOATS = 250_000  # of the known allocations below
 FLOAT_BYTES = 4 * FLOATS
 CONTRACT = {

@@ -18,6 +18,8 @@ import effdense
 from effdense import _extension
 from effdense._torch_range import NEWEST_TESTED, OLDEST, TORCH, why_unsupported, why_untested
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).parents[1]
 MINOR = ".".join(torch.__version__.split(".")[:2])
 

@@ -10,6 +10,8 @@ from benchmarks import cuda_library, cuda_static
 from benchmarks.cuda_library import Bounds, Code, Kernel, LibraryError
 from tests.simt.compiler import cuda_include
 
+pytestmark = pytest.mark.tools
+
 ROWS = "_ZN8effdense7kernels11rows_kernelI6__halfLi8ENS0_12_GLOBAL__N_110StatisticsIfLb1EEEEEvT1_"
 RESOURCES = f"""
 Fatbin ptx code:

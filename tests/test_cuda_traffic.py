@@ -15,6 +15,8 @@ from benchmarks.separate_kernels import Map
 from benchmarks.traced import Call
 from tests import stages
 
+pytestmark = pytest.mark.tools
+
 TINY = "densenet_bc_16_4"  # two layers in each of three blocks
 
 

@@ -11,6 +11,8 @@ from benchmarks.depth_sweep import STEP, largest_within
 from benchmarks.worker import Settings, WorkerError
 from tests.test_benchmarks import CONTRACT
 
+pytestmark = pytest.mark.tools
+
 GIB = 2**30
 TINY = ("--growth", "4", "--batch", "2", "--image-size", "8", "--threads", "1", "--repeats", "1")
 CURVES = {  # bytes over depth

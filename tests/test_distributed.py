@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import effdense
 from benchmarks import models
 from effdense import dense_block
-from tests.processes import run_in_processes
+from tests.processes import once
 from tests.stages import assert_close
 
 pytestmark = pytest.mark.core
@@ -91,8 +91,8 @@ def run_all() -> dict[str, Run]:
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[dict[str, Run]]:
-    return run_in_processes(run_all, PROCESSES)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Run]]:
+    return once(tmp_path_factory, run_all, PROCESSES)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "training" not in way])

@@ -17,6 +17,8 @@ from benchmarks import devices, kernels, models
 from benchmarks.gpu import counters, host, kernelbench, operators, report, results, steps
 from benchmarks.worker import WorkerError, _Session
 
+pytestmark = pytest.mark.tools
+
 TINY = steps.Config("tiny", "densenet_bc_10_4", 2, 8)
 
 

@@ -19,6 +19,8 @@ from benchmarks.gpu import processes, report
 from benchmarks.gpu.runner import LOG_BYTES, Run
 from benchmarks.gpu.stages import NAMES, PLAN, REST, Stage, command_line
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).parents[1]
 CANNED = json.loads((Path(__file__).parent / "canned" / "gpu_report.json").read_text())
 

@@ -23,6 +23,8 @@ from benchmarks.gpu import (
 )
 from tests.simt.compiler import KERNELS, _object, cuda_include
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -9,6 +9,8 @@ import torch
 
 from benchmarks import kernels
 
+pytestmark = pytest.mark.tools
+
 TINY = ("--shape", "2,8,8,24,16,4", "--repeats", "1", "--threads", "1")
 ROW = {
     *(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import effdense
-from benchmarks import libraries, measure, models, nets
+from benchmarks import cifar_structures, libraries, measure, models, nets
 from benchmarks.worker import Settings, batch_for, loss_of
 
 # PyTorch, and what is written in this repository.
@@ -31,7 +31,7 @@ def measured(settings: Settings, impls: Sequence[str], *_: Any) -> dict[str, Any
 def test_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = nets.NETS["d2l:densenet"]._replace(batch=2, image_size=32)
+    small = nets.NETS["d2l:densenet"]._replace(batch=2, image_size=64)
     monkeypatch.setitem(nets.NETS, "d2l:densenet", small)
     monkeypatch.setattr(libraries.compare, "run", measured)
     files = ["--json", str(tmp_path / "out.json"), "--table", str(tmp_path / "out.md")]
@@ -40,18 +40,26 @@ def test_the_table(
     before, after = result["rows"]
     assert (before["impl"], after["impl"]) == libraries.IMPLS
     assert (after["batch"], after["image_size"]) == (small.batch, small.image_size)
-    assert (after["blocks"], after["converted"]) == (4, 4)
+    has = {"blocks": 4, "transitions": 3, "stems": 1, "heads": 1}
+    assert (after["parts"], after["converted"]) == (has, has)
     assert max(after["output_error"], after["gradient_error"]) < 1e-12
     head, _, line = (tmp_path / "out.md").read_text().splitlines()
     assert head.count("|") == line.count("|") == len(libraries.HEADINGS) + 1
-    assert line.startswith("| d2l: densenet | 2 x 32x32 | 4 of 4 | ")
+    assert line.startswith("| d2l: densenet | 2 x 64x64 | 4/4, 3/3, 1/1, 1/1 | ")
     assert line.endswith(" | 1,000 | 250 (0.25x) | 3,000 | 2,000 (1.50x as fast) |")
     assert "d2l: densenet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structures_have_the_published_sizes(name: str) -> None:
-    parameters = {"gpleiss": 769_162, "tutorial": 14_160_238}
+    parameters = {
+        "gpleiss": 769_162,
+        "tutorial": 14_160_238,
+        "kuangliu": 1_000_618,
+        "bamos": 769_162,
+        "andreasveit": 769_162,
+        "mmpretrain": 7_978_856,
+    }
     with torch.device("meta"):
         model = nets.build(name)
     count = sum(p.numel() for p in model.parameters())
@@ -80,7 +88,7 @@ def test_differences_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(effdense, "convert", wrong)
     settings = dataclasses.replace(libraries.settings_of("d2l:densenet"), image_size=32)
     found = libraries.differences(settings)
-    assert found["converted"] == 0
+    assert set(found["converted"].values()) == {0}
     assert min(found["output_error"], found["gradient_error"]) > 1e-6
 
 
@@ -88,6 +96,7 @@ def test_only_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert libraries._names("timm, d2l:densenet") == [
         "timm:densenet121",
         "timm:densenetblur121d",
+        "timm:densenet121-features_only",
         "d2l:densenet",
     ]
     with pytest.raises(SystemExit):
@@ -101,3 +110,15 @@ def test_what_cannot_be_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match="'timm:densenet121' needs timm, which is not installed"):
         models.build("timm:densenet121", "naive")
+
+
+@pytest.mark.compiled
+def test_a_net_that_is_converted_in_part_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "weiaicunzai:densenet121"
+    small = nets.NETS[name]._replace(make=lambda _: cifar_structures.WeiaicunzaiNet())
+    monkeypatch.setitem(nets.NETS, name, small)
+    built = models.build(name, "effdense-balanced")
+    assert libraries.fused(built.model, torch.randn(2, 3, 32, 32)).blocks == 4
+    monkeypatch.setattr(effdense, "convert", lambda model, **_: model)
+    with pytest.raises(RuntimeError, match=r"effdense.convert left \d+ of the model's modules as they were"):
+        models.build(name, "effdense-balanced")

@@ -14,7 +14,7 @@ import effdense
 from benchmarks import models as naive
 from benchmarks.structures import growing_net
 from effdense.models import DenseNet
-from tests.processes import run_in_processes
+from tests.processes import once
 from tests.stages import FUSED, fused_under_compile
 
 pytestmark = pytest.mark.core
@@ -190,8 +190,8 @@ def _mixed(group: Any) -> list[str | None]:
 
 
 @pytest.fixture(scope="module")
-def processes() -> list[dict[str, Any]]:
-    return run_in_processes(_everything, len(PARTS))
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return once(tmp_path_factory, _everything, len(PARTS))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.core
 def test_two_processes_train_like_one(root: Path, tmp_path: Path) -> None:
     """One of them dies in the middle, which ends both; then they go on."""
     one, two, script = tmp_path / "one", tmp_path / "two", tmp_path / "dying.py"

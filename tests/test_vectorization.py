@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tools
+
 CPU = Path(__file__).parents[1] / "csrc" / "cpu"
 REMARK = re.compile(
     r"rows\.inc:(?P<line>\d+):(?P<column>\d+): (?:optimized: (?P<vectors>loop) vectorized|missed: couldn't vectorize loop)"
