@@ -414,7 +414,7 @@ def _attribute_obstacle(module: nn.Module, reads: Reads) -> str | None:
     return None
 
 
-_STATE = frozenset(vars(nn.Module())) | {"_effdense"}
+_STATE = frozenset(vars(nn.Module())) | {"_effdense", "_effdense_kept"}
 
 
 def is_known(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from effdense.modules import original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
 from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form
+from effdense.nn.looks import KEPT
 from effdense.nn.model import tail_of
 from effdense.nn.obstacles import CONVS
 from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, lead_of, read_transition
@@ -44,6 +45,7 @@ class _Copier:
                 "_parameters",
                 "_buffers",
                 "_effdense",
+                KEPT,
             ):
                 state[name] = self.value(value)
         for name in ("_modules", "_parameters", "_buffers"):

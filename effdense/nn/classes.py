@@ -19,6 +19,7 @@ from effdense.code import Reads
 from effdense.modules import kind_of, original
 from effdense.nn.foreign import NO_FORM, Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
+from effdense.nn.looks import KEPT
 from effdense.nn.model import DenseFeatures, DenseNet
 from effdense.nn.obstacles import global_obstacle, refuse_scripting
 from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read_transition, see
@@ -170,7 +171,7 @@ def give_back(module: nn.Module) -> None:
     """Undoes what adopt has done, if it has."""
     if isinstance(module, Converted):
         object.__setattr__(module, "__class__", original(type(module)))
-        for name in ("_effdense", "_memory"):
+        for name in ("_effdense", "_memory", KEPT):
             module.__dict__.pop(name, None)
 
 
