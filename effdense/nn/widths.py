@@ -52,8 +52,12 @@ def _longest(units: list[_Unit]) -> list[_Unit]:
 def growing(module: nn.Module) -> dict[str, nn.Module]:
     """Three or more of a module's children, or of the one container's that it has, that read widths as a dense block's layers do.
 
-    A layer may be one child, or two convolutions beside each other. Empty where there are none.
+    A layer may be one child, or two convolutions beside each other. Empty where there are none, and where the container has a
+    forward: then it is looked at by itself.
     """
+    only = next(iter(module._modules.values())) if len(module._modules) == 1 else None
+    if only is not None and type(only).forward is not nn.Module.forward:
+        return {}
     children = [(name, m) for name, m in layers_of(module).items() if convs_of(m)]
     bare = [pair for pair in children if not pair[1]._modules]
     runs = [_longest([_unit([pair]) for pair in children])]
