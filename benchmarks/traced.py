@@ -25,6 +25,7 @@ OPAQUE: dict[str, Callable[..., Any]] = {
     "dense_stage_backward": dense_block._dense_stage_backward,
     "move_running_statistics": batch_norm._move,
     "update_running_statistics": batch_norm._update,
+    "update_from_vectors": batch_norm._update_from_vectors,
     "count_batches": batch_norm._count,
 }
 

@@ -192,6 +192,12 @@ struct Statistics {
   }
 };
 
+Norm folded(const Backend& backend, const Statistics& of, const Tensor& weight, const Tensor& bias,
+            double eps, bool batch_statistics) {
+  const auto [rstd, scale, shift] = backend.fold(of.mean, of.var, given(weight), given(bias), eps);
+  return {of.mean, rstd, scale, shift, batch_statistics};
+}
+
 struct Range {
   int64_t start, count;
   Tensor of(const Tensor& map) const { return part_of(map, 1, start, count); }
@@ -385,10 +391,7 @@ class Stage {
   }
   bool is_second(size_t norm) const { return norm % 2 == 1 && norm < 2 * layers.size(); }
   Norm fold(int64_t norm, const Tensor& weight, const Tensor& bias) const {
-    const auto& [mean, var] = of_norms[norm];
-    const auto [rstd, scale, shift] =
-        backend_.fold(mean, var, given(weight), given(bias), settings.eps[norm]);
-    return {mean, rstd, scale, shift, batch_statistics(norm)};
+    return folded(backend_, of_norms[norm], weight, bias, settings.eps[norm], batch_statistics(norm));
   }
 
   const Backend& backend_;
@@ -549,34 +552,85 @@ class Forward {
   std::vector<Tensor> kept_;  // every y for the backward, by its layer
 };
 
+// What the layers' backward goes on from: the gradient of the whole buffer, and what is deferred of it.
+struct Started {
+  Tensor grad_features, a, b;
+};
+
+// The gradients of a norm's weight and bias.
+void normalised(const Norm& norm, const Tensor& sum_d, const Tensor& sum_dx, Tensor& weight, Tensor& bias) {
+  weight = sum_dx.mul(norm.rstd);
+  bias = sum_d;
+}
+
+// From the pool behind the block, or from the block's own gradient; and the gradients of the pool's
+// parameters.
+std::pair<Started, PoolParameters<Tensor>> start_backward(const Backend& ops, Tensor grad,
+                                                          const Tensor& features, const Tensor& vectors,
+                                                          const PoolParameters<Tensor>& parameters,
+                                                          const PoolParameters<bool>& needs, double eps,
+                                                          bool batch_statistics, at::IntArrayRef kernel) {
+  const int64_t channels = features.size(1), end = vectors.numel();
+  const Statistics of_buffer{part_of(vectors, 0, 0, channels), part_of(vectors, 0, channels, channels)};
+  Started started{empty_buffer(features, channels), at::zeros_like(of_buffer.mean),
+                  at::zeros_like(of_buffer.mean)};
+  PoolParameters<Tensor> grads;
+  if (kernel.empty()) {
+    started.grad_features.copy_(grad);
+    return {started, grads};
+  }
+  // Running statistics are the vectors' last.
+  const Statistics own{part_of(vectors, 0, end - 2 * channels, channels),
+                       part_of(vectors, 0, end - channels, channels)};
+  const Norm norm = folded(ops, batch_statistics ? of_buffer : own, parameters.norm_weight,
+                           parameters.norm_bias, eps, batch_statistics);
+  const Tensor& weight = parameters.conv_weight;
+  if (weight.defined()) {  // what went into the convolution is made again: one read of the features
+    const Tensor pooled = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, kernel);
+    std::tie(grad, grads.conv_weight, grads.conv_bias) = convolve_backward(
+        grad, pooled, weight, parameters.conv_bias, {true, needs.conv_weight, needs.conv_bias});
+  }
+  const auto [sum_d, sum_dx] = ops.bn_relu_avg_pool_backward(
+      channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel, started.grad_features);
+  normalised(norm, sum_d, sum_dx, grads.norm_weight, grads.norm_bias);
+  if (batch_statistics) {
+    const int64_t count = features.size(0) * count_pixels(features);
+    ops.defer(sum_d, sum_dx, norm.rstd, norm.scale, count, started.a, started.b);
+  }
+  return {started, grads};
+}
+
+// Of what is needed, and never two of all gradients.
+template <typename Likes, typename Needs, typename Grads>
+void collect(const Likes& likes, const Needs& needs, const Grads& grads, std::vector<Tensor>& result) {
+  for (size_t i = 0; i < likes.size(); ++i)
+    if (*needs[i] && likes[i]->defined())
+      result.push_back(shaped(*likes[i], std::exchange(*grads[i], Tensor())).contiguous());
+}
+
 class Backward {
  public:
-  Backward(const Backend& backend, Stage& stage, const Tensor& features, const Tensor& saved,
-           const Tensor& vectors, const c10::List<bool>& needs, const Tensor& scratch)
+  Backward(const Backend& backend, Stage& stage, const Started& started, const Tensor& features,
+           const Tensor& saved, const Tensor& vectors, const c10::List<bool>& needs, const Tensor& scratch)
       : ops_(backend),
         stage_(stage),
+        started_(started),
         features_(features),
         scratch_(scratch, features.scalar_type()),
         count_(stage.pixels()) {
     stage_.split_vectors(vectors);
     kept_ = stage_.split_saved(saved);
-    grad_features_ = empty_buffer(features, stage.channels);
-    a_ = at::zeros_like(stage.of_buffer.mean);
-    b_ = at::zeros_like(stage.of_buffer.mean);
     Reader wanted(needs);
     needs_input_ = wanted.next();
     for (size_t i = 0; i < stage.layers.size(); ++i) {
       needs_.emplace_back();
       for (bool* need : needs_.back().in_order(stage.settings.bottleneck)) *need = wanted.next();
     }
-    if (!stage.settings.pool.empty())
-      for (bool* need : pool_needs_.in_order()) *need = wanted.next();
   }
 
-  // Of what is needed: the input's gradient, then the parameters'.
-  std::vector<Tensor> run(Tensor grad, int64_t input_channels) {
+  // Of what is needed: the input's gradient, then the layers' parameters'.
+  std::vector<Tensor> run(int64_t input_channels) {
     grads_.resize(stage_.layers.size());
-    start(std::move(grad));
     const int64_t lowest = lowest_layer();
     for (auto layer = stage_.layers.rbegin(); layer != stage_.layers.rend(); ++layer) {
       if (layer->position < lowest) break;
@@ -589,19 +643,10 @@ class Backward {
       take(stage_.at(0, input_channels), out);
       result.push_back(std::move(out));
     }
-    // One after the other: never two of all gradients.
-    const auto collect = [&](const auto& likes, const auto& needs, const auto& grads) {
-      for (size_t i = 0; i < likes.size(); ++i) {
-        if (!*needs[i] || !likes[i]->defined()) continue;
-        result.push_back(shaped(*likes[i], std::exchange(*grads[i], Tensor())).contiguous());
-      }
-    };
     const bool bottleneck = stage_.settings.bottleneck;
     for (size_t i = 0; i < stage_.layers.size(); ++i)
       collect(stage_.layers[i].parameters.in_order(bottleneck), needs_[i].in_order(bottleneck),
-              grads_[i].in_order(bottleneck));
-    if (!stage_.settings.pool.empty())
-      collect(stage_.pool.in_order(), pool_needs_.in_order(), pool_grads_.in_order());
+              grads_[i].in_order(bottleneck), result);
     return result;
   }
 
@@ -618,8 +663,9 @@ class Backward {
   // The finished gradient of a range of channels.
   void take(const Range& range, Tensor& out) {
     const Tensor mean = range.of(stage_.of_buffer).mean;
-    ops_.take_gradient(range.of(features_), mean, part_of(a_, 0, range.start, range.count),
-                       part_of(b_, 0, range.start, range.count), range.of(grad_features_), out);
+    ops_.take_gradient(range.of(features_), mean, part_of(started_.a, 0, range.start, range.count),
+                       part_of(started_.b, 0, range.start, range.count), range.of(started_.grad_features),
+                       out);
   }
 
   // A norm that reads the buffer: the gradients of its parameters, and its part of the deferred correction.
@@ -627,42 +673,17 @@ class Backward {
             Tensor& bias) {
     normalised(norm, sum_d, sum_dx, weight, bias);
     if (!norm.batch_statistics) return;
-    Tensor a = part_of(a_, 0, range.start, range.count), b = part_of(b_, 0, range.start, range.count);
+    Tensor a = part_of(started_.a, 0, range.start, range.count),
+           b = part_of(started_.b, 0, range.start, range.count);
     ops_.defer(sum_d, sum_dx, norm.rstd, norm.scale, count_, a, b);
   }
-  static void normalised(const Norm& norm, const Tensor& sum_d, const Tensor& sum_dx, Tensor& weight,
-                         Tensor& bias) {
-    weight = sum_dx.mul(norm.rstd);
-    bias = sum_d;
-  }
-
-  // Starts the gradient buffer: from the pool behind the block, or from the block's own gradient.
-  void start(Tensor grad) {
-    const at::IntArrayRef kernel = stage_.settings.pool;
-    if (kernel.empty()) {
-      grad_features_.copy_(grad);
-      return;
-    }
-    const Norm norm = stage_.pool_norm();
-    const Tensor& weight = stage_.pool.conv_weight;
-    if (weight.defined()) {  // what went into the convolution is made again: one read of the features
-      const Tensor pooled = ops_.bn_relu_avg_pool(features_, norm.scale, norm.shift, kernel);
-      std::tie(grad, pool_grads_.conv_weight, pool_grads_.conv_bias) =
-          convolve_backward(grad, pooled, weight, stage_.pool.conv_bias,
-                            {true, pool_needs_.conv_weight, pool_needs_.conv_bias});
-    }
-    const auto [sum_d, sum_dx] = ops_.bn_relu_avg_pool_backward(
-        channels_last(grad), features_, norm.scale, norm.shift, norm.mean, kernel, grad_features_);
-    read(norm, sum_d, sum_dx, {0, stage_.channels}, pool_grads_.norm_weight, pool_grads_.norm_bias);
-  }
-
   // `below`: whether what the layer reads needs a gradient.
   void run(const Layer& layer, bool below) {
     const LayerParameters<bool>& needs = needs_[layer.position];
     LayerParameters<Tensor>& grads = grads_[layer.position];
     const Range range = stage_.read_by(layer);
     const Tensor earlier = range.of(features_);
-    Tensor grad_earlier = range.of(grad_features_);
+    Tensor grad_earlier = range.of(started_.grad_features);
     const Norm norm1 = stage_.norm1(layer);
     Tensor g = scratch_.map(features_, layer.growth);
     take(stage_.made_by(layer), g);
@@ -778,16 +799,14 @@ class Backward {
 
   const Backend& ops_;
   Stage& stage_;
+  const Started& started_;
   const Tensor& features_;
   Scratch scratch_;
   const int64_t count_;
   std::vector<Tensor> kept_;
-  Tensor grad_features_, a_, b_;
   bool needs_input_;
   std::vector<LayerParameters<bool>> needs_;
   std::vector<LayerParameters<Tensor>> grads_;
-  PoolParameters<bool> pool_needs_;
-  PoolParameters<Tensor> pool_grads_;
 };
 
 }  // namespace
@@ -809,8 +828,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage_forward(const Backend& backend,
   return Forward(backend, stage, x, scratch).run(running);
 }
 
-std::vector<Tensor> stage_backward(const Backend& backend, const Tensor& grad, int64_t channels,
-                                   const Tensor& features, const Tensor& saved, const Tensor& vectors,
+std::vector<Tensor> stage_start_backward(const Backend& backend, const Tensor& grad, const Tensor& features,
+                                         const Tensor& vectors, const OptionalTensors& parameters,
+                                         const c10::List<bool>& needs, double eps, bool batch_statistics,
+                                         at::IntArrayRef pool) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  PoolParameters<Tensor> own;
+  PoolParameters<bool> wanted;
+  if (!pool.empty()) {
+    TORCH_CHECK_VALUE(parameters.size() == kPoolParameters && needs.size() == kPoolParameters,
+                      "dense_stage_backward: parameters and needs of the pool must hold ", kPoolParameters,
+                      " elements, got ", parameters.size(), " and ", needs.size());
+    Reader values(parameters);
+    Reader truths(needs);
+    for (Tensor* value : own.in_order()) *value = next_tensor(values);
+    for (bool* need : wanted.in_order()) *need = truths.next();
+  }
+  auto [started, grads] =
+      start_backward(backend, grad, features, vectors, own, wanted, eps, batch_statistics, pool);
+  std::vector<Tensor> result{started.grad_features, started.a, started.b};
+  collect(own.in_order(), wanted.in_order(), grads.in_order(), result);
+  return result;
+}
+
+std::vector<Tensor> stage_backward(const Backend& backend, const Tensor& grad_features, const Tensor& a,
+                                   const Tensor& b, int64_t channels, const Tensor& features,
+                                   const Tensor& saved, const Tensor& vectors,
                                    const OptionalTensors& parameters, const OptionalTensors& masks,
                                    const c10::List<bool>& needs, const StageSettings& settings,
                                    const Tensor& scratch) {
@@ -818,7 +861,8 @@ std::vector<Tensor> stage_backward(const Backend& backend, const Tensor& grad, i
   Stage stage("dense_stage_backward", backend, settings, features, channels, parameters, masks);
   TORCH_CHECK_VALUE(needs.size() == 1 + parameters.size(), "dense_stage_backward: needs must hold ",
                     1 + parameters.size(), " elements, got ", needs.size());
-  return Backward(backend, stage, features, saved, vectors, needs, scratch).run(grad, channels);
+  const Started started{grad_features, a, b};
+  return Backward(backend, stage, started, features, saved, vectors, needs, scratch).run(channels);
 }
 
 }  // namespace effdense

@@ -52,9 +52,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage_forward(const Backend& backend,
                                                          const StageSettings& settings,
                                                          const Tensor& scratch);
 
-// Gradients of the input, of `channels` channels, and of every parameter, as far as `needs` asks for them.
-std::vector<Tensor> stage_backward(const Backend& backend, const Tensor& grad, int64_t channels,
-                                   const Tensor& features, const Tensor& saved, const Tensor& vectors,
+// Starts the backward: the gradient of the feature buffer, from the pool's (or the buffer's own), the
+// coefficients a and b of what is deferred, and the gradients of the pool's norm and convolution, as far as
+// `needs` asks for them. By itself, since it has maps of its own, and the layers' scratch memory is not there
+// yet.
+std::vector<Tensor> stage_start_backward(const Backend& backend, const Tensor& grad, const Tensor& features,
+                                         const Tensor& vectors, const OptionalTensors& parameters,
+                                         const c10::List<bool>& needs, double eps, bool batch_statistics,
+                                         at::IntArrayRef pool);
+
+// Gradients of the input, of `channels` channels, and of the layers' parameters, as far as `needs` asks for
+// them; grad_features, a and b are used up.
+std::vector<Tensor> stage_backward(const Backend& backend, const Tensor& grad_features, const Tensor& a,
+                                   const Tensor& b, int64_t channels, const Tensor& features,
+                                   const Tensor& saved, const Tensor& vectors,
                                    const OptionalTensors& parameters, const OptionalTensors& masks,
                                    const c10::List<bool>& needs, const StageSettings& settings,
                                    const Tensor& scratch);
@@ -68,9 +79,12 @@ inline void define_stage(torch::Library& m) {
       "masks, " EFFDENSE_STAGE_SCHEMA
       ", Tensor(a!) scratch) -> (Tensor out, Tensor features, Tensor saved, Tensor vectors)");
   m.def(
-      "stage_backward(Tensor grad, int channels, Tensor features, Tensor saved, Tensor vectors,"
-      " Tensor?[] parameters, Tensor?[] masks, bool[] needs, " EFFDENSE_STAGE_SCHEMA
-      ", Tensor(a!) scratch) -> Tensor[]");
+      "stage_start_backward(Tensor grad, Tensor features, Tensor vectors, Tensor?[] parameters, bool[] needs,"
+      " float eps, bool batch_statistics, int[] pool) -> Tensor[]");
+  m.def(
+      "stage_backward(Tensor(a!) grad_features, Tensor(b!) a, Tensor(c!) b, int channels, Tensor features,"
+      " Tensor saved, Tensor vectors, Tensor?[] parameters, Tensor?[] masks, bool[] "
+      "needs, " EFFDENSE_STAGE_SCHEMA ", Tensor(d!) scratch) -> Tensor[]");
 }
 
 template <const Backend& backend>
@@ -84,12 +98,19 @@ void implement_stage(torch::Library& m) {
             const OptionalTensors& masks, EFFDENSE_STAGE_PARAMETERS, const Tensor& scratch) {
            return stage_forward(backend, x, parameters, running, masks, EFFDENSE_STAGE_SETTINGS, scratch);
          });
+  m.impl("stage_start_backward", [](const Tensor& grad, const Tensor& features, const Tensor& vectors,
+                                    const OptionalTensors& parameters, const c10::List<bool>& needs,
+                                    double eps, bool batch_statistics, at::IntArrayRef pool) {
+    return stage_start_backward(backend, grad, features, vectors, parameters, needs, eps, batch_statistics,
+                                pool);
+  });
   m.impl("stage_backward",
-         [](const Tensor& grad, int64_t channels, const Tensor& features, const Tensor& saved,
-            const Tensor& vectors, const OptionalTensors& parameters, const OptionalTensors& masks,
-            const c10::List<bool>& needs, EFFDENSE_STAGE_PARAMETERS, const Tensor& scratch) {
-           return stage_backward(backend, grad, channels, features, saved, vectors, parameters, masks, needs,
-                                 EFFDENSE_STAGE_SETTINGS, scratch);
+         [](const Tensor& grad_features, const Tensor& a, const Tensor& b, int64_t channels,
+            const Tensor& features, const Tensor& saved, const Tensor& vectors,
+            const OptionalTensors& parameters, const OptionalTensors& masks, const c10::List<bool>& needs,
+            EFFDENSE_STAGE_PARAMETERS, const Tensor& scratch) {
+           return stage_backward(backend, grad_features, a, b, channels, features, saved, vectors, parameters,
+                                 masks, needs, EFFDENSE_STAGE_SETTINGS, scratch);
          });
 }
 

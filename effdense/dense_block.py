@@ -27,7 +27,7 @@ from effdense.engine import backward, empty_buffer, forward
 from effdense.operators import operators
 from effdense.pool import plain_avg_pool
 from effdense.reference import accumulate_dtype
-from effdense.stage import Parameters, Settings, Stage
+from effdense.stage import Parameters, PoolParameters, Settings, Stage
 
 _SETTINGS = (
     "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool,"
@@ -48,16 +48,10 @@ _library.define(
 def _dense_stage(
     x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ops, group = operators(x), settings[-1]
+    ops, s = operators(x), Settings(*settings)
     with torch.no_grad():
-        if group or not hasattr(ops, "stage_forward"):
-            return forward(ops, Settings(*settings), x, parameters, running, masks)
-        size = ops.stage_scratch(x, x.shape[1], parameters, masks, *settings[:-1], False)
-        with workspace.lease(x.device, size) as scratch:
-            result: tuple[Tensor, Tensor, Tensor, Tensor] = ops.stage_forward(
-                x, parameters, running, masks, *settings[:-1], scratch.block
-            )
-        return result
+        way = compiled_forward if _is_compiled(ops, s) else forward
+        return way(ops, s, x, parameters, running, masks)
 
 
 @torch.library.impl(_library, "dense_stage_backward", "CompositeExplicitAutograd")
@@ -73,37 +67,53 @@ def _dense_stage_backward(
     *settings: Any,
 ) -> list[Tensor]:
     """Without the gradients that are not needed: an operator cannot return None."""
-    ops, group = operators(features), settings[-1]
+    ops, s = operators(features), Settings(*settings)
     with torch.no_grad():
-        if not group and hasattr(ops, "stage_backward"):
-            size = ops.stage_scratch(features, channels, parameters, masks, *settings[:-1], True)
-            with workspace.lease(features.device, size) as scratch:
-                result: list[Tensor] = ops.stage_backward(
-                    grad,
-                    channels,
-                    features,
-                    saved,
-                    vectors,
-                    parameters,
-                    masks,
-                    needs,
-                    *settings[:-1],
-                    scratch.block,
-                )
-            return result
-        grads = backward(
-            ops,
-            Settings(*settings),
-            grad,
-            channels,
-            features,
-            saved,
-            vectors,
-            parameters,
-            masks,
-            needs,
-        )
+        way = compiled_backward if _is_compiled(ops, s) else backward
+        grads = way(ops, s, grad, channels, features, saved, vectors, parameters, masks, needs)
     return [g for g in grads if g is not None]
+
+
+def _is_compiled(ops: Any, settings: Settings) -> bool:
+    """Whether csrc/stage.cpp runs on these operators: it knows no other processes."""
+    return not settings.group and hasattr(ops, "stage_forward")
+
+
+def compiled_forward(
+    ops: Any, settings: Settings, x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As engine.forward, in csrc/stage.cpp."""
+    flat = settings[:-1]
+    size = ops.stage_scratch(x, x.shape[1], parameters, masks, *flat, False)
+    with workspace.lease(x.device, size) as scratch:
+        made: tuple[Tensor, Tensor, Tensor, Tensor] = ops.stage_forward(
+            x, parameters, running, masks, *flat, scratch.block
+        )
+    return made
+
+
+def compiled_backward(
+    ops: Any,
+    settings: Settings,
+    grad: Tensor,
+    channels: int,
+    features: Tensor,
+    saved: Tensor,
+    vectors: Tensor,
+    parameters: Parameters,
+    masks: Parameters,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """As engine.backward, in csrc/stage.cpp, without the gradients that are not needed."""
+    flat, end = settings[:-1], len(parameters) - (len(PoolParameters._fields) if settings.pool else 0)
+    pool = parameters[end:], needs[1 + end :], settings.eps[-1], settings.batch_statistics[-1], settings.pool
+    made = ops.stage_start_backward(grad, features, vectors, *pool)
+    started, of_pool = made[:3], made[3:]
+    size = ops.stage_scratch(features, channels, parameters, masks, *flat, True)
+    with workspace.lease(features.device, size) as scratch:
+        kept = features, saved, vectors, parameters, masks
+        grads = ops.stage_backward(*started, channels, *kept, needs, *flat, scratch.block)
+    return [*grads, *of_pool]
 
 
 @torch.library.register_fake("effdense::dense_stage")
@@ -147,7 +157,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def _call(name: str, *arguments: Any) -> Any:
     """The operator; as a plain function, where nobody looks on who would see an operator: lists of hundreds of tensors are dear."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    if torch.compiler.is_compiling() or modes > 0:
         return getattr(torch.ops.effdense, name)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _FUNCTIONS[name](*arguments)

@@ -156,26 +156,16 @@ def test_both_orchestrations_give_the_same_bits(
 def assert_same_bits(
     ops: Any, settings: Any, x: Tensor, parameters: Any, running: Any, masks: Any, needs: list[bool]
 ) -> None:
-    flat = settings[:-1]  # the group stays in Python
-
-    def scratch(backward: bool) -> Tensor:
-        size = ops.stage_scratch(x, x.shape[1], parameters, masks, *flat, backward)
-        return torch.full(
-            (size,), 0xFF, dtype=torch.uint8, device=x.device
-        )  # NaN, where it is read unwritten
-
     one = engine.forward(ops, settings, x, parameters, running, masks)
-    other = ops.stage_forward(x, parameters, running, masks, *flat, scratch(False))
+    other = dense_block.compiled_forward(ops, settings, x, parameters, running, masks)
     out, features, saved, vectors = one
     assert_equal(one, other)
     if settings.memory == "inference":
         return
     grad = weights_of(out if settings.pool else features)
-    kept = features, saved, vectors, parameters, masks, needs
-    grads = engine.backward(ops, settings, grad, x.shape[1], *kept)
-    assert_equal(
-        [g for g in grads if g is not None], ops.stage_backward(grad, x.shape[1], *kept, *flat, scratch(True))
-    )
+    kept = grad, x.shape[1], features, saved, vectors, parameters, masks, needs
+    grads = engine.backward(ops, settings, *kept)
+    assert_equal([g for g in grads if g is not None], dense_block.compiled_backward(ops, settings, *kept))
 
 
 def assert_equal(ones: Any, others: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from effdense import workspace
+from effdense import dense_block, operators, workspace
 from tests.stages import (
     MEMORY,
     TAILS,
@@ -111,9 +112,14 @@ def test_a_failing_layer_gives_the_block_back(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any) -> None:
         raise MemoryError("no memory")
 
+    ops = operators.operators(make_input())
+    failing = SimpleNamespace(
+        **{name: getattr(ops, name) for name in ("stage_scratch", "stage_start_backward")},
+        stage_forward=fail,
+        stage_backward=fail,
+    )
     with monkeypatch.context() as patch:
-        patch.setattr("effdense.engine.bn_relu_convolve", fail)
-        patch.setattr("effdense.engine.bn_relu_convolve_backward", fail)
+        patch.setattr(dense_block, "operators", lambda _: failing)
         for call in (lambda: ours(make_input()), lambda: y.sum().backward()):
             with pytest.raises(MemoryError):
                 call()
