@@ -157,11 +157,15 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def _call(name: str, *arguments: Any) -> Any:
     """The operator; as a plain function, where nobody looks on who would see an operator: lists of hundreds of tensors are dear."""
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    if torch.compiler.is_compiling() or modes > 0:
+    if torch.compiler.is_compiling() or _is_watched():
         return getattr(torch.ops.effdense, name)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _FUNCTIONS[name](*arguments)
+
+
+def _is_watched() -> bool:
+    """Whether a mode of PyTorch's sees every operator."""
+    return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() > 0
 
 
 class StageNode(torch.autograd.Function):

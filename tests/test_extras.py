@@ -31,6 +31,7 @@ PROGRAMS = {
     "benchmarks.demo": ([], "bench"),
     "benchmarks.depth_sweep": ([], "bench"),
     "benchmarks.gpu": (["--help"], None),  # runs on a machine with torch and pytest alone
+    "benchmarks.host": (["--rounds", "1"], "bench"),
     "benchmarks.isa": (["default"], None),
     "benchmarks.kernels": ([], "bench"),
     "benchmarks.libraries": ([], "bench"),
