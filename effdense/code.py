@@ -150,7 +150,9 @@ class Reads(NamedTuple):
     names: frozenset[str] = frozenset()
     every: bool = False  # all but `without`
     without: frozenset[str] = frozenset()  # of which it is known that their values make no difference
-    own: frozenset[str] = frozenset()  # those that a user's code reads: of norms too, which are read at every forward
+    own: frozenset[str] = (
+        frozenset()
+    )  # those that a user's code reads: of norms too, which are read at every forward
 
 
 def counts(name: str, reads: Reads) -> bool:
@@ -237,6 +239,9 @@ class _Reader:
         own = frozenset(f for f in self.done if not is_librarys(f))
         every = any(_names(f) & _EVERY for f in own)
         for owner in self.owners:
+            for name in ("forward", "__call__"):
+                if name in vars(owner):
+                    self.reached.name(vars(owner), name, f"{owner.__name__}.{name}")
             self.reached.lacks(owner, self.names | _IMPLICIT | called | {"forward", "__call__"})
         reads = Reads(frozenset(self.names), every, own=frozenset(n for f in own for n in _names(f)))
         return Code(own, reads, self.obstacle, self.reached)
@@ -359,9 +364,7 @@ def _asks(cls: type) -> bool:
 _SWITCHES = frozenset(("enable_grad", "inference_mode", "set_grad_enabled", "Parameter", "Buffer"))
 
 
-def _follow(
-    module: Any, behind: list[dis.Instruction], path: str, reached: Reached
-) -> tuple[Any, str]:
+def _follow(module: Any, behind: list[dis.Instruction], path: str, reached: Reached) -> tuple[Any, str]:
     """What a chain of attributes that begins with a module ends with, as far as it leads through allowed modules."""
     value: Any = module
     for step in behind:
@@ -498,7 +501,7 @@ def is_function(value: Any) -> bool:
     return isinstance(plain(value), types.FunctionType)
 
 
-_STATE = frozenset(vars(nn.Module())) | {"_effdense"}
+_STATE = frozenset((*vars(nn.Module()), "_effdense", "_call_impl", "_compiled_call_impl"))
 
 
 def is_known(module: nn.Module) -> bool:

@@ -140,7 +140,7 @@ def same(now: Any, then: Any) -> bool:
         return False
     if isinstance(now, dict):
         pairs = zip(values, then.content, strict=True)
-        return all(same(k, l) and same(v, w) for (k, v), (l, w) in pairs)
+        return all(same(k, a) and same(v, b) for (k, v), (a, b) in pairs)
     return all(map(same, values, then.content))
 
 

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from effdense.code import Reads
 from effdense.modules import kind_of, original
-from effdense.nn.foreign import NO_FORM, Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of, outside_of
+from effdense.nn.foreign import (
+    NO_FORM,
+    Foreign,
+    ForeignBlock,
+    ForeignTransition,
+    Form,
+    Noted,
+    noted_of,
+    outside_of,
+)
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.model import DenseFeatures, DenseNet
 from effdense.nn.obstacles import global_obstacle, refuse_scripting

@@ -137,8 +137,8 @@ def drop_attributes(module: nn.Module) -> list[str]:
     ]
 
 
-# Ours, and what PyTorch puts there: nn.DataParallel, Module.compile.
-_OTHERS = "_effdense", "_memory", "_former_parameters", "_is_replica", "_compiled_call_impl"
+# Ours, and what PyTorch puts there: nn.DataParallel, Module.compile; the last a probe.
+_OTHERS = "_effdense", "_memory", "_former_parameters", "_is_replica", "_compiled_call_impl", "_call_impl"
 MODULE_STATE = frozenset((*vars(nn.Module()), *_OTHERS))
 _OF_NORMS = frozenset(("eps", "momentum", "track_running_stats"))  # read at every forward
 _NORM_STATE = MODULE_STATE | _OF_NORMS
