@@ -18,7 +18,7 @@ from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, Transit
 from effdense.nn.classes import LAYERS, adopt
 from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form
 from effdense.nn.model import tail_of
-from effdense.nn.obstacles import CONVS, probing
+from effdense.nn.obstacles import CONVS, global_obstacle, probing
 from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, layers_of, lead_of, read_transition
 from effdense.watch import Attributes, Watch, chance
 
@@ -200,6 +200,10 @@ class _Mode(NamedTuple):
             p.grad = None
             p.requires_grad_(self.weights_grad)
 
+    def further(self) -> bool:
+        """Whether it is one of those in which outputs and statistics alone are compared."""
+        return bool(self.other) or not (self.input_grad and self.weights_grad)
+
     def __str__(self) -> str:
         words = ["training" if self.training else "evaluation"]
         words += ["some modules in the other mode"] if self.other else []
@@ -250,7 +254,7 @@ def _run(probe: nn.Module, mode: _Mode, ours: type, watch: Watch | None = None) 
         # Before the backward: checkpointing updates them again there.
         buffers = [b.clone() for b in _buffers(probe)]
         weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        if y.requires_grad:
+        if not mode.further():
             (y * weights).sum().backward()
     grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *parameters))
     return [t.as_subclass(Tensor) for t in (y.detach(), *buffers, *grads)]
@@ -298,7 +302,8 @@ def _difference(module: nn.Module, ours: type, form: Form, flipped: str | None) 
         if code.obstacle is not None:
             return code.obstacle
         adopt(mine, ours, "balanced", form)
-        if (reason := cast(Any, mine).obstacle()) is not None:
+        reason = global_obstacle() if ours is DenseNet else cast(Any, mine).obstacle()
+        if reason is not None:
             return f"it cannot be compared: {reason}"  # its own forward would run both times
         outside, inside = _autocasts(), list[Any]()
 

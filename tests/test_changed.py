@@ -225,7 +225,7 @@ class Far(structures.RateLayer):
             y = y * 0
         if self.bn1.momentum != 0.1 or self.bn2.eps != 1e-5:
             y = y * 0.5
-        return torch.cat([x, y * self.config["scale"]], 1)
+        return torch.cat([x, F.dropout(y * self.config["scale"], self.droprate, self.training)], 1)
 
 
 def first(change: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:

@@ -52,9 +52,10 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
     if (hooked or state["_backward_hooks"] or state["_backward_pre_hooks"]) and not ignore_hooks:
         return f"{name} has hooks"
-    if not state.keys().isdisjoint(_METHODS):
-        return f"{name}.{next(n for n in _METHODS if n in state)} was replaced"
-    if type(module).__call__ is not nn.Module.__call__:
+    for method in _METHODS:
+        if method in state:
+            return f"{name}.{method} was replaced"
+    if not torch.compiler.is_compiling() and type(module).__call__ is not nn.Module.__call__:
         return f"{name}'s class {type(module).__name__} has a __call__ of its own"
     for parameter in ("weight", "bias") if weighted else ():
         # Weight norm, pruning and the like put a tensor in its place; quantisation a subclass.
