@@ -52,9 +52,8 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
     if (hooked or state["_backward_hooks"] or state["_backward_pre_hooks"]) and not ignore_hooks:
         return f"{name} has hooks"
-    for method in _METHODS:
-        if method in state:
-            return f"{name}.{method} was replaced"
+    if "forward" in state or "_conv_forward" in state or "_check_input_dim" in state:
+        return f"{name}.{next(m for m in _METHODS if m in state)} was replaced"
     if not torch.compiler.is_compiling() and type(module).__call__ is not nn.Module.__call__:
         return f"{name}'s class {type(module).__name__} has a __call__ of its own"
     for parameter in ("weight", "bias") if weighted else ():
