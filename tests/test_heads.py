@@ -151,11 +151,16 @@ def no_relu(model: Any) -> None:
     model.features[3] = nn.Identity()
 
 
+def idle_relu(model: Any) -> None:
+    model.class_layers[0] = nn.Identity()
+
+
 CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
     "another pool": (two, max_pool),
     "a hook on the ReLU": (two, hook_relu),
     "a hook on the head": (two, hook_head),
     "another head": (two, other_head),
+    "no ReLU in the head any more": (two, idle_relu),
     "no ReLU any more": (lambda: two(nn.ReLU()), no_relu),
 }
 

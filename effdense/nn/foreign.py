@@ -34,8 +34,8 @@ class Head(NamedTuple):
     """What a net's forward calls behind its `features`."""
 
     names: tuple[str, ...] = ("classifier",)  # of the submodules
-    pools: bool = (
-        False  # whether these begin with a ReLU, if any, and the pool; else its forward calls functions
+    relus: int | None = (
+        None  # how many ReLUs come before the pool among these; None: its forward pools by a function
     )
     relu_before: bool = False  # whether the features end with a ReLU themselves: the head may have none
 

@@ -159,25 +159,32 @@ def head_of(net: nn.Module) -> Head | None:
     names = tuple(n for n, m in net._modules.items() if n != "features" and m is not None and counts(n, read))
     features = net._modules.get("features")
     ending = None if features is None else ending_of(parts_of(features))
-    if ending is not None and tail_of(net, Head(names, True)) is not None:
-        return Head(names, True, ending.relu)
-    return Head(names, False, ending is not None and ending.relu) if names == ("classifier",) else None
+    split = None if ending is None else _at_pool([net._modules[name] for name in names])
+    if split is None and names != ("classifier",):
+        return None
+    return Head(names, None if split is None else split[0], ending is not None and ending.relu)
 
 
 def tail_of(net: nn.Module, head: Head) -> list[Any] | None:
     """What a net calls on the averages [N, C] of its features; None where the pool is another one, or has hooks."""
     behind: list[Any] = [net._modules.get(name) for name in head.names]
-    if not head.pools or None in behind:
+    if head.relus is None or None in behind:
         return None if None in behind else behind
+    split = _at_pool(behind)
+    return split[1] if split is not None and split[0] == head.relus else None
+
+
+def _at_pool(behind: list[Any]) -> tuple[int, list[Any]] | None:
+    """How many ReLUs come before the global pool of a head, and what is called on its averages [N, C]; None: it is no such head."""
     modules = [m for m in _flat(behind) if type(m) is not nn.Identity or changed("", m, False) is not None]
     place = next((i for i, m in enumerate(modules) if _is_global_pool(m)), None)
     if place is None or not all(_is(m, ACTIVATIONS) for m in modules[:place]):
         return None
     tail = modules[place + 1 :]
     if tail and _is(tail[0], (nn.Flatten,)) and (tail[0].start_dim, tail[0].end_dim) == (1, -1):
-        return tail[1:]
+        return place, tail[1:]
     # Else its forward flattens by a function; a convolution there would take the image of one pixel.
-    return tail if all(type(m) in (nn.Linear, nn.Dropout) for m in tail) else None
+    return (place, tail) if all(type(m) in (nn.Linear, nn.Dropout) for m in tail) else None
 
 
 def _flat(modules: Iterable[Any]) -> list[Any]:
