@@ -54,7 +54,7 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
         return f"{name} has hooks"
     if "forward" in state or "_conv_forward" in state or "_check_input_dim" in state:
         return f"{name}.{next(m for m in _METHODS if m in state)} was replaced"
-    if not torch.compiler.is_compiling() and type(module).__call__ is not nn.Module.__call__:
+    if ignore_hooks and type(module).__call__ is not nn.Module.__call__:  # in convert; later it is noted
         return f"{name}'s class {type(module).__name__} has a __call__ of its own"
     for parameter in ("weight", "bias") if weighted else ():
         # Weight norm, pruning and the like put a tensor in its place; quantisation a subclass.
