@@ -13,6 +13,7 @@ import functools
 import os
 import sys
 import types
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from effdense.modules import original, walk
+from effdense.outside import Reached, depends_on_arguments
 
 # The root packages of PyTorch, of effdense, and of the libraries whose DenseNets `convert` knows.
 LIBRARIES = frozenset(
@@ -110,6 +112,7 @@ _LASTING = tuple(
         "get_",
     ]
 )
+_STATELESS = (nn.ReLU, nn.Identity)  # modules that may be globals
 # Names through which code can read every attribute.
 _EVERY = frozenset(
     [
@@ -147,12 +150,14 @@ class Reads(NamedTuple):
     names: frozenset[str] = frozenset()
     every: bool = False  # all but `without`
     without: frozenset[str] = frozenset()  # of which it is known that their values make no difference
+    own: frozenset[str] = (
+        frozenset()
+    )  # those that a user's code reads: of norms too, which are read at every forward
 
 
 def counts(name: str, reads: Reads) -> bool:
     """Whether code may read an attribute."""
-    names, every, without = reads
-    return (every or name in names) and name not in without
+    return (reads.every or name in reads.names) and name not in reads.without
 
 
 class Code(NamedTuple):
@@ -161,6 +166,7 @@ class Code(NamedTuple):
     own: frozenset[types.FunctionType]  # functions that it can reach and that are no library's
     reads: Reads
     obstacle: str | None  # why it must not be run on a probe
+    reached: Reached  # what it may use outside of its modules' attributes
 
 
 def is_librarys(function: Any) -> bool:
@@ -218,6 +224,7 @@ class _Reader:
         self.done: dict[types.FunctionType, None] = {}
         self.names: set[str] = set()
         self.obstacle: str | None = None
+        self.reached = Reached()
 
     def refuse(self, reason: str) -> None:
         """Keeps the first reason."""
@@ -231,7 +238,13 @@ class _Reader:
                 self.attribute(owner, name)
         own = frozenset(f for f in self.done if not is_librarys(f))
         every = any(_names(f) & _EVERY for f in own)
-        return Code(own, Reads(frozenset(self.names), every), self.obstacle)
+        for owner in self.owners:
+            for name in ("forward", "__call__"):
+                if name in vars(owner):
+                    self.reached.name(vars(owner), name, f"{owner.__name__}.{name}")
+            self.reached.lacks(owner, self.names | _IMPLICIT | called | {"forward", "__call__"})
+        reads = Reads(frozenset(self.names), every, own=frozenset(n for f in own for n in _names(f)))
+        return Code(own, reads, self.obstacle, self.reached)
 
     def visit(self, function: Any, name: str) -> None:
         """A function that may be called."""
@@ -243,14 +256,16 @@ class _Reader:
                 self.refuse(
                     f"its forward uses {name}, which convert cannot look into ({type(function).__name__})"
                 )
+            elif isinstance(function, nn.Module) and type(function) not in _STATELESS:
+                self.refuse(f"its forward reads {name}, {_kind(function)} that is no submodule")
+            elif isinstance(function, types.BuiltinFunctionType) and _is_torchs(function):
+                self.call(function, name)
             return
-        if (
-            function.__module__ is not None
-            and function.__module__.partition(".")[0] == _TORCH
-            and is_librarys(function)
-        ):
+        if function.__module__ is not None and _is_torchs(function) and is_librarys(function):
+            self.call(function, name)
             return
         self.done[function] = None
+        self.reached.function(function)
         names = _names(function)
         self.names |= names
         if not is_librarys(function):
@@ -259,9 +274,16 @@ class _Reader:
             for found in names & vars(owner).keys():
                 self.attribute(owner, found)
 
+    def call(self, function: Any, name: str) -> None:
+        """A function of PyTorch's that a user's code calls; its modules' methods are known."""
+        method = isinstance(function, types.FunctionType) and "." in function.__qualname__
+        if not (method or function is nn.Module.forward) and not depends_on_arguments(function):
+            self.refuse(f"its forward uses {name}, which depends on more than its arguments")
+
     def attribute(self, owner: type, name: str) -> None:
         """A class attribute that the code may read."""
         value = vars(owner)[name]
+        self.reached.name(vars(owner), name, f"{owner.__name__}.{name}")
         if isinstance(value, property):
             self.visit(value.fget, name)
         elif isinstance(value, (staticmethod, classmethod, types.FunctionType)):
@@ -275,6 +297,7 @@ class _Reader:
     def inspect(self, function: types.FunctionType) -> None:
         """A function of a user's: everything it does that could be seen afterwards."""
         free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        self.defaults(function)
         for code in codes_in(function.__code__):
             instructions = list(dis.get_instructions(code))
             for i, step in enumerate(instructions):
@@ -286,14 +309,24 @@ class _Reader:
                 elif op in ("STORE_DEREF", "DELETE_DEREF") and name in free:
                     self.refuse(f"its {function.__name__} changes {name} of the function around it")
                 elif op in ("LOAD_GLOBAL", "LOAD_NAME"):
+                    self.reached.name(function.__globals__, name, name)
                     self.loaded(name, _global(function, name), instructions[i + 1 :])
                 elif "DEREF" in op and name in free and name != "__class__":
+                    self.reached.cell(free[name], name)
                     self.loaded(name, _contents(free[name]), instructions[i + 1 :])
+
+    def defaults(self, function: types.FunctionType) -> None:
+        """What a function's arguments are where they are not given: one object for all calls."""
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if callable(value) and not isinstance(value, type):
+                self.visit(value, getattr(value, "__name__", "a default argument"))
+            elif not (isinstance(value, type) or is_simple(value)):
+                self.refuse(f"its {function.__name__} has {_kind(value)} as a default argument")
 
     def loaded(self, name: str, value: Any, behind: list[dis.Instruction]) -> None:
         """A global name, or one of the function around; `behind`: the instructions that may take attributes of it."""
         if isinstance(value, types.ModuleType):
-            value, path = _follow(value, behind, name)
+            value, path = _follow(value, behind, name, self.reached)
             if isinstance(value, types.ModuleType) or value is None:
                 self.refuse(f"its forward uses the module {path}")
                 return
@@ -302,9 +335,9 @@ class _Reader:
                 self.refuse(f"its forward uses {path}")
                 return
         if isinstance(value, type):
-            known = (
-                issubclass(value, (nn.Module, BaseException)) or value.__module__.partition(".")[0] == _TORCH
-            )
+            known = issubclass(value, (nn.Module, BaseException)) or _is_torchs(value)
+            if known and _asks(value):
+                self.refuse(f"its forward uses {name}, which depends on more than its arguments")
             if not known and not (value.__module__ == "builtins" and value.__name__ in _BUILTINS):
                 self.refuse(f"its forward uses the class {name}")
         elif value is getattr(builtins, name, builtins):
@@ -316,7 +349,22 @@ class _Reader:
             self.refuse(f"its forward reads the global {name}, {_kind(value)}")
 
 
-def _follow(module: Any, behind: list[dis.Instruction], path: str) -> tuple[Any, str]:
+def _is_torchs(value: Any) -> bool:
+    """Whether a function or class is PyTorch's, by its module's name."""
+    name = getattr(value, "__module__", None) or getattr(getattr(value, "__self__", None), "__name__", None)
+    return str(name).partition(".")[0] == _TORCH
+
+
+def _asks(cls: type) -> bool:
+    """Whether it is a kind of tensor, which a forward can ask its input for, or switches gradients on."""
+    tensors = issubclass(cls, torch.Tensor) and cls is not torch.Tensor
+    return tensors or type(cls) is type(torch.FloatTensor) or cls.__name__ in _SWITCHES
+
+
+_SWITCHES = frozenset(("enable_grad", "inference_mode", "set_grad_enabled", "Parameter", "Buffer"))
+
+
+def _follow(module: Any, behind: list[dis.Instruction], path: str, reached: Reached) -> tuple[Any, str]:
     """What a chain of attributes that begins with a module ends with, as far as it leads through allowed modules."""
     value: Any = module
     for step in behind:
@@ -325,7 +373,10 @@ def _follow(module: Any, behind: list[dis.Instruction], path: str) -> tuple[Any,
             break
         if root not in _MODULES and root not in LIBRARIES:
             break
-        value, path = getattr(value, step.argval, None), f"{path}.{step.argval}"
+        space, path = vars(value), f"{path}.{step.argval}"
+        value = getattr(value, step.argval, None)
+        if step.argval in space:  # else its module makes it when it is asked for
+            reached.name(space, step.argval, path)
     return value, path
 
 
@@ -355,15 +406,27 @@ def is_simple(value: Any) -> bool:
 def _is_copied(value: Any) -> bool:
     """Whether the probe's copy of an attribute is a copy indeed."""
     if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_copied, value))
+        return all(map(_is_copied, value)) and all(map(_is_copied, getattr(value, "__dict__", {}).values()))
     if isinstance(value, dict):
-        return all(_is_copied(v) for pair in value.items() for v in pair)
+        factory = getattr(value, "default_factory", None) if isinstance(value, defaultdict) else None
+        if factory not in (None, list, int, float, dict, set, str):
+            return False
+        inside = *dict.items(value), *getattr(value, "__dict__", {}).items()
+        return all(_is_copied(v) for pair in inside for v in pair)
     return is_simple(value) or isinstance(value, (torch.Tensor, nn.Module))
 
 
-@functools.lru_cache(maxsize=4096)
-def _read(cls: type, forward: Any, called: frozenset[str]) -> Code:
-    return _Reader(cls).read(forward, called)
+_KNOWN: dict[Any, Code] = {}
+
+
+def _read(cls: Any, called: frozenset[str]) -> Code:
+    """Read once, and again where something that it reaches was changed."""
+    key = cls, cls.forward, called
+    if key not in _KNOWN or _KNOWN[key].reached.changed() is not None:
+        if len(_KNOWN) > 4096:
+            _KNOWN.clear()
+        _KNOWN[key] = _Reader(cls).read(cls.forward, called)
+    return _KNOWN[key]
 
 
 def code_of(cls: Any, called: frozenset[str] = frozenset()) -> Code:
@@ -372,7 +435,7 @@ def code_of(cls: Any, called: frozenset[str] = frozenset()) -> Code:
     `called`: names of methods that other modules' code may call.
     """
     cls = original(cls)
-    return _read(cls, cls.forward, called)
+    return _read(cls, called)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -390,31 +453,55 @@ def constants_of(cls: Any, reads: Reads) -> tuple[str, ...]:
 def code_of_tree(module: nn.Module) -> Code:
     """What is known of the forwards of a module and all inside of it; what their attributes hold counts."""
     modules = list(walk(module))
-    called = frozenset(name for m in modules for name in code_of(type(m)).reads.names)
-    codes = [code_of(type(m), called) for m in modules]
+    code = code_of_classes(tuple(dict.fromkeys(original(type(m)) for m in modules)))
+    if not code.own:
+        return code
+    readers = [reader for m in modules for reader in _read_attributes(m, code.reads)]
+    for reader in readers:
+        code.reached.add(reader.reached)
+    obstacles = code.obstacle, *(reader.obstacle for reader in readers)
+    return code._replace(obstacle=next((o for o in obstacles if o is not None), None))
+
+
+def code_of_classes(classes: tuple[Any, ...], functions: tuple[Any, ...] = ()) -> Code:
+    """What is known of the forwards of classes whose objects call each other, and functions in their attributes."""
+    called = frozenset(name for c in classes for name in code_of(c).reads.names)
+    codes = [code_of(c, called) for c in classes]
+    reads = Reads(
+        frozenset(name for c in codes for name in c.reads.names),
+        any(c.reads.every for c in codes),
+        own=frozenset(name for c in codes for name in c.reads.own),
+    )
+    reached = Reached()
+    for c in codes:
+        reached.add(c.reached)
+    for function in functions:
+        reader = _Reader(nn.Module)
+        reader.visit(function, getattr(function, "__name__", "a function"))
+        reached.add(reader.reached)
     own = frozenset(f for c in codes for f in c.own)
-    reads = Reads(frozenset(name for c in codes for name in c.reads.names), any(c.reads.every for c in codes))
-    obstacles = [c.obstacle for c in codes]
-    if own:
-        obstacles += [_attribute_obstacle(m, reads) for m in modules]
-    return Code(own, reads, next((o for o in obstacles if o is not None), None))
+    return Code(own, reads, next((c.obstacle for c in codes if c.obstacle is not None), None), reached)
 
 
-def _attribute_obstacle(module: nn.Module, reads: Reads) -> str | None:
-    """Why what a module's attributes hold keeps its forward from being run on a probe."""
+def _read_attributes(module: nn.Module, reads: Reads) -> Iterator[_Reader]:
+    """What was read of the functions in a module's attributes; other objects keep its forward from being run on a probe."""
     for name, value in vars(module).items():
         if name in _STATE or not counts(name, reads) or _is_copied(value):
             continue
+        reader = _Reader(original(type(module)))
         if not callable(value) or isinstance(value, type):
-            return f"its forward reads {name}, {_kind(value)}"
-        reader = _Reader(type(module))
-        reader.visit(value, name)
-        if reader.obstacle is not None:
-            return reader.obstacle
-    return None
+            reader.refuse(f"its forward reads {name}, {_kind(value)}")
+        else:
+            reader.visit(value, name)
+        yield reader
 
 
-_STATE = frozenset(vars(nn.Module())) | {"_effdense", "_effdense_kept"}
+def is_function(value: Any) -> bool:
+    """Whether an attribute holds a function, or a method, whose code can be read."""
+    return isinstance(plain(value), types.FunctionType)
+
+
+_STATE = frozenset((*vars(nn.Module()), "_effdense", "_effdense_kept", "_call_impl", "_compiled_call_impl"))
 
 
 def is_known(module: nn.Module) -> bool:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections import OrderedDict, defaultdict
+from collections.abc import Container, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense.code import code_of_tree
-from effdense.modules import original, walk
+from effdense.modules import named, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, Transition
 from effdense.nn.classes import LAYERS, adopt
 from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form
 from effdense.nn.looks import KEPT
 from effdense.nn.model import tail_of
-from effdense.nn.obstacles import CONVS
-from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, lead_of, read_transition
+from effdense.nn.obstacles import CONVS, global_obstacle, probing
+from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, layers_of, lead_of, read_transition
 from effdense.watch import Attributes, Watch, chance
 
 
@@ -40,13 +41,7 @@ class _Copier:
         for name, value in vars(module).items():
             if name == "process_group":
                 state[name] = None
-            elif not name.endswith("_hooks") and name not in (
-                "_modules",
-                "_parameters",
-                "_buffers",
-                "_effdense",
-                KEPT,
-            ):
+            elif not name.endswith("_hooks") and name not in _OWN_STATE:
                 state[name] = self.value(value)
         for name in ("_modules", "_parameters", "_buffers"):
             state[name] = {k: self.value(v) for k, v in vars(module)[name].items()}
@@ -63,11 +58,37 @@ class _Copier:
                 bare = torch.zeros(value.shape, dtype=dtype, device="cpu")
                 self.known[id(value)] = nn.Parameter(bare) if isinstance(value, nn.Parameter) else bare
             return self.known[id(value)]
-        if type(value) in (list, tuple, set, frozenset):
-            return type(value)(map(self.value, value))
-        if type(value) in (dict, OrderedDict):
-            return type(value)((k, self.value(v)) for k, v in value.items())
+        if isinstance(value, (list, tuple, set, frozenset, dict)):
+            return self.container(value)
         return value
+
+    def container(self, value: Any) -> Any:
+        """A copy of a container, of a subclass's too, made without a call of its methods."""
+        base: Any = next(b for b in _CONTAINERS if isinstance(value, b))
+        if issubclass(base, dict):
+            copied = base.__new__(type(value))
+            for k, v in base.items(value):
+                base.__setitem__(copied, k, self.value(v))
+            if base is defaultdict:
+                copied.default_factory = value.default_factory
+        elif issubclass(base, (tuple, frozenset)):
+            copied = base.__new__(type(value), map(self.value, base.__iter__(value)))
+        else:
+            copied = base.__new__(type(value))
+            fill = base.extend if base is list else base.update
+            fill(copied, map(self.value, base.__iter__(value)))
+        if (attributes := getattr(value, "__dict__", None)) is not None:
+            self.known[id(value)] = copied  # which may hold itself
+            vars(copied).update({k: copied if v is value else self.value(v) for k, v in attributes.items()})
+        return copied
+
+    def tensors(self) -> list[Tensor]:
+        """The copies of tensors, in the order in which they were made."""
+        return [t for t in self.known.values() if isinstance(t, Tensor)]
+
+
+_OWN_STATE = ("_modules", "_parameters", "_buffers", KEPT, "_effdense", "_compiled_call_impl", "_call_impl")
+_CONTAINERS = (defaultdict, OrderedDict, dict, list, tuple, set, frozenset)
 
 
 def _parameters(module: nn.Module) -> list[Any]:
@@ -127,6 +148,7 @@ def _bare_copy(module: nn.Module, ours: type, form: Form, flipped: str | None = 
                     tensor.sub_(1)
                 if tensor.dim() > 1:
                     tensor.mul_(4 / tensor[0].numel() ** 0.5)
+        _randomise(copier.tensors(), {id(t) for t in (*_parameters(probe), *_buffers(probe))}, generator)
     for m in modules:
         if not isinstance(m, DROPOUTS):
             for attribute in drop_attributes(m):
@@ -135,7 +157,25 @@ def _bare_copy(module: nn.Module, ours: type, form: Form, flipped: str | None = 
             m.p = 0.5
         if flipped is not None and isinstance(m.__dict__.get(flipped), bool):
             m.__dict__[flipped] = not m.__dict__[flipped]
+        m.__dict__["_call_impl"] = functools.partial(_call, m)
     return probe
+
+
+def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module without the global hooks, which a probe is no business of."""
+    return module.forward(*args, **kwargs)
+
+
+def _randomise(tensors: list[Tensor], known: set[int], generator: torch.Generator) -> None:
+    """Of those that are no parameters or buffers but attributes, numbers too."""
+    for tensor in tensors:
+        if id(tensor) in known:
+            continue
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif not tensor.is_complex():
+            low, high = (0, 2) if tensor.dtype == torch.bool else (1, 4)
+            tensor.random_(low, high, generator=generator)
 
 
 _CHANNELS = 3  # of a block's probe
@@ -145,22 +185,67 @@ def _first_conv(module: nn.Module) -> Any:
     return next(m for m in walk(module) if isinstance(m, CONVS))
 
 
-def _set_modes(probe: nn.Module, training: bool) -> None:
-    for m in walk(probe):
-        m.__dict__["training"] = training
+class _Mode(NamedTuple):
+    """How a probe runs."""
+
+    training: bool
+    other: tuple[int, ...] = ()  # modules in the other mode: their places in `walk`
+    input_grad: bool = True  # whether its input requires a gradient
+    weights_grad: bool = True  # whether its parameters do
+
+    def set(self, probe: nn.Module) -> None:
+        """Puts a probe into it."""
+        for i, m in enumerate(walk(probe)):
+            m.__dict__["training"] = self.training is not (i in self.other)
+        for p in _parameters(probe):
+            p.grad = None
+            p.requires_grad_(self.weights_grad)
+
+    def further(self) -> bool:
+        """Whether it is one of those in which outputs and statistics alone are compared."""
+        return bool(self.other) or not (self.input_grad and self.weights_grad)
+
+    def __str__(self) -> str:
+        words = ["training" if self.training else "evaluation"]
+        words += ["some modules in the other mode"] if self.other else []
+        words += [] if self.input_grad else ["an input without gradient"]
+        words += [] if self.weights_grad else ["frozen parameters"]
+        return ", ".join(words)
 
 
-def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
+def _further_modes(theirs: nn.Module, ours: type, names: Container[str]) -> Iterator[_Mode]:
+    """Modes that differ for a user's code which reads `names`."""
+    for training in (True, False):
+        if "requires_grad" in names:
+            for input_grad, weights_grad in ((False, True), (True, False), (False, False)):
+                yield _Mode(training, (), input_grad, weights_grad)
+        if "training" in names:
+            for group in _groups(theirs, ours):
+                yield _Mode(training, group)
+
+
+def _groups(theirs: nn.Module, ours: type) -> list[tuple[int, ...]]:
+    """Places of modules to be put into another mode together: in a foreign block, the same of all layers."""
+    modules = {m: i for i, m in enumerate(walk(theirs))}
+    groups: dict[Any, list[int]] = {}
+    if ours is ForeignBlock:
+        for layer in layers_of(theirs).values():
+            for path, m in named(layer):
+                groups.setdefault((path, type(m)), []).append(modules.pop(m, -1))
+    groups.update({i: [i] for i in modules.values()})
+    return [tuple(group) for group in groups.values()]
+
+
+def _run(probe: nn.Module, mode: _Mode, ours: type, watch: Watch | None = None) -> list[Tensor]:
     """Output, buffers and gradients of one step on a small random input of unequal sizes."""
     conv = _first_conv(probe)
     generator = torch.Generator().manual_seed(1)
     size = 4 if ours in (Transition, ForeignTransition) else 2  # a pool's windows must fit
     shape = (2, conv.in_channels, *(size,) * (len(conv.kernel_size) - 1), size + 1)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = (x if watch is None or not watch.codes else watch.asking(x)).requires_grad_(mode.input_grad)
     parameters = _parameters(probe)
-    _set_modes(probe, training)
-    for p in parameters:
-        p.grad = None
+    mode.set(probe)
     torch.manual_seed(2)  # the same dropout both times
     given: Any = [x] if ours in LAYERS else x
     with _alone(probe):
@@ -170,9 +255,10 @@ def _run(probe: nn.Module, training: bool, ours: type) -> list[Tensor]:
         # Before the backward: checkpointing updates them again there.
         buffers = [b.clone() for b in _buffers(probe)]
         weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        (y * weights).sum().backward()
+        if not mode.further():
+            (y * weights).sum().backward()
     grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in (x, *parameters))
-    return [y.detach(), *buffers, *grads]
+    return [t.as_subclass(Tensor) for t in (y.detach(), *buffers, *grads)]
 
 
 def _autocasts() -> tuple[bool, ...]:
@@ -205,6 +291,11 @@ class Unseen(Exception):
 
 def difference(module: nn.Module, ours: type, form: Form = NO_FORM, flipped: str | None = None) -> str | None:
     """Compares a module's forward with the fused one on copies; says what differs, or None. `flipped`: see _bare_copy."""
+    with probing():
+        return _difference(module, ours, form, flipped)
+
+
+def _difference(module: nn.Module, ours: type, form: Form, flipped: str | None) -> str | None:
     others = chance()
     try:
         theirs, mine = (_bare_copy(module, ours, form, flipped) for _ in range(2))
@@ -212,28 +303,39 @@ def difference(module: nn.Module, ours: type, form: Form = NO_FORM, flipped: str
         if code.obstacle is not None:
             return code.obstacle
         adopt(mine, ours, "balanced", form)
-        attributes = Attributes(theirs)
+        reason = global_obstacle() if ours is DenseNet else cast(Any, mine).obstacle()
+        if reason is not None:
+            return f"it cannot be compared: {reason}"  # its own forward would run both times
         outside, inside = _autocasts(), list[Any]()
-        _first_conv(theirs).register_forward_pre_hook(lambda *_: inside.append(_autocasts()))
-        for training in (True, False):
+
+        def call_conv(*args: Any, **kwargs: Any) -> Any:
+            inside.append(_autocasts())
+            return first.forward(*args, **kwargs)
+
+        first = _first_conv(theirs)
+        first.__dict__["_call_impl"] = call_conv
+        attributes = Attributes(theirs)
+        modes = [_Mode(True), _Mode(False)]
+        modes += _further_modes(theirs, ours, code.reads.own) if flipped is None else ()
+        for mode in modes:
             # Where theirs is checkpointed, its backward has moved the statistics once more.
             for buffer, moved_once in zip(_buffers(theirs), _buffers(mine), strict=True):
                 buffer.copy_(moved_once)
             with Watch(code.own) as watch:
-                expected = _run(theirs, training, ours)
-            got = _run(mine, training, ours)
+                expected = _run(theirs, mode, ours, watch)
+            got = _run(mine, mode, ours)
             if any(autocasts != outside for autocasts in inside):
                 return "its forward switches autocast"
             if expected[0].shape != got[0].shape:
                 return f"its forward gives {tuple(expected[0].shape)} on a probe, not {tuple(got[0].shape)}"
             if not all(_close(a, b) for a, b in zip(got, expected, strict=True)):
-                mode = "training" if training else "evaluation"
                 return f"its forward computes something else ({mode}, on a probe)"
             if watch.found is not None:
                 return watch.found
             if (name := attributes.changed()) is not None:
                 return f"its forward changes its attribute {name}"
-        if not _close(_run(theirs, False, ours)[0], expected[0]):
+        expected = _run(theirs, modes[1], ours)
+        if not _close(_run(theirs, modes[1], ours)[0], expected[0]):
             return "its forward gives another result when it is called again"
         if chance() != others:
             return "its forward draws random numbers"

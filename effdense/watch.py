@@ -70,6 +70,20 @@ class Watch(TorchFunctionMode):
         self.codes = {code for function in own for code in codes_in(function.__code__)}
         self.found: str | None = None
 
+    def asking(self, x: Tensor) -> Tensor:
+        """x as a tensor that notes for which attributes, that no tensor has, watched code asks it."""
+        watch = self
+
+        class Asked(Tensor):
+            def __getattr__(self, name: str) -> Any:
+                if watch.found is None and watch._is_own(sys._getframe(1)):
+                    watch.found = (
+                        f"its forward asks for its input's {name}: a probe does not speak for every input"
+                    )
+                raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+
+        return x.as_subclass(Asked)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.found is None and self._is_own(sys._getframe(1)):
@@ -135,13 +149,15 @@ _STATE = frozenset(vars(nn.Module()))
 
 
 def _frozen(value: Any) -> Any:
-    """Something to compare a value with later; of objects that are no containers, which they are."""
+    """Something to compare a value with later; of objects that are no containers or tensors, which they are."""
+    if isinstance(value, Tensor):
+        return id(value), repr(value.detach().tolist())
     if isinstance(value, dict):
         return "dict", [(_frozen(k), _frozen(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
         return type(value).__name__, [_frozen(v) for v in value]
     if isinstance(value, (set, frozenset)):
-        return "set", {id(v) if isinstance(v, Tensor) else v for v in value}
+        return "set", {_frozen(v) if isinstance(v, Tensor) else v for v in value}
     return value if isinstance(value, (bool, int, float, str, bytes)) else id(value)
 
 

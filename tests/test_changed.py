@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -197,3 +199,117 @@ def test_a_users_stem() -> None:
     assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     model.features.conv0 = nn.Upsample(scale_factor=2)
     assert model(torch.randn(2, 8, 8, 8)).shape == (2, 10)
+
+
+# ---- what no attribute shows
+
+
+def helper(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+class Far(structures.RateLayer):
+    """Reads containers, a class's attribute that may be missing, a method, a global, a norm's attribute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 4, 0.0)
+        self.config: Any = {"scale": 1.0, "skip": [False]}
+        self.marks = [False, {"a"}]
+
+    def act(self, x: Tensor, power: float = 1.0) -> Tensor:
+        return helper(x) * power
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.act(self.bn2(self.conv1(self.act(self.bn1(x))))))
+        if self.config["skip"][0] or self.marks[0] or "b" in self.marks[1] or getattr(self, "bypass", False):
+            y = y * 0
+        if self.bn1.momentum != 0.1 or self.bn2.eps != 1e-5:
+            y = y * 0.5
+        return torch.cat([x, F.dropout(y * self.config["scale"], self.droprate, self.training)], 1)
+
+
+def first(change: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda block, _: change(block[0])
+
+
+def patch(owner: Any, name: str, value: Any) -> Callable[[Any, Any], Any]:
+    return lambda _, patcher: patcher.setattr(owner, name, value, raising=False)
+
+
+def doubled(function: Any) -> Any:
+    return lambda *args, **kwargs: function(*args, **kwargs) * 2
+
+
+def far_forward(self: Any, x: Tensor) -> Tensor:
+    return structures.RateLayer.forward(self, x) * 0.5
+
+
+FAR: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "a dict": (first(lambda layer: layer.config.update(scale=2.0)), "Far.config"),
+    "a list in a dict": (first(lambda layer: layer.config["skip"].append(1)), "Far.config"),
+    "a list": (first(lambda layer: layer.marks.__setitem__(0, True)), "Far.marks"),
+    "a set in a list": (first(lambda layer: layer.marks[1].add("b")), "Far.marks"),
+    "a norm's momentum": (first(lambda layer: setattr(layer.bn1, "momentum", 0.3)), "momentum"),
+    "a norm's eps": (first(lambda layer: setattr(layer.bn2, "eps", 1e-3)), "eps"),
+    "a layer's forward": (patch(Far, "forward", far_forward), "Far.forward"),
+    "a layer's method": (patch(Far, "act", lambda self, x: F.elu(x)), "Far.act"),
+    "a method's defaults": (patch(Far.act, "__defaults__", (2.0,)), "Far.act"),
+    "a class attribute added": (patch(Far, "bypass", True), "Far.bypass"),
+    "a call added": (patch(Far, "__call__", doubled(nn.Module.__call__)), "__call__"),
+    "a global": (patch(sys.modules[__name__], "helper", F.elu), "helper"),
+    "a global of the builtins' name": (patch(sys.modules[__name__], "getattr", lambda *_: 1), "getattr"),
+    "a function's code": (patch(helper, "__code__", (lambda x: F.elu(x)).__code__), "helper"),
+    "torch's relu": (patch(F, "relu", F.elu), "relu"),
+    "torch's convolution": (patch(F, "conv1d", doubled(F.conv1d)), "conv1d"),
+    "torch's cat": (patch(torch, "cat", doubled(torch.cat)), "cat"),
+    "a norm's forward": (
+        patch(nn.BatchNorm1d, "forward", doubled(nn.BatchNorm1d.forward)),
+        "BatchNorm1d.forward",
+    ),
+    "a convolution's forward": (patch(nn.Conv1d, "forward", doubled(nn.Conv1d.forward)), "Conv1d.forward"),
+    "the forward behind it": (
+        first(lambda layer: setattr(layer.conv1, "_conv_forward", doubled(layer.conv1._conv_forward))),
+        "_conv_forward",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_what_changes_outside_of_the_attributes_is_noticed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, shown = FAR[name]
+    naive = randomised(nn.Sequential(Far(6), Far(10)))
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    copies = [effdense.convert(copy.deepcopy(naive))]
+    copies += [copy.deepcopy(copies[0]), pickle.loads(pickle.dumps(copies[0]))]
+    before = naive.eval()(x)
+    for model in copies:
+        assert model.obstacle() is None
+    with monkeypatch.context() as patcher:
+        for model in (naive, *copies):
+            change(model, patcher)
+        for model in copies:
+            assert shown in str(model.obstacle())
+        expected = naive.eval()(x)
+        assert name == "a list in a dict" or not torch.equal(expected, before)
+        for model in copies:
+            torch.testing.assert_close(model.eval()(x), expected)
+    if change.__closure__ is not None and "patch" in change.__qualname__:
+        for model in copies:
+            assert model.obstacle() is None, "undone again"
+
+
+def test_equal_values_are_no_change() -> None:
+    block = effdense.convert(nn.Sequential(Far(6), Far(10)))
+    block[0].config = {"scale": float("1.0"), "skip": [False]}  # type: ignore[operator, index]
+    block[1].marks[1] = {"a"}  # type: ignore[operator, index]
+    assert block.obstacle() is None  # type: ignore[operator]
+
+
+def test_convert_again_reads_a_class_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    naive = randomised(nn.Sequential(Far(6), Far(10)))
+    effdense.convert(copy.deepcopy(naive))
+    monkeypatch.setattr(Far, "act", lambda self, x: torch.is_grad_enabled() or F.relu(x))
+    (entry,) = effdense.report(effdense.convert(naive))
+    assert not entry.converted and "is_grad_enabled" in str(entry.reason)

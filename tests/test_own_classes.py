@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import inspect
 import random
 from collections.abc import Callable
@@ -311,6 +312,55 @@ class Keeping(structures.NetBlock):
         return super().forward(x)
 
 
+class KeepingIn(structures.NetBlock):
+    """Counts in a container of a kind that is no list or dict itself."""
+
+    kind: ClassVar[Any] = collections.Counter
+
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+        self.stats: Any = self.kind()
+        self.stats["calls"] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stats["calls"] += 1
+        return super().forward(x)
+
+
+class KeepingByDefault(KeepingIn):
+    kind = functools.partial(collections.defaultdict, int)
+
+
+class KeepingInOrder(KeepingIn):
+    kind = type("Ordered", (collections.OrderedDict,), {})
+
+
+class KeepingInList(KeepingIn):
+    kind = type("Named", (list,), {"__setitem__": lambda self, _, value: self[:].append(value)})
+
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+        self.stats.seen = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stats.seen.append(1)
+        self.stats.append(1)
+        return structures.NetBlock.forward(self, x)
+
+
+def by_default() -> Any:
+    calls: list[int] = []
+
+    class Defaulting(structures.NetBlock):
+        seen = property(lambda self: calls)
+
+        def forward(self, x: Tensor, *, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            return super().forward(x)
+
+    return Defaulting
+
+
 class Setting(structures.NetBlock):
     def forward(self, x: Tensor) -> Tensor:
         self.act = super().forward(x)
@@ -401,6 +451,11 @@ VISIBLE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a global dict": (lambda: Counting, lambda _: dict(COUNT)),
     "a list of the class": (lambda: CountingInClass, lambda m: list(m.calls)),
     "a list of its own": (lambda: Keeping, lambda m: len(m.skips)),
+    "a Counter": (lambda: KeepingIn, lambda m: dict(m.stats)),
+    "a defaultdict": (lambda: KeepingByDefault, lambda m: dict(m.stats)),
+    "a dict's subclass": (lambda: KeepingInOrder, lambda m: dict(m.stats)),
+    "a list's subclass": (lambda: KeepingInList, lambda m: (list(m.stats), list(m.stats.seen))),
+    "a default argument": (by_default, lambda m: list(m.seen)),
     "an attribute": (lambda: Setting, lambda m: hasattr(m, "act")),
     "an attribute by name": (lambda: SettingByName, lambda m: hasattr(m, "act")),
     "random": (lambda: Chancy, lambda _: random.getstate()),

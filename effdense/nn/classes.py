@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from effdense.code import Reads
 from effdense.modules import kind_of, original
-from effdense.nn.foreign import NO_FORM, Foreign, ForeignBlock, ForeignTransition, Form, Noted, noted_of
+from effdense.nn.foreign import (
+    NO_FORM,
+    Foreign,
+    ForeignBlock,
+    ForeignTransition,
+    Form,
+    Noted,
+    noted_of,
+    outside_of,
+)
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.looks import KEPT
 from effdense.nn.model import DenseFeatures, DenseNet
@@ -162,7 +171,8 @@ def adopt(module: Any, kind: type, memory: str, form: Form = NO_FORM) -> None:
             seen = _see_ours(module, kind, form.reads)
         own: Any = type(module)
         object.__setattr__(module, "__class__", fused_class(kind, own))
-        state["_effdense"] = Noted(memory, form, tuple(seen))
+        outside: Any = (None, ()) if kind is DenseFeatures else outside_of(module, form)
+        state["_effdense"] = Noted(memory, form, tuple(s.frozen() for s in seen), *outside)
     if isinstance(module, LAYERS):
         state["_memory"] = memory
 

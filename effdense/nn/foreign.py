@@ -11,14 +11,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effdense.code import Reads
+from effdense.code import Reads, code_of_classes, counts, is_function
 from effdense.inputs import takes
+from effdense.modules import original, walk
 from effdense.nn.layers import fits, run_transition, run_unpooled
 from effdense.nn.looks import look
 from effdense.nn.obstacles import global_obstacle
 from effdense.nn.stage_run import Chains, dimensions_of, run_stage
 from effdense.nn.structure import (
     DROPOUTS,
+    MODULE_STATE,
     Chain,
     Obstacle,
     Passage,
@@ -27,6 +29,7 @@ from effdense.nn.structure import (
     read_block,
     read_transition,
 )
+from effdense.outside import frozen, same
 from effdense.pool import plain_avg_pool
 
 
@@ -54,12 +57,62 @@ class Form(NamedTuple):
 NO_FORM = Form()
 
 
+class Outside:
+    """What the code of modules of some classes, and functions in their attributes, reach; a copy or pickle has it anew."""
+
+    def __init__(self, classes: tuple[type, ...], functions: tuple[Any, ...]) -> None:
+        self.made_of = classes, functions
+        self.reached = code_of_classes(classes, functions).reached
+
+    def __deepcopy__(self, memo: Any) -> Outside:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Outside, self.made_of
+
+
+class Container(NamedTuple):
+    """A list, dict or set in an attribute, and what was in it."""
+
+    name: str
+    now: Any
+    then: Any
+
+
+def outside_of(module: nn.Module, form: Form) -> tuple[Outside, tuple[Container, ...]]:
+    """What convert notes of a module that is not in its modules' attributes, or can change in these unseen."""
+    modules = list(walk(module))
+    classes = tuple(dict.fromkeys(original(type(m)) for m in modules))
+    values = {
+        (id(v), k): (f"{original(type(m)).__name__}.{k}", v)
+        for m in modules
+        for k, v in vars(m).items()
+        if k not in MODULE_STATE and counts(k, form.reads)
+    }
+    functions = tuple({id(v): v for _, v in values.values() if is_function(v)}.values())
+    found = ((name, v, frozen(v)) for name, v in values.values())
+    return Outside(classes, functions), tuple(Container(*c) for c in found if c[1] is not c[2])
+
+
+def changed_outside(noted: Noted) -> str | None:
+    """What has changed since convert that no module's attributes show: functions, globals, classes' and containers' contents.
+
+    PyTorch's own code is asked for by global_obstacle. Not to be called where torch.compile traces.
+    """
+    for name, now, then in noted.containers:
+        if not same(now, then):
+            return name
+    return None if noted.outside is None else noted.outside.reached.changed()
+
+
 class Noted(NamedTuple):
     """What convert keeps of a module: `_effdense` in its attributes."""
 
     memory: str
     form: Form
     seen: tuple[Seen, ...]  # of its modules when it was compared
+    outside: Outside | None = None  # what their code reaches
+    containers: tuple[Container, ...] = ()  # in their attributes
 
     def check(self, seen: Sequence[Seen]) -> None:
         """What was changed since may do something else, though the structure is the same."""
@@ -78,9 +131,20 @@ def noted_of(module: nn.Module) -> Noted:
     if noted is None:
         raise Obstacle("it was made from a converted module and has not been compared (revert, then convert)")
     cls: Any = type(module)
-    if not torch.compiler.is_compiling() and cls._effdense_original.forward is not cls._effdense_forward:
+    if torch.compiler.is_compiling():
+        return noted
+    if cls._effdense_original.forward is not cls._effdense_forward:
         raise Obstacle("its class has another forward since effdense.convert (revert, then convert again)")
+    if (change := changed_outside(noted)) is not None:
+        raise Obstacle(
+            f"effdense.convert has not compared {change}, which was changed (revert, then convert again)"
+        )
     return noted
+
+
+def _has_changed_outside(module: nn.Module) -> bool:
+    noted: Noted | None = module.__dict__.get("_effdense")
+    return noted is not None and changed_outside(noted) is not None
 
 
 class Foreign(nn.Module):
@@ -122,7 +186,11 @@ class ForeignBlock(Foreign):
 
     def chains(self) -> tuple[list[Chain], str] | None:
         """See DenseBlock."""
-        return None if global_obstacle() is not None else look(self, self._chains)
+        if global_obstacle() is not None or (
+            not torch.compiler.is_compiling() and _has_changed_outside(self)
+        ):
+            return None
+        return look(self, self._chains)
 
     def _chains(self) -> tuple[list[Chain], str] | None:
         try:

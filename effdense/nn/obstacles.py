@@ -5,9 +5,11 @@ Every function returns the reason in words, or None.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.autograd import forward_ad
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
 from effdense.code import is_librarys
 from effdense.modules import kind_of
+from effdense.outside import replaced
 from effdense.synchronize import processes_of
 
 NORMS = (
@@ -49,8 +52,10 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
     if (hooked or state["_backward_hooks"] or state["_backward_pre_hooks"]) and not ignore_hooks:
         return f"{name} has hooks"
-    if "forward" in state:
-        return f"{name}.forward was replaced"
+    if "forward" in state or "_conv_forward" in state or "_check_input_dim" in state:
+        return f"{name}.{next(m for m in _METHODS if m in state)} was replaced"
+    if ignore_hooks and type(module).__call__ is not nn.Module.__call__:  # in convert; later it is noted
+        return f"{name}'s class {type(module).__name__} has a __call__ of its own"
     for parameter in ("weight", "bias") if weighted else ():
         # Weight norm, pruning and the like put a tensor in its place; quantisation a subclass.
         # nn.DataParallel's replicas and torch.func.functional_call have plain tensors where their parameters were.
@@ -64,6 +69,7 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
     return None
 
 
+_METHODS = ("forward", "_conv_forward", "_check_input_dim")  # that a module could have of its own
 _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -90,6 +96,8 @@ def padding_of(conv: Any) -> tuple[int, ...]:
 
 
 def _fused_under_compile() -> bool:
+    if replaced() is not None:
+        return False
     if minor_version(torch.__version__) >= FUSED_UNDER_COMPILE:
         return True
     warnings.warn(
@@ -105,9 +113,28 @@ def _fused_under_compile() -> bool:
 _fused_under_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_probe = threading.local()
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[None]:
+    """In it, global module hooks are no obstacle: they do not run on a probe."""
+    _probe.running = True
+    try:
+        yield
+    finally:
+        _probe.running = False
+
+
+def on_probe() -> bool:
+    """Whether this thread compares a forward at the moment."""
+    return getattr(_probe, "running", False)
+
+
 def global_obstacle() -> str | None:
     """Why nothing can run fused at the moment: hooks that every module would call, and what can take PyTorch's own operators only."""
-    if nn.modules.module._has_any_global_hook():
+    # The compiler cannot trace the second question.
+    if nn.modules.module._has_any_global_hook() and (torch.compiler.is_compiling() or not on_probe()):
         return "a global module hook is registered"
     if torch.compiler.is_compiling():
         # What torch.compiler.is_exporting() returns; but in torch 2.11 and before it is true under torch.compile too.
@@ -118,7 +145,7 @@ def global_obstacle() -> str | None:
         return "torch.jit.trace wants PyTorch's own operators"
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return "forward-mode derivatives and torch.func's transforms want PyTorch's own operators"
-    return None
+    return None if (name := replaced()) is None else f"{name} was replaced since effdense was imported"
 
 
 def refuse_scripting(module: nn.Module) -> None:

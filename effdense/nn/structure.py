@@ -32,6 +32,7 @@ from effdense.nn.obstacles import (
     plain_avg_pool,
     same_processes,
 )
+from effdense.outside import frozen, same
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SILENT = (*ACTIVATIONS, nn.Identity)  # the forward may as well have functions in their place
@@ -137,40 +138,51 @@ def drop_attributes(module: nn.Module) -> list[str]:
     ]
 
 
-# Ours, and what PyTorch puts there: nn.DataParallel, Module.compile.
-_OTHERS = KEPT, "_effdense", "_memory", "_former_parameters", "_is_replica", "_compiled_call_impl"
+# Ours, and what PyTorch puts there: nn.DataParallel, Module.compile; the last a probe.
+_OURS = KEPT, "_effdense", "_memory"
+_OTHERS = *_OURS, "_former_parameters", "_is_replica", "_compiled_call_impl", "_call_impl"
 MODULE_STATE = frozenset((*vars(nn.Module()), *_OTHERS))
-_NORM_STATE = MODULE_STATE | {"eps", "momentum", "track_running_stats"}  # read at every forward
+_OF_NORMS = frozenset(("eps", "momentum", "track_running_stats"))  # read at every forward
+_NORM_STATE = MODULE_STATE | _OF_NORMS
 
 
 class Seen(NamedTuple):
-    """What a module's forward may depend on beside its submodules and tensors."""
+    """What a module's forward may depend on beside its submodules and tensors; containers as outside.frozen copies them."""
 
     kind: type
     attributes: dict[str, Any]
 
+    def frozen(self) -> Seen:
+        """To be compared later."""
+        attributes = {name: frozen(value) for name, value in self.attributes.items()}
+        return self if attributes == {} else self._replace(attributes=attributes)
+
     def differs(self, other: Seen) -> str | None:
-        """What is not the same: names must have the same objects, or equal numbers and strings."""
+        """What is not as it was in `other`, which is frozen: names must have the same objects, or equal numbers and strings."""
         if self is other:
             return None
         if self.kind is not other.kind:
             return f"{self.kind.__name__} where there was {other.kind.__name__}"
         for name in self.attributes.keys() | other.attributes.keys():
             a, b = (seen.attributes.get(name, seen) for seen in (self, other))
-            if a is not b and not (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b):
+            if a is not b and not same(a, b):
                 return f"{self.kind.__name__}.{name}, which was changed"
         return None
 
 
 # What has no attributes that count. One kind for PyTorch's batch norms: they compute the same.
 _SEEN: dict[type, Seen] = {kind: Seen(kind, {}) for kind in (*CONVS, *_SILENT, *DROPOUTS, *_CONTAINERS)}
-_SEEN |= dict.fromkeys(NORMS, Seen(nn.BatchNorm2d, {}))
+_NORM = Seen(nn.BatchNorm2d, {})
+_SEEN |= dict.fromkeys(NORMS, _NORM)
 
 
 def see(module: nn.Module, reads: Reads, rate: str | None = None) -> Seen:
     """What a forward that `reads` attributes may depend on. `rate`: an attribute that is read at every forward."""
     if (known := _SEEN.get(type(module))) is not None:
-        return known
+        if known is not _NORM or reads.own.isdisjoint(_OF_NORMS):
+            return known
+        # The same kind for all PyTorch's norms, here too.
+        return Seen(known.kind, {k: module.__dict__.get(k) for k in sorted(_OF_NORMS & reads.own)})
     kind = original(type(module))
     state, ignored = module.__dict__, _NORM_STATE if isinstance(module, NORMS) else MODULE_STATE
     attributes = {k: None if k == rate else state[k] for k in state.keys() - ignored if counts(k, reads)}
