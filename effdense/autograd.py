@@ -165,6 +165,32 @@ def gradients(
     return tuple(next(results) if need else None for need in needs)
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """x, whose gradient will be contiguous."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def in_its_layout(x: Any) -> Any:
+    """A user's input as it runs, so that torch.autograd.grad gives its gradient in the layout that PyTorch gives it.
+
+    Users call `.view(len(x), -1)` on it, as in gradient penalties. Inside a net channels-last gradients are what comes next.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not (x.is_leaf and x.requires_grad):
+        return x
+    return _ContiguousGradient.apply(x) if torch.is_grad_enabled() and x.is_contiguous() else x
+
+
 class Place(torch.autograd.Function):
     """A tensor's place in the graph without its values: of its shape, on one element of memory."""
 

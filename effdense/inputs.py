@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from effdense.autograd import in_its_layout
+
 _PLAIN = (Tensor, nn.Parameter)
 # By who has written the function, so that a subclass with one of its own is not meant.
 _CARRIERS = {
@@ -51,12 +53,16 @@ def through(x: Any, fused: Callable[[Any], Tensor]) -> Tensor:
     """
     several = isinstance(x, (list, tuple))
     tensors = x if several else [x]
+
+    def run(tensors: Any) -> Tensor:
+        inputs = [in_its_layout(t) for t in tensors]
+        return fused(inputs if several else inputs[0])
+
     if all(type(t) in _PLAIN or not isinstance(t, Tensor) or not _carries(type(t)) for t in tensors):
-        return fused(x)
+        return run(tensors)
 
     def on_plain(x: Any) -> Tensor:
-        plain = [t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in (x if several else [x])]
-        return fused(plain if several else plain[0])
+        return run([t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in (x if several else [x])])
 
     if not has_torch_function(tensors):
         return on_plain(x)

@@ -542,6 +542,36 @@ def test_a_compiled_model_refuses(tail: str) -> None:
         torch._dynamo.reset()
 
 
+def gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    """As Wasserstein GANs have it (Gulrajani et al., arXiv 1704.00028), with its view."""
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    penalty = (grad.view(len(grad), -1).norm(2, dim=1) - 1).square().mean()
+    penalty.backward()
+    return penalty.detach()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+def test_an_inputs_gradient_has_its_layout(tail: str, plain: bool, layout: torch.memory_format) -> None:
+    for memory in MEMORY:
+        naive, ours = make_pair(memory, plain, tail)
+        x = make_input().contiguous(memory_format=layout).requires_grad_()
+        grads = [torch.autograd.grad(model(x).sum(), x)[0] for model in (naive, ours)]
+        assert grads[1].is_contiguous(memory_format=layout)
+        assert_close(grads[1:], grads[:1])
+        if layout == torch.contiguous_format:
+            assert_close([gradient_penalty(ours, x.detach())], [gradient_penalty(naive, x.detach())])
+
+
+def test_a_penalty_on_a_whole_net() -> None:
+    naive = structures.StarNet().double()
+    ours, x = effdense.convert(copy.deepcopy(naive)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert_close([gradient_penalty(ours, x)], [gradient_penalty(naive, x)])
+    assert_close([p.grad for p in ours.parameters()], [p.grad for p in naive.parameters()])
+
+
 # ---- lower precision
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense import dense_block, pool
+from effdense.autograd import in_its_layout
 from effdense.batch_norm import read_module, update_modules
 from effdense.code import code_of, counts
 from effdense.inputs import takes, through
@@ -301,7 +302,7 @@ def _shares_statistics(chains: list[Chain], norm: nn.Module) -> bool:
 def _conv_to_channels_last(conv: Any, x: Tensor) -> Tensor:
     """conv(x) in the layout that comes next. Asked for through the weight, it needs no lasting copy of x."""
     weight = channels_last(conv.weight) if x.dim() > 3 else conv.weight
-    y: Tensor = conv._conv_forward(x, weight, conv.bias)
+    y: Tensor = conv._conv_forward(in_its_layout(x), weight, conv.bias)
     return y
 
 
