@@ -129,6 +129,7 @@ def change(model: nn.Module, setting: str) -> None:
             p.requires_grad_(name == "conv1.bias")
 
 
+@pytest.mark.compiled  # without the compiled module there is the engine in Python alone
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("memory", [*MEMORY, "inference"])
@@ -139,8 +140,6 @@ def test_both_orchestrations_give_the_same_bits(
 ) -> None:
     """The engine in Python and csrc/stage.cpp, on the same operators."""
     ops = operators(make_input())
-    if not hasattr(ops, "stage_forward"):
-        pytest.skip("these operators have the engine in Python alone")
     ours = converted(make_naive(plain, tail, bias=True, drop_rate=drop_rate), "minimal")
     change(ours, setting)
     settings, x, parameters, running, masks = capture(ours, make_input((5, 6)), monkeypatch)

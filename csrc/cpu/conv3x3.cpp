@@ -82,7 +82,8 @@ Factor<A> taps_side_by_side(const Tensor& weight) {
   return factor;
 }
 
-// The factor [9 k, channels]: what a pixel gets from its neighbour on one side came through the tap on the other.
+// The factor [9 k, channels]: what a pixel gets from its neighbour on one side came through the tap on the
+// other.
 template <typename A>
 Factor<A> around_a_pixel(const Tensor& weight) {
   const int64_t k = weight.size(0), channels = weight.size(1);
@@ -185,7 +186,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
     return nothing ? at::zeros(sizes, scale.options()) : at::empty(sizes, scale.options());
   };
   const Tensor grad_taps = result({channels, 3, 3, need_weight ? k : 0});
-  Tensor grad_weight = grad_taps.permute({3, 0, 1, 2}), sum_d = result({channels}), sum_dx = result({channels});
+  Tensor grad_weight = grad_taps.permute({3, 0, 1, 2}), sum_d = result({channels}),
+         sum_dx = result({channels});
   if (nothing) return {grad_weight, sum_d, sum_dx};
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
@@ -225,8 +227,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
       wide.bn_relu(count, channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
         const Block<A> sum{partial.mutable_data_ptr<A>() + slot * channels * columns, columns};
-        add_transposed(count, channels, columns, constant(z), constant(around), sum, started[slot], transposed,
-                       ahead(to, {row, row + count}, channels));
+        add_transposed(count, channels, columns, constant(z), constant(around), sum, started[slot],
+                       transposed, ahead(to, {row, row + count}, channels));
         started[slot] = true;
       }
       if (!need_x) return;

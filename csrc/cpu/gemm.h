@@ -57,8 +57,8 @@ inline Tensor wide_weight(const Tensor& weight, const Tensor& like) {
   return weight.scalar_type() == like.scalar_type() ? weight : weight.to(like.scalar_type());
 }
 
-// The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it: in panels
-// of columns, or row by row.
+// The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it: in
+// panels of columns, or row by row.
 template <typename A>
 class Factor {
  public:
