@@ -210,7 +210,7 @@ class StageUpdate:
         if not self._is_plain:
             norms = (
                 (m, vectors[mean : mean + n], vectors[var : var + n])
-                for m, (mean, var, n) in self._numbered()
+                for m, (mean, var, n) in zip(self._norms, self._places, strict=True)
             )
             update_modules(list(norms), count)
         elif (self._running or self._counters) and not recomputing():
@@ -218,9 +218,6 @@ class StageUpdate:
             torch.ops.effdense.update_from_vectors(
                 vectors, self._starts, self._running, keep, take, self._counters, count > 0
             )
-
-    def _numbered(self) -> Any:
-        return zip(self._norms, self._places, strict=True)
 
 
 def _factors(
