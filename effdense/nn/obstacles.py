@@ -54,6 +54,8 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
         return f"{name} has hooks"
     if "forward" in state or "_conv_forward" in state or "_check_input_dim" in state:
         return f"{name}.{next(m for m in _METHODS if m in state)} was replaced"
+    if hidden := shadowed(module):
+        return f"{name} has attributes that hide effdense's: {', '.join(hidden)}"
     if ignore_hooks and type(module).__call__ is not nn.Module.__call__:  # in convert; later it is noted
         return f"{name}'s class {type(module).__name__} has a __call__ of its own"
     for parameter in ("weight", "bias") if weighted else ():
@@ -67,6 +69,14 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
             return f"{name}.{parameter} is sharded; convert before fully_shard, in whose forward parameters are whole"
         return f"{name}.{parameter} is not a plain parameter"
     return None
+
+
+def shadowed(module: nn.Module) -> list[str]:
+    """What a converted module's fused forward would look up and find a user's, set since convert."""
+    names: frozenset[str] | None = type(module).__dict__.get("_effdense_names")
+    if names is None or (names.isdisjoint(module.__dict__) and names.isdisjoint(module._modules)):
+        return []
+    return sorted(names & {*module.__dict__, *module._modules})
 
 
 _METHODS = ("forward", "_conv_forward", "_check_input_dim")  # that a module could have of its own
