@@ -72,6 +72,7 @@ template <typename A>
 Factor<A> taps_side_by_side(const Tensor& weight) {
   const int64_t k = weight.size(0), channels = weight.size(1);
   Factor<A> factor(channels, kTaps * k, weight.options());
+  factor.lay_out();
   const A* from = weight.const_data_ptr<A>();
   for (int64_t o = 0; o < k; ++o) {
     A* to[kTaps];
@@ -88,6 +89,7 @@ template <typename A>
 Factor<A> around_a_pixel(const Tensor& weight) {
   const int64_t k = weight.size(0), channels = weight.size(1);
   Factor<A> factor(kTaps * k, channels, weight.options());
+  factor.lay_out();
   const A* from = weight.const_data_ptr<A>();
   for (int64_t o = 0; o < k; ++o)
     for (int64_t c = 0; c < channels; ++c) {

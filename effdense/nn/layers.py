@@ -263,7 +263,9 @@ class DenseBlock(nn.ModuleDict):
             if reason is None and (inner := layer.obstacle()) is not None:
                 reason = f"{name}: {inner}"
             if reason is None and layer._memory != layers[0]._memory:
-                reason = f"{name}.memory is {layer._memory!r}, not {layers[0]._memory!r} like the first layer's"
+                reason = (
+                    f"{name}.memory is {layer._memory!r}, not {layers[0]._memory!r} like the first layer's"
+                )
             if reason is None and not same_processes((layers[0].norm1, layer.norm1)):
                 reason = f"{name}: {PROCESSES}"
             if reason is not None:
