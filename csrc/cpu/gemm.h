@@ -68,15 +68,10 @@ class Factor {
         k_(k),
         n_(n),
         few_(own_products<A>() != nullptr && rows <= kFewRows),
-        options_(options) {}
-
-  // Makes room for elements that are written one by one.
-  void lay_out() {
-    const int64_t count = (n_ + step - 1) / step;
-    keep_ =
-        count * step == n_ ? at::empty({count, k_, step}, options_) : at::zeros({count, k_, step}, options_);
-    data_ = keep_.template mutable_data_ptr<A>();
+        options_(options) {
+    if (!few_) make_room();
   }
+
   // Where element (p, j) is; (p + 1, j) is `step` further.
   A* place(int64_t p, int64_t j) { return data_ + j / step * (k_ * step) + p * step + j % step; }
   const int64_t step;
@@ -87,7 +82,7 @@ class Factor {
       there_ = matrix;
       return *this;
     }
-    lay_out();
+    if (few_) make_room();
     for (int64_t p = 0; p < k_; ++p)
       for (int64_t j = 0; j < n_; j += step) {
         A* to = place(p, j);
@@ -105,7 +100,6 @@ class Factor {
       transposed_ = matrix;
       return *this;
     }
-    lay_out();
     for (int64_t j = 0; j < n_; j += step)
       effdense::rows<A>().transpose(std::min(step, n_ - j), k_, {matrix + j * k_, k_}, {place(0, j), step});
     return *this;
@@ -135,6 +129,12 @@ class Factor {
   }
 
  private:
+  void make_room() {
+    const int64_t count = (n_ + step - 1) / step;
+    keep_ =
+        count * step == n_ ? at::empty({count, k_, step}, options_) : at::zeros({count, k_, step}, options_);
+    data_ = keep_.template mutable_data_ptr<A>();
+  }
   Panels right() const {
     return there_ != nullptr ? Panels{there_, kPanel, n_} : Panels{data_, k_ * kPanel, kPanel};
   }
