@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "backend.h"
+#include "cpu/few_pixels.h"
 #include "cpu/gemm.h"
 #include "cpu/tiles.h"
 
@@ -154,6 +155,53 @@ void check_input(const char* op, const Tensor& x, const Tensor& scale, const Ten
   check_conv3x3(op, weight, x);
 }
 
+// The forward of few pixels: writes `to` and its statistics.
+template <typename T>
+void convolve_few(const Grid& grid, Block<const T> x, int64_t channels, const Tensor& scale,
+                  const Tensor& shift, const Tensor& weight, const std::optional<Tensor>& bias, Block<T> to,
+                  Moments& moments) {
+  const FewPixels<Grid> few(*products(), grid, channels);
+  const int64_t pixels = few.pixels(), k = weight.size(0);
+  const Tensor scratch = at::empty({pixels * (channels + few.columns() + k)}, scale.options());
+  float *z = scratch.mutable_data_ptr<float>(), *around = z + pixels * channels,
+        *sum = around + pixels * few.columns();
+  const Rows<T>& loops = rows<T>();
+  loops.bn_relu(pixels, channels, x, scale.const_data_ptr<float>(), shift.const_data_ptr<float>(),
+                {z, channels});
+  few.gather(z, around);
+  few.convolve(k, around, weight.const_data_ptr<float>(), sum);
+  if (bias) rows<float>().add_bias(pixels, k, bias->const_data_ptr<float>(), {sum, k});
+  loops.store(pixels, k, {sum, k}, to);
+  moments.add(loops, 0, pixels, dense_or<T, float>({sum, k}, constant(to)));
+}
+
+// The backward; `to` is null where x's gradient is not wanted, grad_weight empty where that is not.
+template <typename T>
+void convolve_few_backward(const Grid& grid, Block<const T> grad, const Features<T>& x, int64_t channels,
+                           const Tensor& scale, const Tensor& shift, const Tensor& mean, const Tensor& weight,
+                           Block<T> to, bool accumulate, const Tensor& grad_weight, Sums& sums) {
+  const FewPixels<Grid> few(*products(), grid, channels);
+  const int64_t pixels = few.pixels(), k = weight.size(0);
+  const Tensor scratch = at::empty({pixels * (3 * channels + few.columns() + k)}, scale.options());
+  float *z = scratch.mutable_data_ptr<float>(), *dz = z + pixels * channels, *copy = dz + pixels * channels,
+        *g = copy + pixels * channels, *around = g + pixels * k;
+  const Rows<T>& loops = rows<T>();
+  loops.load(pixels, k, grad, {g, k});
+  const Block<const float> tile_x = x.template read<float>(loops, {0, pixels}, copy);
+  rows<float>().bn_relu(pixels, channels, tile_x, scale.const_data_ptr<float>(),
+                        shift.const_data_ptr<float>(), {z, channels});
+  if (grad_weight.numel() > 0) {
+    few.gather(z, around);
+    few.weight_gradient(k, g, around, grad_weight.mutable_data_ptr<float>());
+  }
+  if (to.data == nullptr) return;
+  few.input_gradient(k, g, weight.const_data_ptr<float>(), around);
+  few.scatter(around, dz);
+  loops.bottleneck_backward(pixels, channels, tile_x, mean.const_data_ptr<float>(), {z, channels},
+                            {dz, channels}, scale.const_data_ptr<float>(), to, accumulate, sums.d(0),
+                            sums.dx(0));
+}
+
 std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                            const Tensor& weight, const std::optional<Tensor>& bias,
                                            Tensor& out) {
@@ -171,8 +219,15 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
     const Readable<T> from(x);
     const Block<T> to = writable<T>(op, "out", out);
     const Grid grid(x);
+    const Tensor wide_w = wide_weight(weight, scale).contiguous();
+    if constexpr (std::is_same_v<A, float>)
+      if (has_few_pixels<A>(grid, channels)) {
+        Moments moments(1, k);
+        convolve_few<T>(grid, from.block, channels, scale, shift, wide_w, bias, to, moments);
+        return moments.write(mean.mutable_data_ptr<A>(), var.mutable_data_ptr<A>());
+      }
     const int64_t part_step = aligned(grid.in_plane() * k), taps_step = grid.deep * part_step;
-    const std::vector<Factor<A>> w = taps_side_by_side<A>(wide_weight(weight, scale).contiguous(), grid);
+    const std::vector<Factor<A>> w = taps_side_by_side<A>(wide_w, grid);
     const Bands bands(grid, sizeof(A) * (channels + taps_step), 2);
     const int64_t width = grid.width, ring = bands.step + 2;
     const int64_t z_size = aligned(ring * width * channels), taps_size = ring * width * taps_step + kVector;
@@ -255,8 +310,16 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
     const Readable<T> g(grad);
     const Block<T> to = need_x ? writable<T>(op, "grad_x", grad_x) : Block<T>{nullptr, 0};
     const Grid grid(x);
+    const Tensor wide_w = wide_weight(weight, scale).contiguous();
+    if constexpr (std::is_same_v<A, float>)
+      if (has_few_pixels<A>(grid, channels)) {
+        Sums sums(1, channels);
+        convolve_few_backward<T>(grid, g.block, from, channels, scale, shift, mean, wide_w, to, accumulate,
+                                 grad_weight, sums);
+        return sums.template write<A>(sum_d, sum_dx);
+      }
     const int64_t columns = grid.taps() * k, around_step = aligned(columns);
-    const Factor<A> w = around_a_pixel<A>(wide_weight(weight, scale).contiguous(), grid);
+    const Factor<A> w = around_a_pixel<A>(wide_w, grid);
     const Bands bands(grid, sizeof(A) * (4 * channels + around_step + k), 0);
     const int64_t width = grid.width, most = aligned(bands.step * width), margin = grid.across / 2;
     const int64_t line_size = (width + 2 * margin) * k, part_lines = bands.step + 2;
