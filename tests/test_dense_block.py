@@ -187,6 +187,12 @@ def test_dropout_draws_the_same_numbers(memory: str, plain: bool, drop_rate: flo
     naive, ours = make_pair(memory, plain, "transition", drop_rate=drop_rate)
     assert_same((naive, ours))
     assert (block_of(copy.deepcopy(ours))(make_input())[:, CHANNELS:] == 0).any()
+    following = []
+    for model in (naive, ours):
+        torch.manual_seed(3)
+        model(make_input())
+        following.append(torch.rand(1))
+    assert following[0] == following[1]
     assert_same((naive.eval(), ours.eval()), steps=1)
 
 

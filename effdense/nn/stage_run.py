@@ -53,6 +53,8 @@ def draw_mask(drop: Drop, conv: Any, x: Tensor) -> Tensor | None:
         return None
     spatial = (1,) * (x.dim() - 2) if drop.channels else x.shape[2:]
     shape = (x.shape[0], conv.weight.shape[0], *spatial)
+    if drop.rate >= 1:  # nothing is drawn, as by F.dropout
+        return torch.zeros(shape, dtype=torch.bool, device=x.device)
     return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - drop.rate)
 
 
