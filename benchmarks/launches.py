@@ -38,13 +38,14 @@ NO_LAUNCH = {
         "slice",
     ),
     *("split", "squeeze", "t", "transpose", "unsqueeze", "view", "_unsafe_view", "movedim", "view_as"),
-    *("empty", "empty_like", "empty_strided", "new_empty", "resize_", "set_", "result_type", "to", "item"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "to"),
+    *("result_type", "promote_types", "item"),
     *("_reshape_alias", "contiguous", "_local_scalar_dense", "is_nonzero", "lift_fresh", "split_with_sizes"),
 }
 
 
 class Launches(NamedTuple):
-    """Of effdense's kernels, of PyTorch's operators, of its convolutions (two of a backward that makes two gradients)."""
+    """Of effdense's kernels, of PyTorch's operators, and of those its convolutions, forward or backward."""
 
     own: int
     others: int
@@ -74,10 +75,8 @@ def count(simt: Any, run: Callable[[], Any]) -> tuple[Any, Launches]:
 
 def _visit(event: Any, found: Counter[str]) -> None:
     name = event.name.removeprefix("aten::")
-    if name == "convolution":
+    if name in ("convolution", "convolution_backward"):
         found["convolution"] += 1
-    elif name == "convolution_backward":
-        found["convolution"] += 2  # of the input and of the weight
     else:
         children = [child for child in event.cpu_children if child.name.startswith("aten::")]
         if name in ("native_batch_norm", "native_batch_norm_backward", "_native_batch_norm_legit"):
