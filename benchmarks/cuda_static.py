@@ -66,8 +66,8 @@ FAMILIES = {
     "max_pool_kernel": "vector",
     "max_pool_backward_kernel": "vector",
     "channels_kernel": "small",
+    "fold_kernel": "small",
     "merge_kernel": "small",
-    "merge_statistics_kernel": "small",
     "add_parts_kernel": "small",
 }
 # rows_kernel with these takes sums alone.
@@ -187,7 +187,7 @@ def _faults(kernel: Kernel) -> Iterable[str]:
     elif kind == "vector" and is_widest(kernel):
         if not any(_has(loop, "LDG", "128") for loop in kernel.code.loops):
             yield "has no load of 16 bytes (LDG.128) in a loop"
-        writes = not kernel.name.endswith(tuple(f" {body}>" for body in READ_ONLY))
+        writes = not any(f" {body}," in kernel.name for body in READ_ONLY)
         if writes and not any(_has(loop, "STG", "128") for loop in kernel.code.loops):
             yield "has no store of 16 bytes (STG.128) in a loop"
 

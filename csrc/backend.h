@@ -16,52 +16,122 @@ using at::TensorList;
 using TwoVectors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
+inline std::optional<Tensor> given(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// A norm to be folded: rstd = 1 / sqrt(var + eps), scale = weight * rstd, shift = bias - mean * scale, [C]
+// each; an undefined weight or bias is 1 or 0. The last three are written. Where there are running
+// statistics, of any floating type, mean and var are written too: they become those.
+struct FoldOf {
+  Tensor mean, var, weight, bias;
+  double eps;
+  Tensor rstd, scale, shift;
+  Tensor running_mean{}, running_var{};
+};
+
+// Where an operator puts the statistics of what it makes: new vectors where mean and var are undefined. What
+// reads them next is folded at once: of its channels these are the ones from `first` on, and of the others
+// the statistics are there.
+struct StatisticsTo {
+  Tensor mean, var;
+  const FoldOf* then = nullptr;
+  int64_t first = 0;
+  Tensor counters{};  // Backend::counters zeros, which are zeros again when the operator is done
+};
+
+// What an operator makes of its two sums: sum d, and sum d (x - mean), times rstd where that is defined, as
+// the gradients of a norm's parameters are. And what defer makes of them: a and b that it adds to, or new
+// ones.
+struct SumsTo {
+  enum class Deferred { no, added, made };
+  Tensor sum_d, sum_dx;  // results
+  Tensor rstd, scale;
+  Deferred deferred = Deferred::no;
+  int64_t count = 0;  // of pixels, for a and b
+  Tensor a, b;
+  Tensor counters;  // as above
+};
+
 // What a dense stage is made of; schemas.h says what each does. Without a kernel for a convolution a backend
 // has no function there.
 struct Backend {
-  ThreeTensors (*fold)(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
-                       const std::optional<Tensor>& bias, double eps);
-  void (*defer)(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale,
-                int64_t count, Tensor& a, Tensor& b);
-  TwoVectors (*channel_statistics)(TensorList features);
-  TwoVectors (*append_features)(const Tensor& new_features, Tensor& out);
-  TwoVectors (*bottleneck)(TensorList features, const Tensor& scale, const Tensor& shift,
-                           const Tensor& weight, const std::optional<Tensor>& bias,
-                           const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_shift,
-                           bool statistics, Tensor& y);
-  ThreeTensors (*bottleneck_backward)(TensorList features, const Tensor& grad_y, const Tensor& scale,
-                                      const Tensor& shift, const Tensor& mean, const Tensor& weight,
-                                      TensorList grad_features, bool accumulate, bool need_features,
-                                      bool need_weight, TensorList deferred);
+  int64_t counters = 0;  // int32 elements
+  void (*fold)(at::ArrayRef<FoldOf> folds);
+  void (*channel_statistics)(StatisticsTo& to, TensorList features);
+  void (*append_features)(StatisticsTo& to, const Tensor& new_features, Tensor& out);
+  void (*bottleneck)(StatisticsTo& to, TensorList features, const Tensor& scale, const Tensor& shift,
+                     const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_shift,
+                     bool statistics, Tensor& y);
+  Tensor (*bottleneck_backward)(SumsTo& to, TensorList features, const Tensor& grad_y, const Tensor& scale,
+                                const Tensor& shift, const Tensor& mean, const Tensor& weight,
+                                TensorList grad_features, bool accumulate, bool need_features,
+                                bool need_weight, TensorList deferred);
   void (*take_gradient)(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b,
                         const Tensor& grad, Tensor& out);
   void (*bn_relu)(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& out);
-  TwoVectors (*bn_relu_with_sums)(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                  const Tensor& shift, const Tensor& mean, Tensor& out);
-  TwoVectors (*bn_relu_backward)(Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                 const Tensor& mean, const Tensor& rstd, bool batch_statistics);
-  TwoVectors (*bn_relu_accumulate)(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                   const Tensor& shift, const Tensor& mean, Tensor& grad_x);
+  void (*bn_relu_with_sums)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                            const Tensor& shift, const Tensor& mean, Tensor& out);
+  void (*bn_relu_backward)(SumsTo& to, Tensor& grad, const Tensor& x, const Tensor& scale,
+                           const Tensor& shift, const Tensor& mean, const Tensor& rstd,
+                           bool batch_statistics);
+  void (*bn_relu_accumulate)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                             const Tensor& shift, const Tensor& mean, Tensor& grad_x);
   Tensor (*bn_relu_avg_pool)(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              at::IntArrayRef kernel_size);
-  TwoVectors (*bn_relu_avg_pool_backward)(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                          const Tensor& shift, const Tensor& mean,
-                                          at::IntArrayRef kernel_size, Tensor& grad_x);
-  TwoVectors (*bn_relu_conv3x3)(const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                const Tensor& weight, const std::optional<Tensor>& bias, Tensor& out);
-  ThreeTensors (*bn_relu_conv3x3_backward)(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                           const Tensor& shift, const Tensor& mean, const Tensor& weight,
-                                           Tensor& grad_x, bool accumulate, bool need_x, bool need_weight);
+  void (*bn_relu_avg_pool_backward)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                    const Tensor& shift, const Tensor& mean, at::IntArrayRef kernel_size,
+                                    Tensor& grad_x);
+  void (*bn_relu_conv3x3)(StatisticsTo& to, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                          const Tensor& weight, const std::optional<Tensor>& bias, Tensor& out);
+  Tensor (*bn_relu_conv3x3_backward)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                     const Tensor& shift, const Tensor& mean, const Tensor& weight,
+                                     Tensor& grad_x, bool accumulate, bool need_x, bool need_weight);
 };
 
 // Filled by the files that implement the operators, when the library is loaded.
 inline Backend cpu_backend{}, cuda_backend{};
+
+// A function that puts its results somewhere as one that returns them, as the schemas have it.
+template <auto function>
+struct Returning;
+template <typename... Arguments, void (*function)(StatisticsTo&, Arguments...)>
+struct Returning<function> {
+  static TwoVectors call(Arguments... arguments) {
+    StatisticsTo to;
+    function(to, arguments...);
+    return {to.mean, to.var};
+  }
+};
+template <typename... Arguments, void (*function)(SumsTo&, Arguments...)>
+struct Returning<function> {
+  static TwoVectors call(Arguments... arguments) {
+    SumsTo to;
+    function(to, arguments...);
+    return {to.sum_d, to.sum_dx};
+  }
+};
+template <typename... Arguments, Tensor (*function)(SumsTo&, Arguments...)>
+struct Returning<function> {
+  static ThreeTensors call(Arguments... arguments) {
+    SumsTo to;
+    const Tensor result = function(to, arguments...);
+    return {result, to.sum_d, to.sum_dx};
+  }
+};
 
 // Makes a function the backend's operator of its name, for the dispatcher and for C++.
 #define EFFDENSE_IMPLEMENT(m, backend, name) \
   do {                                       \
     m.impl(#name, name);                     \
     (backend).name = name;                   \
+  } while (false)
+// The same for one that puts its results somewhere.
+#define EFFDENSE_IMPLEMENT_RETURNING(m, backend, name) \
+  do {                                                 \
+    m.impl(#name, Returning<name>::call);              \
+    (backend).name = name;                             \
   } while (false)
 
 }  // namespace effdense

@@ -6,6 +6,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
@@ -142,6 +143,11 @@ void drop_(Tensor& x, const Tensor& mask, double keep) {
   if (mask.defined()) x.mul_(mask).mul_(keep > 0 ? 1 / keep : 0.0);
 }
 
+// What the backend's kernels count their blocks with, for all calls of a way.
+Tensor make_counters(const Backend& backend, const Tensor& like) {
+  return backend.counters > 0 ? at::zeros({backend.counters}, like.options().dtype(at::kInt)) : Tensor();
+}
+
 class Forward {
  public:
   Forward(const Backend& backend, Stage& stage, const Tensor& x, const Tensor& scratch)
@@ -154,16 +160,23 @@ class Forward {
     const auto wide = x_.options().dtype(accumulate_type(x_.scalar_type()));
     const Tensor vectors = at::empty({stage_.vector_size()}, wide);
     stage_.split_vectors(vectors);
+    stage_.make_folds();
+    counters_ = make_counters(ops_, x_);
+    std::vector<FoldOf> known;
     for (size_t i = 0; i < stage_.of_norms.size(); ++i) {
       if (stage_.batch_statistics(static_cast<int64_t>(i))) continue;
       const std::optional<Tensor> mean = running.get(2 * i), var = running.get(2 * i + 1);
       TORCH_CHECK_VALUE(mean && var, "dense_stage: running must hold mean and variance of norm ", i,
                         ", which does not use the batch's, got None");
-      stage_.of_norms[i].set({*mean, *var});
+      known.push_back(stage_.folds[i]);
+      known.back().running_mean = *mean;
+      known.back().running_var = *var;
     }
+    ops_.fold(known);
     const Range first = stage_.at(0, x_.size(1));
     Tensor to = first.of(features_);
-    first.of(stage_.of_buffer).set(ops_.append_features(x_, to));
+    StatisticsTo statistics = statistics_of(first, 0);
+    ops_.append_features(statistics, x_, to);
     for (const Layer& layer : stage_.layers) run(layer);
     return {pool(), features_, saved, vectors};
   }
@@ -175,66 +188,90 @@ class Forward {
     Tensor added = own.of(features_);
     const Norm norm1 = stage_.norm1(layer);
     scratch_.start_again();
-    TwoVectors statistics;
+    StatisticsTo statistics = statistics_of(own, static_cast<size_t>(layer.position) + 1);
+    // Of what dropout leaves they are taken after it.
+    const bool drops = layer.new_mask.defined();
+    StatisticsTo nowhere;
+    nowhere.counters = counters_;
+    StatisticsTo& to = drops ? nowhere : statistics;
     if (layer.width == 0) {
-      statistics = convolve_into(layer, earlier, &norm1, added);
+      convolve_into(to, layer, earlier, &norm1, added);
     } else if (stage_.straight_to_z(layer)) {
       Tensor z = scratch_.map(earlier, layer.width);
       const Norm norm2 = stage_.norm2(layer);
-      bottleneck(layer, norm1, earlier, &norm2, false, z);
-      statistics = convolve_into(layer, z, nullptr, added);
+      bottleneck(nowhere, layer, norm1, earlier, &norm2, false, z);
+      convolve_into(to, layer, z, nullptr, added);
     } else {
       const Tensor y = make_y(layer, norm1, earlier);
       const Norm norm2 = stage_.norm2(layer);
-      statistics = convolve_into(layer, y, &norm2, added);
+      convolve_into(to, layer, y, &norm2, added);
     }
-    if (layer.new_mask.defined()) {
-      drop_(added, layer.new_mask, layer.new_keep);
-      statistics = ops_.channel_statistics({added});
-    }
-    own.of(stage_.of_buffer).set(statistics);
+    if (!drops) return;
+    drop_(added, layer.new_mask, layer.new_keep);
+    ops_.channel_statistics(statistics, {added});
+  }
+
+  // Where the statistics of channels that are new in the buffer go. The norm that reads them first is folded
+  // with them: that of the layer at `next`, or the pool's.
+  StatisticsTo statistics_of(const Range& own, size_t next) const {
+    const Statistics part = own.of(stage_.of_buffer);
+    StatisticsTo to{part.mean, part.var};
+    to.counters = counters_;
+    const bool is_layer = next < stage_.layers.size();
+    if (!is_layer && stage_.settings.pool.empty()) return to;
+    const int64_t norm = is_layer ? stage_.norm1_of(stage_.layers[next]) : stage_.pool_norm();
+    if (!stage_.batch_statistics(norm)) return to;
+    const Range read = is_layer ? stage_.read_by(stage_.layers[next]) : stage_.at(0, stage_.channels);
+    to.then = &stage_.folds[norm];
+    to.first = own.start - read.start;
+    return to;
   }
 
   // y = W1 relu(norm1(earlier)), and its statistics.
   Tensor make_y(const Layer& layer, const Norm& norm1, const Tensor& earlier) {
     Tensor y = kept_[layer.position];
     if (!y.defined()) y = scratch_.map(earlier, layer.width);
-    const bool batch = stage_.batch_statistics(stage_.norm2_of(layer)), drops = layer.y_mask.defined();
-    TwoVectors statistics = bottleneck(layer, norm1, earlier, nullptr, batch && !drops, y);
+    const int64_t norm2 = stage_.norm2_of(layer);
+    const bool batch = stage_.batch_statistics(norm2), drops = layer.y_mask.defined();
+    StatisticsTo statistics, nowhere;
+    if (batch) {
+      statistics = {stage_.of_norms[norm2].mean, stage_.of_norms[norm2].var, &stage_.folds[norm2]};
+      statistics.counters = counters_;
+    }
+    const bool at_once = batch && !drops;
+    bottleneck(at_once ? statistics : nowhere, layer, norm1, earlier, nullptr, at_once, y);
     if (drops) {
       drop_(y, layer.y_mask, layer.y_keep);
-      if (batch) statistics = ops_.channel_statistics({y});
+      if (batch) ops_.channel_statistics(statistics, {y});
     }
-    if (batch) stage_.of_norms[stage_.norm2_of(layer)].set(statistics);
     return y;
   }
 
-  TwoVectors bottleneck(const Layer& layer, const Norm& norm1, const Tensor& earlier, const Norm* then,
-                        bool statistics, Tensor& y) {
-    return ops_.bottleneck({earlier}, norm1.scale, norm1.shift, matrix(layer.parameters.conv1_weight),
-                           bias_of(layer.parameters.conv1_bias, norm1.mean.scalar_type()),
-                           then == nullptr ? std::nullopt : std::optional<Tensor>(then->scale),
-                           then == nullptr ? std::nullopt : std::optional<Tensor>(then->shift), statistics,
-                           y);
+  void bottleneck(StatisticsTo& to, const Layer& layer, const Norm& norm1, const Tensor& earlier,
+                  const Norm* then, bool statistics, Tensor& y) {
+    ops_.bottleneck(to, {earlier}, norm1.scale, norm1.shift, matrix(layer.parameters.conv1_weight),
+                    bias_of(layer.parameters.conv1_bias, norm1.mean.scalar_type()),
+                    then == nullptr ? std::nullopt : std::optional<Tensor>(then->scale),
+                    then == nullptr ? std::nullopt : std::optional<Tensor>(then->shift), statistics, y);
   }
 
   // out = conv2(relu(norm(x))), without a norm conv2(x), and its statistics.
-  TwoVectors convolve_into(const Layer& layer, const Tensor& x, const Norm* norm, Tensor& out) {
+  void convolve_into(StatisticsTo& to, const Layer& layer, const Tensor& x, const Norm* norm, Tensor& out) {
     const Tensor &weight = layer.parameters.conv2_weight, &bias = layer.parameters.conv2_bias;
     if (norm != nullptr && stage_.fuses(layer))
-      return ops_.bn_relu_conv3x3(x, norm->scale, norm->shift, weight,
+      return ops_.bn_relu_conv3x3(to, x, norm->scale, norm->shift, weight,
                                   bias_of(bias, norm->mean.scalar_type()), out);
     Tensor z = x;
     if (norm != nullptr) {
       z = scratch_.map(x, x.size(1));
       ops_.bn_relu(x, norm->scale, norm->shift, z);
     }
-    return ops_.append_features(convolve(z, weight, bias, layer.dilation), out);
+    ops_.append_features(to, convolve(z, weight, bias, layer.dilation), out);
   }
 
   Tensor pool() {
     if (stage_.settings.pool.empty()) return at::empty({0}, x_.options());
-    const Norm norm = stage_.pool_norm();
+    const Norm norm = stage_.norm(stage_.pool_norm());
     const Tensor out = ops_.bn_relu_avg_pool(features_, norm.scale, norm.shift, stage_.settings.pool);
     const Tensor& weight = stage_.pool.conv_weight;
     return weight.defined() ? channels_last(convolve(out, weight, stage_.pool.conv_bias)) : out;
@@ -244,7 +281,7 @@ class Forward {
   Stage& stage_;
   const Tensor& x_;
   Scratch scratch_;
-  Tensor features_;
+  Tensor features_, counters_;
   std::vector<Tensor> kept_;  // every y for the backward, by its layer
 };
 
@@ -253,10 +290,15 @@ struct Started {
   Tensor grad_features, a, b;
 };
 
-// The gradients of a norm's weight and bias.
-void normalised(const Norm& norm, const Tensor& sum_d, const Tensor& sum_dx, Tensor& weight, Tensor& bias) {
-  weight = sum_dx.mul(norm.rstd);
-  bias = sum_d;
+// Where a norm's two sums go: they become the gradients of its parameters, and, where it uses the batch's
+// statistics, a part of what is deferred.
+SumsTo sums_of(const Norm& norm, SumsTo::Deferred deferred, int64_t count) {
+  SumsTo to;
+  to.rstd = norm.rstd;
+  to.scale = norm.scale;
+  to.deferred = norm.batch_statistics ? deferred : SumsTo::Deferred::no;
+  to.count = count;
+  return to;
 }
 
 // From the pool behind the block, or from the block's own gradient; and the gradients of the pool's
@@ -268,8 +310,9 @@ std::pair<Started, PoolParameters<Tensor>> start_backward(const Backend& ops, Te
                                                           bool batch_statistics, at::IntArrayRef kernel) {
   const int64_t channels = features.size(1), end = vectors.numel();
   const Statistics of_buffer{part_of(vectors, 0, 0, channels), part_of(vectors, 0, channels, channels)};
-  Started started{empty_buffer(features, channels), at::zeros_like(of_buffer.mean),
-                  at::zeros_like(of_buffer.mean)};
+  const Tensor zeros = at::zeros({2 * channels}, vectors.options());
+  Started started{empty_buffer(features, channels), part_of(zeros, 0, 0, channels),
+                  part_of(zeros, 0, channels, channels)};
   PoolParameters<Tensor> grads;
   if (kernel.empty()) {
     started.grad_features.copy_(grad);
@@ -278,21 +321,26 @@ std::pair<Started, PoolParameters<Tensor>> start_backward(const Backend& ops, Te
   // Running statistics are the vectors' last.
   const Statistics own{part_of(vectors, 0, end - 2 * channels, channels),
                        part_of(vectors, 0, end - channels, channels)};
-  const Norm norm = folded(ops, batch_statistics ? of_buffer : own, parameters.norm_weight,
-                           parameters.norm_bias, eps, batch_statistics);
+  const Tensor vectors_of_norm = at::empty({3, padded(channels)}, vectors.options());
+  const auto vector = [&](int64_t i) { return part_of(vectors_of_norm.select(0, i), 0, 0, channels); };
+  const Statistics& of_norm = batch_statistics ? of_buffer : own;
+  const FoldOf fold{of_norm.mean, of_norm.var, parameters.norm_weight, parameters.norm_bias, eps, vector(0),
+                    vector(1),    vector(2)};
+  ops.fold(fold);
+  const Norm norm = folded(fold, batch_statistics);
   const Tensor& weight = parameters.conv_weight;
   if (weight.defined()) {  // what went into the convolution is made again: one read of the features
     const Tensor pooled = ops.bn_relu_avg_pool(features, norm.scale, norm.shift, kernel);
     std::tie(grad, grads.conv_weight, grads.conv_bias) = convolve_backward(
         grad, pooled, weight, parameters.conv_bias, {true, needs.conv_weight, needs.conv_bias});
   }
-  const auto [sum_d, sum_dx] = ops.bn_relu_avg_pool_backward(
-      channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel, started.grad_features);
-  normalised(norm, sum_d, sum_dx, grads.norm_weight, grads.norm_bias);
-  if (batch_statistics) {
-    const int64_t count = features.size(0) * count_pixels(features);
-    ops.defer(sum_d, sum_dx, norm.rstd, norm.scale, count, started.a, started.b);
-  }
+  SumsTo to = sums_of(norm, SumsTo::Deferred::added, features.size(0) * count_pixels(features));
+  to.a = started.a;
+  to.b = started.b;
+  ops.bn_relu_avg_pool_backward(to, channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel,
+                                started.grad_features);
+  grads.norm_weight = to.sum_dx;
+  grads.norm_bias = to.sum_d;
   return {started, grads};
 }
 
@@ -315,6 +363,8 @@ class Backward {
         scratch_(scratch, features.scalar_type()),
         count_(stage.pixels()) {
     stage_.split_vectors(vectors);
+    stage_.make_folds();
+    counters_ = make_counters(ops_, features);
     kept_ = stage_.split_saved(saved);
     Reader wanted(needs);
     needs_input_ = wanted.next();
@@ -328,6 +378,11 @@ class Backward {
   std::vector<Tensor> run(int64_t input_channels) {
     grads_.resize(stage_.layers.size());
     const int64_t lowest = lowest_layer();
+    if (lowest < static_cast<int64_t>(stage_.layers.size())) {  // of all layers that come, at once
+      const int64_t step = stage_.settings.bottleneck ? 2 : 1, first = step * std::max<int64_t>(lowest, 0);
+      const int64_t end = step * static_cast<int64_t>(stage_.layers.size());
+      ops_.fold(at::ArrayRef<FoldOf>(stage_.folds).slice(first, end - first));
+    }
     for (auto layer = stage_.layers.rbegin(); layer != stage_.layers.rend(); ++layer) {
       if (layer->position < lowest) break;
       scratch_.start_again();
@@ -364,15 +419,15 @@ class Backward {
                        out);
   }
 
-  // A norm that reads the buffer: the gradients of its parameters, and its part of the deferred correction.
-  void read(const Norm& norm, const Tensor& sum_d, const Tensor& sum_dx, const Range& range, Tensor& weight,
-            Tensor& bias) {
-    normalised(norm, sum_d, sum_dx, weight, bias);
-    if (!norm.batch_statistics) return;
-    Tensor a = part_of(started_.a, 0, range.start, range.count),
-           b = part_of(started_.b, 0, range.start, range.count);
-    ops_.defer(sum_d, sum_dx, norm.rstd, norm.scale, count_, a, b);
+  // Where the sums of a norm that reads the buffer go.
+  SumsTo sums_of_reader(const Norm& norm, const Range& range) const {
+    SumsTo to = sums_of(norm, SumsTo::Deferred::added, count_);
+    to.a = part_of(started_.a, 0, range.start, range.count);
+    to.b = part_of(started_.b, 0, range.start, range.count);
+    to.counters = counters_;
+    return to;
   }
+
   // `below`: whether what the layer reads needs a gradient.
   void run(const Layer& layer, bool below) {
     const LayerParameters<bool>& needs = needs_[layer.position];
@@ -384,12 +439,12 @@ class Backward {
     Tensor g = scratch_.map(features_, layer.growth);
     take(stage_.made_by(layer), g);
     drop_(g, layer.new_mask, layer.new_keep);
+    SumsTo of_norm1 = sums_of_reader(norm1, range);
     if (layer.width == 0) {
       const bool need_x = below || needs.norm1_weight || needs.norm1_bias;
-      const AfterConvolution after =
-          convolution_backward(layer, g, earlier, norm1, need_x, &grad_earlier, false);
-      if (after.x.defined())
-        read(norm1, after.sum_d, after.sum_dx, range, grads.norm1_weight, grads.norm1_bias);
+      convolution_backward(of_norm1, layer, g, earlier, norm1, need_x, &grad_earlier, false);
+      grads.norm1_weight = of_norm1.sum_dx;
+      grads.norm1_bias = of_norm1.sum_d;
       return;
     }
     const Tensor y = make_y(layer, norm1, earlier);
@@ -398,18 +453,22 @@ class Backward {
     const bool need_y = need_features || needs.conv1_weight || needs.conv1_bias;
     // y's gradient is wanted whole where it goes through dropout or is summed up.
     const bool defers = !layer.y_mask.defined() && !needs.conv1_bias;
+    SumsTo of_norm2 = sums_of(norm2, SumsTo::Deferred::made, count_);
+    of_norm2.counters = counters_;
     AfterConvolution after = convolution_backward(
-        layer, g, y, norm2, need_y || needs.norm2_weight || needs.norm2_bias, nullptr, defers);
+        of_norm2, layer, g, y, norm2, need_y || needs.norm2_weight || needs.norm2_bias, nullptr, defers);
     if (!after.x.defined()) return;
-    normalised(norm2, after.sum_d, after.sum_dx, grads.norm2_weight, grads.norm2_bias);
+    grads.norm2_weight = of_norm2.sum_dx;
+    grads.norm2_bias = of_norm2.sum_d;
     if (!need_y) return;
-    const std::vector<Tensor> deferred = grad_of_y(layer, after, y, norm2, defers);
+    const std::vector<Tensor> deferred = grad_of_y(layer, after, of_norm2, y, norm2, defers);
     if (needs.conv1_bias) grads.conv1_bias = sum_per_channel(after.x);
-    auto [grad_weight, sum_d, sum_dx] = ops_.bottleneck_backward(
-        {earlier}, after.x, norm1.scale, norm1.shift, norm1.mean, matrix(layer.parameters.conv1_weight),
-        {grad_earlier}, true, need_features, needs.conv1_weight, deferred);
-    grads.conv1_weight = grad_weight;
-    read(norm1, sum_d, sum_dx, range, grads.norm1_weight, grads.norm1_bias);
+    grads.conv1_weight =
+        ops_.bottleneck_backward(of_norm1, {earlier}, after.x, norm1.scale, norm1.shift, norm1.mean,
+                                 matrix(layer.parameters.conv1_weight), {grad_earlier}, true, need_features,
+                                 needs.conv1_weight, deferred);
+    grads.norm1_weight = of_norm1.sum_dx;
+    grads.norm1_bias = of_norm1.sum_d;
   }
 
   // A bottleneck's output, kept or made again.
@@ -417,7 +476,8 @@ class Backward {
     Tensor y = kept_[layer.position];
     if (y.defined()) return y;
     y = scratch_.map(features_, layer.width);
-    ops_.bottleneck({earlier}, norm1.scale, norm1.shift, matrix(layer.parameters.conv1_weight),
+    StatisticsTo nowhere;
+    ops_.bottleneck(nowhere, {earlier}, norm1.scale, norm1.shift, matrix(layer.parameters.conv1_weight),
                     bias_of(layer.parameters.conv1_bias, norm1.mean.scalar_type()), std::nullopt,
                     std::nullopt, false, y);
     drop_(y, layer.y_mask, layer.y_keep);
@@ -427,16 +487,16 @@ class Backward {
   // What the backward of conv2(relu(norm(x))) makes beside its parameters' gradients.
   struct AfterConvolution {
     Tensor x;  // scale * d; not masked: the gradient of relu(norm(x)); undefined where it was not needed
-    Tensor sum_d, sum_dx;
     bool masked = true;
   };
 
-  AfterConvolution convolution_backward(const Layer& layer, const Tensor& grad, const Tensor& x,
+  AfterConvolution convolution_backward(SumsTo& to, const Layer& layer, const Tensor& grad, const Tensor& x,
                                         const Norm& norm, bool need_x, Tensor* add_to, bool masks_later) {
     const bool need_weight = needs_[layer.position].conv2_weight,
                need_bias = needs_[layer.position].conv2_bias;
     LayerParameters<Tensor>& grads = grads_[layer.position];
     const Tensor &weight = layer.parameters.conv2_weight, &bias = layer.parameters.conv2_bias;
+    if (!need_x) to.deferred = SumsTo::Deferred::no;
     const auto& [mean, rstd, scale, shift, batch] = norm;
     AfterConvolution after;
     if (stage_.fuses(layer)) {
@@ -445,17 +505,16 @@ class Backward {
       Tensor grad_x = !need_x             ? at::empty({0}, x.options())
                       : add_to == nullptr ? scratch_.map(x, x.size(1))
                                           : *add_to;
-      auto [grad_weight, sum_d, sum_dx] = ops_.bn_relu_conv3x3_backward(
-          grad, x, scale, shift, mean, weight, grad_x, add_to != nullptr, need_x, need_weight);
-      grads.conv2_weight = grad_weight;
-      if (need_x) after = {grad_x, sum_d, sum_dx};
+      grads.conv2_weight = ops_.bn_relu_conv3x3_backward(to, grad, x, scale, shift, mean, weight, grad_x,
+                                                         add_to != nullptr, need_x, need_weight);
+      if (need_x) after.x = grad_x;
       return after;
     }
     Tensor z = scratch_.map(x, x.size(1));
     if (need_x && masks_later) {  // one pass makes z and takes the sums
       after.x = channels_last(
           std::get<0>(convolve_backward(grad, z, weight, bias, {true, false, false}, layer.dilation)));
-      std::tie(after.sum_d, after.sum_dx) = ops_.bn_relu_with_sums(after.x, x, scale, shift, mean, z);
+      ops_.bn_relu_with_sums(to, after.x, x, scale, shift, mean, z);
       std::tie(std::ignore, grads.conv2_weight, grads.conv2_bias) =
           convolve_backward(grad, z, weight, bias, {false, need_weight, need_bias}, layer.dilation);
       after.masked = false;
@@ -467,21 +526,22 @@ class Backward {
         convolve_backward(grad, z, weight, bias, {need_x, need_weight, need_bias}, layer.dilation);
     if (!need_x) return after;
     after.x = channels_last(grad_z);
-    std::tie(after.sum_d, after.sum_dx) =
-        add_to == nullptr ? ops_.bn_relu_backward(after.x, x, scale, shift, mean, rstd, false)
-                          : ops_.bn_relu_accumulate(after.x, x, scale, shift, mean, *add_to);
+    if (add_to == nullptr)
+      ops_.bn_relu_backward(to, after.x, x, scale, shift, mean, rstd, false);
+    else
+      ops_.bn_relu_accumulate(to, after.x, x, scale, shift, mean, *add_to);
     return after;
   }
 
   // Makes y's gradient of what came through conv2; returns what bottleneck_backward is to do of that.
-  std::vector<Tensor> grad_of_y(const Layer& layer, AfterConvolution& after, const Tensor& y,
-                                const Norm& norm2, bool defers) {
+  std::vector<Tensor> grad_of_y(const Layer& layer, AfterConvolution& after, const SumsTo& sums,
+                                const Tensor& y, const Norm& norm2, bool defers) {
     std::vector<Tensor> deferred;
-    if (norm2.batch_statistics || !after.masked) {
-      Tensor a = at::zeros_like(norm2.mean), b = at::zeros_like(norm2.mean);
-      if (norm2.batch_statistics)
-        ops_.defer(after.sum_d, after.sum_dx, norm2.rstd, norm2.scale, count_, a, b);
-      deferred = {y, norm2.mean, a, b};
+    if (norm2.batch_statistics) {
+      deferred = {y, norm2.mean, sums.a, sums.b};
+    } else if (!after.masked) {
+      const Tensor nothing = at::zeros_like(norm2.mean);
+      deferred = {y, norm2.mean, nothing, nothing};
     }
     if (!after.masked) {
       deferred.push_back(norm2.scale);
@@ -500,6 +560,7 @@ class Backward {
   Scratch scratch_;
   const int64_t count_;
   std::vector<Tensor> kept_;
+  Tensor counters_;
   bool needs_input_;
   std::vector<LayerParameters<bool>> needs_;
   std::vector<LayerParameters<Tensor>> grads_;

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "backend.h"
@@ -53,10 +53,6 @@ inline Tensor as_map(const Tensor& flat, int64_t offset, const Tensor& like, int
   return view_of(flat, layout.sizes, layout.strides, flat.storage_offset() + offset);
 }
 
-inline std::optional<Tensor> given(const Tensor& tensor) {
-  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
-}
-
 constexpr int64_t kAlignment = 64;  // bytes: a cache line
 
 inline int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -91,24 +87,10 @@ struct Norm {
 
 struct Statistics {
   Tensor mean, var;
-  void set(const TwoVectors& values) const {
-    copy(mean, std::get<0>(values));
-    copy(var, std::get<1>(values));
-  }
-  static void copy(const Tensor& to, const Tensor& from) {
-    const bool plain =
-        to.is_cpu() && from.is_cpu() && from.scalar_type() == to.scalar_type() && from.is_contiguous();
-    if (plain && from.sizes() == to.sizes())
-      std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
-    else
-      to.copy_(from);
-  }
 };
 
-inline Norm folded(const Backend& backend, const Statistics& of, const Tensor& weight, const Tensor& bias,
-                   double eps, bool batch_statistics) {
-  const auto [rstd, scale, shift] = backend.fold(of.mean, of.var, given(weight), given(bias), eps);
-  return {of.mean, rstd, scale, shift, batch_statistics};
+inline Norm folded(const FoldOf& fold, bool batch_statistics) {
+  return {fold.mean, fold.rstd, fold.scale, fold.shift, batch_statistics};
 }
 
 struct Range {
@@ -222,15 +204,29 @@ class Stage {
       of_norms.push_back(has_own_vectors(i) ? next(sizes_[i]) : at(0, sizes_[i]).of(of_buffer));
   }
 
-  Norm norm1(const Layer& layer) const {
-    return fold(norm1_of(layer), layer.parameters.norm1_weight, layer.parameters.norm1_bias);
+  // Room for what all norms are folded into, rstd, scale and shift of each: beside the maps it is nothing.
+  // `folds` says what is to be folded, once the statistics are there.
+  void make_folds() {
+    int64_t size = 0;
+    for (int64_t n : sizes_) size += 3 * padded(n);
+    const Tensor all = at::empty({size}, of_buffer.mean.options());
+    int64_t used = 0;
+    const auto next = [&](int64_t n) {
+      used += padded(n);
+      return part_of(all, 0, used - padded(n), n);
+    };
+    folds.reserve(sizes_.size());
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      const auto [weight, bias] = parameters_of(i);
+      const int64_t n = sizes_[i];
+      folds.push_back(
+          {of_norms[i].mean, of_norms[i].var, weight, bias, settings.eps[i], next(n), next(n), next(n)});
+    }
   }
-  Norm norm2(const Layer& layer) const {
-    return fold(norm2_of(layer), layer.parameters.norm2_weight, layer.parameters.norm2_bias);
-  }
-  Norm pool_norm() const {
-    return fold(static_cast<int64_t>(sizes_.size()) - 1, pool.norm_weight, pool.norm_bias);
-  }
+  Norm norm(int64_t i) const { return folded(folds[i], batch_statistics(i)); }
+  Norm norm1(const Layer& layer) const { return norm(norm1_of(layer)); }
+  Norm norm2(const Layer& layer) const { return norm(norm2_of(layer)); }
+  int64_t pool_norm() const { return static_cast<int64_t>(sizes_.size()) - 1; }
 
   int64_t pixels() const { return like_.size(0) * count_pixels(like_); }
   bool is_saved(const Layer& layer) const {
@@ -289,8 +285,16 @@ class Stage {
   PoolParameters<Tensor> pool;
   Statistics of_buffer;
   std::vector<Statistics> of_norms;
+  std::vector<FoldOf> folds;  // by norm
 
  private:
+  std::pair<Tensor, Tensor> parameters_of(size_t norm) const {
+    const size_t step = settings.bottleneck ? 2 : 1;
+    if (norm >= step * layers.size()) return {pool.norm_weight, pool.norm_bias};
+    const LayerParameters<Tensor>& own = layers[norm / step].parameters;
+    if (norm % step == 1) return {own.norm2_weight, own.norm2_bias};
+    return {own.norm1_weight, own.norm1_bias};
+  }
   // The output channels of a layer's convolution.
   int64_t check_weights(const char* op, const char* name, size_t layer, const Tensor& weight,
                         int64_t in) const {
@@ -303,9 +307,6 @@ class Stage {
     return !batch_statistics(static_cast<int64_t>(norm)) || (settings.bottleneck && is_second(norm));
   }
   bool is_second(size_t norm) const { return norm % 2 == 1 && norm < 2 * layers.size(); }
-  Norm fold(int64_t norm, const Tensor& weight, const Tensor& bias) const {
-    return folded(backend_, of_norms[norm], weight, bias, settings.eps[norm], batch_statistics(norm));
-  }
 
   const Backend& backend_;
   const Tensor& like_;

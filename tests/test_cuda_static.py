@@ -97,14 +97,15 @@ def test_dynamic_shared_memory_is_what_the_headers_say():
 # ---- Requirements
 
 GEMM = "bottleneck_kernel<TensorCore<__half>, 64>"
-WRITER, READER = "rows_kernel<float, 4, BnRelu<float>>", "rows_kernel<float, 4, Statistics<float, false>>"
+WRITER = "rows_kernel<float, 4, BnRelu<float>, Nothing>"
+READER = "rows_kernel<float, 4, Statistics<float, false>, Moments<float>>"
 OTHERS = ["avg_pool_kernel<float, 4>", "avg_pool_backward_kernel<float, 4>", "max_pool_kernel<float, 4>"]
 OTHERS += ["max_pool_backward_kernel<float, 4>", "bottleneck_backward_kernel<Tf32, 64>"]
-OTHERS += ["channels_kernel<Fold<float>>", "merge_kernel<float, Moments<float>>"]
+OTHERS += ["channels_kernel<Defer<float>>", "merge_kernel<float, Moments<float>>"]
 OTHERS += [
-    "merge_statistics_kernel<float>",
+    "fold_kernel<float>",
     "add_parts_kernel<float>",
-    "rows_kernel<float, 1, BnRelu<float>>",
+    "rows_kernel<float, 1, BnRelu<float>, Nothing>",
 ]
 
 

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "backend.h"
+#include "cpu/results.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -121,9 +121,9 @@ std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& 
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_with_sums);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_backward);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_accumulate);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_with_sums, SumsTo);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_backward, SumsTo);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_accumulate, SumsTo);
 }
 
 }  // namespace effdense

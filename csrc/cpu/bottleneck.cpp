@@ -11,8 +11,8 @@
 
 #include <tuple>
 
-#include "backend.h"
 #include "cpu/gemm.h"
+#include "cpu/results.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -196,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bottleneck);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bottleneck_backward);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bottleneck, StatisticsTo);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bottleneck_backward, SumsTo);
 }
 
 }  // namespace effdense

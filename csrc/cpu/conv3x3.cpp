@@ -14,9 +14,9 @@
 
 #include <tuple>
 
-#include "backend.h"
 #include "cpu/few_pixels.h"
 #include "cpu/gemm.h"
+#include "cpu/results.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -381,8 +381,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_conv3x3);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_conv3x3_backward);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_conv3x3, StatisticsTo);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_conv3x3_backward, SumsTo);
 }
 
 }  // namespace effdense

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "backend.h"
+#include "cpu/results.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
@@ -73,8 +73,8 @@ void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
-  EFFDENSE_IMPLEMENT(m, cpu_backend, channel_statistics);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, append_features);
+  EFFDENSE_IMPLEMENT_PUTTING(m, channel_statistics, StatisticsTo);
+  EFFDENSE_IMPLEMENT_PUTTING(m, append_features, StatisticsTo);
   EFFDENSE_IMPLEMENT(m, cpu_backend, take_gradient);
 }
 

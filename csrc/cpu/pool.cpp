@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "backend.h"
+#include "cpu/results.h"
 #include "cpu/tiles.h"
 #include "windows.h"
 
@@ -183,7 +183,7 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_avg_pool);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu_avg_pool_backward);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_avg_pool_backward, SumsTo);
   m.impl("bn_relu_max_pool", bn_relu_max_pool);
   m.impl("max_pool_backward", max_pool_backward);
 }

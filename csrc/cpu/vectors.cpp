@@ -7,11 +7,47 @@
 #include <cmath>
 #include <tuple>
 
-#include "backend.h"
+#include "cpu/results.h"
 #include "cpu/tiles.h"
 
 namespace effdense {
 namespace {
+
+void fold(const FoldOf& norm, const Tensor& weight, const Tensor& bias) {
+  const Tensor& mean = norm.mean;
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "fold", [&] {
+    const scalar_t *mean_data = mean.const_data_ptr<scalar_t>(),
+                   *var_data = norm.var.const_data_ptr<scalar_t>();
+    const scalar_t* weight_data = weight.defined() ? weight.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t* bias_data = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t *rstd_data = norm.rstd.mutable_data_ptr<scalar_t>(),
+             *scale_data = norm.scale.mutable_data_ptr<scalar_t>(),
+             *shift_data = norm.shift.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < mean.numel(); ++c) {
+      rstd_data[c] = scalar_t(1) / std::sqrt(var_data[c] + static_cast<scalar_t>(norm.eps));
+      scale_data[c] = weight_data == nullptr ? rstd_data[c] : rstd_data[c] * weight_data[c];
+      shift_data[c] = (bias_data == nullptr ? scalar_t(0) : bias_data[c]) - mean_data[c] * scale_data[c];
+    }
+  });
+}
+
+void copy_vector(const Tensor& to, const Tensor& from) {
+  if (from.scalar_type() == to.scalar_type() && from.is_contiguous() && from.sizes() == to.sizes())
+    std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
+  else
+    to.copy_(from);
+}
+
+void fold_all(at::ArrayRef<FoldOf> norms) {
+  for (const FoldOf& norm : norms) {
+    if (norm.running_mean.defined()) {
+      copy_vector(norm.mean, norm.running_mean);
+      copy_vector(norm.var, norm.running_var);
+    }
+    fold(norm, norm_parameter("fold", "weight", given(norm.weight), norm.mean),
+         norm_parameter("fold", "bias", given(norm.bias), norm.mean));
+  }
+}
 
 std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
                                         const std::optional<Tensor>& weight,
@@ -20,21 +56,12 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
   check_per_channel(op, "mean", mean, mean, mean.numel());
   check_per_channel(op, "var", var, mean, mean.numel());
   const Tensor w = norm_parameter(op, "weight", weight, mean), b = norm_parameter(op, "bias", bias, mean);
-  Tensor rstd = at::empty_like(mean), scale = at::empty_like(mean), shift = at::empty_like(mean);
-  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), op, [&] {
-    const scalar_t *mean_data = mean.const_data_ptr<scalar_t>(), *var_data = var.const_data_ptr<scalar_t>();
-    const scalar_t* weight_data = w.defined() ? w.const_data_ptr<scalar_t>() : nullptr;
-    const scalar_t* bias_data = b.defined() ? b.const_data_ptr<scalar_t>() : nullptr;
-    scalar_t *rstd_data = rstd.mutable_data_ptr<scalar_t>(), *scale_data = scale.mutable_data_ptr<scalar_t>(),
-             *shift_data = shift.mutable_data_ptr<scalar_t>();
-    for (int64_t c = 0; c < mean.numel(); ++c) {
-      rstd_data[c] = scalar_t(1) / std::sqrt(var_data[c] + static_cast<scalar_t>(eps));
-      scale_data[c] = weight_data == nullptr ? rstd_data[c] : rstd_data[c] * weight_data[c];
-      shift_data[c] = (bias_data == nullptr ? scalar_t(0) : bias_data[c]) - mean_data[c] * scale_data[c];
-    }
-  });
-  return {rstd, scale, shift};
+  const FoldOf norm{mean, var, w, b, eps, at::empty_like(mean), at::empty_like(mean), at::empty_like(mean)};
+  fold(norm, w, b);
+  return {norm.rstd, norm.scale, norm.shift};
 }
+
+}  // namespace
 
 void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale, int64_t count,
            Tensor& a, Tensor& b) {
@@ -52,6 +79,8 @@ void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const 
     }
   });
 }
+
+namespace {
 
 // What moves statistics makes no tensor: out of memory, some would have moved and others not.
 void count_batch(const Tensor& counter) {
@@ -121,8 +150,10 @@ void update_from_vectors(const Tensor& vectors, at::IntArrayRef starts, TensorLi
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   m.impl("count_batches", count_batches);
   m.impl("update_from_vectors", update_from_vectors);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, fold);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, defer);
+  m.impl("fold", static_cast<ThreeTensors (*)(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                              const std::optional<Tensor>&, double)>(fold));
+  cpu_backend.fold = fold_all;
+  m.impl("defer", defer);
   m.impl("update_running_statistics",
          static_cast<void (*)(TensorList, TensorList, at::ArrayRef<double>, at::ArrayRef<double>)>(
              update_running_statistics));

@@ -1,10 +1,20 @@
 // Batch normalisation on CUDA: fold and defer, bn_relu and its two backwards.
-#include <ATen/ops/empty_like.h>
-
 #include "cuda/bindings.h"
 
 namespace effdense {
 namespace {
+
+void fold_all(at::ArrayRef<FoldOf> norms) {
+  if (norms.empty()) return;
+  const Tensor& like = norms[0].mean;
+  const OnDevice device(like);
+  AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "fold", [&] {
+    std::vector<Tensor> kept;
+    std::vector<kernels::Fold<scalar_t>> folds;
+    for (const FoldOf& norm : norms) folds.push_back(fold_of<scalar_t>(norm, kept));
+    kernels::fold(folds.data(), static_cast<int64_t>(folds.size()), device.stream);
+  });
+}
 
 std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
                                         const std::optional<Tensor>& weight,
@@ -12,17 +22,16 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
   constexpr const char* op = "fold";
   check_per_channel(op, "mean", mean, mean, mean.numel());
   check_per_channel(op, "var", var, mean, mean.numel());
-  const OnDevice device(mean);
-  const Tensor w = norm_parameter(op, "weight", weight, mean), b = norm_parameter(op, "bias", bias, mean);
-  Tensor rstd = at::empty_like(mean), scale = at::empty_like(mean), shift = at::empty_like(mean);
-  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), op, [&] {
-    kernels::fold(mean.numel(), mean.const_data_ptr<scalar_t>(), var.const_data_ptr<scalar_t>(),
-                  w.defined() ? w.const_data_ptr<scalar_t>() : nullptr,
-                  b.defined() ? b.const_data_ptr<scalar_t>() : nullptr, static_cast<scalar_t>(eps),
-                  rstd.mutable_data_ptr<scalar_t>(), scale.mutable_data_ptr<scalar_t>(),
-                  shift.mutable_data_ptr<scalar_t>(), device.stream);
-  });
-  return {rstd, scale, shift};
+  const FoldOf norm{mean,
+                    var,
+                    weight.value_or(Tensor()),
+                    bias.value_or(Tensor()),
+                    eps,
+                    at::empty_like(mean),
+                    at::empty_like(mean),
+                    at::empty_like(mean)};
+  fold_all(norm);
+  return {norm.rstd, norm.scale, norm.shift};
 }
 
 void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale, int64_t count,
@@ -49,72 +58,68 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
   });
 }
 
-std::tuple<Tensor, Tensor> bn_relu_with_sums(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                             const Tensor& shift, const Tensor& mean, Tensor& out) {
+void bn_relu_with_sums(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                       const Tensor& shift, const Tensor& mean, Tensor& out) {
   constexpr const char* op = "bn_relu_with_sums";
   check_norm(op, x, scale, shift, &mean);
   check_same_shape(op, "grad", grad, x);
   check_same_shape(op, "out", out, x);
   const OnDevice device(x);
-  const Sums sums(x, scale);
+  make(to, scale, x.size(1), x.numel() == 0);
   EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), dz(grad);
-    const Tensor workspace = at::empty({kernels::workspace_size<T>(size_of(x))}, scale.options());
+    const Temporary<A> temporary(kernels::workspace_size<T>(size_of(x)), scale.options(), to.counters);
     kernels::bn_relu_with_sums(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
-                               writable_matrix<T>(op, "out", out), sums.d.mutable_data_ptr<A>(),
-                               sums.dx.mutable_data_ptr<A>(), workspace.mutable_data_ptr<A>(), device.stream);
+                               writable_matrix<T>(op, "out", out), sums_of<A>(to), temporary.scratch(),
+                               device.stream);
   });
-  return {sums.d, sums.dx};
 }
 
-std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const Tensor& scale,
-                                            const Tensor& shift, const Tensor& mean, const Tensor& rstd,
-                                            bool batch_statistics) {
+void bn_relu_backward(SumsTo& to, Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                      const Tensor& mean, const Tensor& rstd, bool batch_statistics) {
   constexpr const char* op = "bn_relu_backward";
   check_norm(op, x, scale, shift, &mean);
   check_per_channel(op, "rstd", rstd, x, x.size(1));
   check_same_shape(op, "grad", grad, x);
   const OnDevice device(x);
-  const Sums sums(x, scale);
+  make(to, scale, x.size(1), x.numel() == 0);
   EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x);
-    const Tensor workspace = at::empty({kernels::workspace_size<T>(size_of(x))}, scale.options());
+    const Temporary<A> temporary(kernels::workspace_size<T>(size_of(x)), scale.options(), to.counters);
     kernels::bn_relu_backward(size_of(x), writable_matrix<T>(op, "grad", grad), from.matrix,
-                              norm_of<A>(scale, shift, &mean, &rstd), batch_statistics,
-                              sums.d.mutable_data_ptr<A>(), sums.dx.mutable_data_ptr<A>(),
-                              workspace.mutable_data_ptr<A>(), device.stream);
+                              norm_of<A>(scale, shift, &mean, &rstd), batch_statistics, sums_of<A>(to),
+                              temporary.scratch(), device.stream);
   });
-  return {sums.d, sums.dx};
 }
 
-std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                              const Tensor& shift, const Tensor& mean, Tensor& grad_x) {
+void bn_relu_accumulate(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                        const Tensor& shift, const Tensor& mean, Tensor& grad_x) {
   constexpr const char* op = "bn_relu_accumulate";
   check_norm(op, x, scale, shift, &mean);
   check_same_shape(op, "grad", grad, x);
   check_same_shape(op, "grad_x", grad_x, x);
   const OnDevice device(x);
-  const Sums sums(x, scale);
+  make(to, scale, x.size(1), x.numel() == 0);
   EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), dz(grad);
-    const Tensor workspace = at::empty({kernels::workspace_size<T>(size_of(x))}, scale.options());
+    const Temporary<A> temporary(kernels::workspace_size<T>(size_of(x)), scale.options(), to.counters);
     kernels::bn_relu_accumulate(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
-                                writable_matrix<T>(op, "grad_x", grad_x), sums.d.mutable_data_ptr<A>(),
-                                sums.dx.mutable_data_ptr<A>(), workspace.mutable_data_ptr<A>(),
+                                writable_matrix<T>(op, "grad_x", grad_x), sums_of<A>(to), temporary.scratch(),
                                 device.stream);
   });
-  return {sums.d, sums.dx};
 }
 
 }  // namespace
 
 EFFDENSE_CUDA_LIBRARY(m) {
-  EFFDENSE_IMPLEMENT(m, cuda_backend, fold);
-  EFFDENSE_IMPLEMENT(m, cuda_backend, defer);
+  m.impl("fold", fold);
+  cuda_backend.fold = fold_all;
+  cuda_backend.counters = kernels::kCounters;
+  m.impl("defer", defer);
   EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu);
-  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_with_sums);
-  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_backward);
-  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_accumulate);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_with_sums);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_backward);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_accumulate);
 }
 
 }  // namespace effdense

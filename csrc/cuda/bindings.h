@@ -6,6 +6,8 @@
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #ifndef EFFDENSE_SIMT
 #include <c10/cuda/CUDAGuard.h>
@@ -14,6 +16,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
 #include "backend.h"
 #include "checks.h"
@@ -95,15 +98,112 @@ kernels::Norm<A> norm_of(const Tensor& scale, const Tensor& shift, const Tensor*
           rstd == nullptr ? nullptr : rstd->const_data_ptr<A>()};
 }
 
-// The two sums of a backward, 0 where there is nothing to add.
-struct Sums {
-  Sums(const Tensor& x, const Tensor& scale)
-      : d(at::empty({x.size(1)}, scale.options())), dx(at::empty_like(d)) {
-    if (x.numel() > 0) return;
-    d.zero_();
-    dx.zero_();
+// ---- What a launcher takes beside maps, out of what its caller has given. All of it is there before the
+// first launch.
+
+// Memory that a call needs until it is done.
+template <typename A>
+struct Temporary {
+  Temporary(int64_t partial_size, const at::TensorOptions& options, const Tensor& given_counters)
+      : partial(at::empty({partial_size}, options)),
+        counters(given_counters.defined() ? given_counters
+                                          : at::zeros({kernels::kCounters}, options.dtype(at::kInt))) {}
+  kernels::Scratch<A> scratch() const {
+    return {partial.mutable_data_ptr<A>(), counters.mutable_data_ptr<int>()};
   }
-  Tensor d, dx;
+  Tensor partial, counters;
 };
+
+inline kernels::Parameter parameter_of(const char* name, const Tensor& vector, const Tensor& like,
+                                       std::vector<Tensor>& kept) {
+  if (!vector.defined()) return {};
+  const bool is_known = vector.is_contiguous() && vector.dim() == 1;
+  Tensor x = is_known ? vector : vector.contiguous();
+  check_device("fold", name, x, like.device());
+  TORCH_CHECK_VALUE(x.dim() == 1 && x.numel() == like.numel(), "fold: ", name,
+                    " must be a contiguous vector of ", like.numel(),
+                    " elements (one per channel), got shape ", x.sizes());
+  const auto type_of = [&]() -> std::optional<kernels::Element> {
+    switch (x.scalar_type()) {
+      case at::kFloat:
+        return kernels::Element::float32;
+      case at::kDouble:
+        return kernels::Element::float64;
+      case at::kHalf:
+        return kernels::Element::float16;
+      case at::kBFloat16:
+        return kernels::Element::bfloat16;
+      default:
+        return std::nullopt;
+    }
+  };
+  if (!type_of()) x = x.to(like.scalar_type());
+  kept.push_back(x);
+  return {x.const_data_ptr(), *type_of()};
+}
+
+// `kept`: copies of parameters, until the launch.
+template <typename A>
+kernels::Fold<A> fold_of(const FoldOf& norm, std::vector<Tensor>& kept) {
+  return {norm.mean.numel(),
+          norm.mean.mutable_data_ptr<A>(),
+          norm.var.mutable_data_ptr<A>(),
+          parameter_of("weight", norm.weight, norm.mean, kept),
+          parameter_of("bias", norm.bias, norm.mean, kept),
+          static_cast<A>(norm.eps),
+          norm.rstd.mutable_data_ptr<A>(),
+          norm.scale.mutable_data_ptr<A>(),
+          norm.shift.mutable_data_ptr<A>(),
+          parameter_of("running_mean", norm.running_mean, norm.mean, kept),
+          parameter_of("running_var", norm.running_var, norm.mean, kept)};
+}
+
+// The statistics of `channels` channels of a map like `like`: makes the vectors where there are none.
+inline void make(StatisticsTo& to, const Tensor& like, int64_t channels) {
+  if (to.mean.defined()) return;
+  to.mean = at::empty({channels}, like.options().dtype(accumulate_type(like.scalar_type())));
+  to.var = at::empty_like(to.mean);
+}
+
+// Of no values: 0 and 1, and what is folded of them.
+inline void finish_empty(const StatisticsTo& to) {
+  to.mean.zero_();
+  to.var.fill_(1);
+  if (to.then != nullptr) cuda_backend.fold(*to.then);
+}
+
+template <typename A>
+kernels::StatisticsOut<A> statistics_of(const StatisticsTo& to, std::vector<Tensor>& kept) {
+  kernels::StatisticsOut<A> out{to.mean.mutable_data_ptr<A>(), to.var.mutable_data_ptr<A>()};
+  if (to.then != nullptr) out.then = fold_of<A>(*to.then, kept);
+  out.first = to.first;
+  return out;
+}
+
+// The two sums of `channels` channels of a norm with this scale, and what else is made of them: makes the
+// vectors, of zeros where nothing is added.
+inline void make(SumsTo& to, const Tensor& scale, int64_t channels, bool nothing) {
+  const auto vector = [&] {
+    return nothing ? at::zeros({channels}, scale.options()) : at::empty({channels}, scale.options());
+  };
+  to.sum_d = vector();
+  to.sum_dx = vector();
+  if (to.deferred != SumsTo::Deferred::made) return;
+  to.a = vector();
+  to.b = vector();
+}
+
+template <typename A>
+kernels::SumsOut<A> sums_of(const SumsTo& to) {
+  kernels::SumsOut<A> out{to.sum_d.mutable_data_ptr<A>(), to.sum_dx.mutable_data_ptr<A>()};
+  if (to.rstd.defined()) out.rstd = to.rstd.const_data_ptr<A>();
+  if (to.deferred == SumsTo::Deferred::no) return out;
+  out.scale = to.scale.const_data_ptr<A>();
+  out.a = to.a.mutable_data_ptr<A>();
+  out.b = to.b.mutable_data_ptr<A>();
+  out.adds = to.deferred == SumsTo::Deferred::added;
+  out.share = kernels::share_of<A>(to.count);
+  return out;
+}
 
 }  // namespace effdense

@@ -1,11 +1,9 @@
 // bottleneck and its backward, on CUDA.
 #include <ATen/Context.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -104,51 +102,48 @@ struct ReadableWeight {
   Tensor rows;
 };
 
-std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, const Tensor& shift,
-                                      const Tensor& weight, const std::optional<Tensor>& bias,
-                                      const std::optional<Tensor>& out_scale,
-                                      const std::optional<Tensor>& out_shift, bool statistics, Tensor& y) {
+void bottleneck(StatisticsTo& to, TensorList features, const Tensor& scale, const Tensor& shift,
+                const Tensor& weight, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_shift,
+                bool statistics, Tensor& y) {
   constexpr const char* op = "bottleneck";
   check_bottleneck(op, features, scale, shift, weight, bias, out_scale, out_shift, y);
   const OnDevice device(y);
-  const int64_t out_channels = statistics ? weight.size(0) : 0;
-  if (y.numel() == 0)
-    return {at::zeros({out_channels}, scale.options()), at::ones({out_channels}, scale.options())};
-  Tensor mean = at::empty({out_channels}, scale.options()), var = at::empty_like(mean);
+  const int64_t out_channels = weight.size(0);
+  make(to, y, statistics ? out_channels : 0);
+  if (y.numel() == 0) return statistics ? finish_empty(to) : void();
   EFFDENSE_CUDA_DISPATCH(op, y, [&] {
     const kernels::Matrix<T> out = writable_matrix<T>(op, "y", y);
     const ReadableMatrix<T> x(joined(features));
     const ReadableWeight<T> w(weight);
     const kernels::Size size = size_of(x.dense);
-    const Tensor workspace = at::empty(
-        {statistics ? kernels::bottleneck_workspace_size<T>(size, out_channels) : 0}, scale.options());
     const kernels::Epilogue<A> epilogue{data_or_null<A>(bias), data_or_null<A>(out_scale),
                                         data_or_null<A>(out_shift)};
-    kernels::bottleneck(size, weight.size(0), x.matrix, norm_of<A>(scale, shift), w.matrix(), epilogue,
-                        tf32_permitted(), out, statistics ? mean.mutable_data_ptr<A>() : nullptr,
-                        statistics ? var.mutable_data_ptr<A>() : nullptr, workspace.mutable_data_ptr<A>(),
-                        device.stream);
+    const auto run = [&](const kernels::StatisticsOut<A>& results, const kernels::Scratch<A>& scratch) {
+      kernels::bottleneck(size, out_channels, x.matrix, norm_of<A>(scale, shift), w.matrix(), epilogue,
+                          tf32_permitted(), out, results, scratch, device.stream);
+    };
+    if (!statistics) return run({nullptr, nullptr}, {});
+    const Temporary<A> temporary(kernels::bottleneck_workspace_size<T>(size, out_channels), scale.options(),
+                                 to.counters);
+    std::vector<Tensor> kept;
+    run(statistics_of<A>(to, kept), temporary.scratch());
   });
-  return {mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, const Tensor& grad_y,
-                                                       const Tensor& scale, const Tensor& shift,
-                                                       const Tensor& mean, const Tensor& weight,
-                                                       TensorList grad_features, bool accumulate,
-                                                       bool need_features, bool need_weight,
-                                                       TensorList deferred) {
+Tensor bottleneck_backward(SumsTo& to, TensorList features, const Tensor& grad_y, const Tensor& scale,
+                           const Tensor& shift, const Tensor& mean, const Tensor& weight,
+                           TensorList grad_features, bool accumulate, bool need_features, bool need_weight,
+                           TensorList deferred) {
   constexpr const char* op = "bottleneck_backward";
   check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, deferred);
   const OnDevice device(grad_y);
   const int64_t out_channels = weight.size(0), channels = scale.numel();
   const bool nothing = grad_y.numel() == 0;
-  const auto result = [&](at::IntArrayRef sizes, bool wanted) {
-    return wanted && !nothing ? at::empty(sizes, scale.options()) : at::zeros(sizes, scale.options());
-  };
-  const Tensor grad_weight = result({need_weight ? out_channels : 0, channels}, true);
-  const Tensor sum_d = result({channels}, need_features), sum_dx = result({channels}, need_features);
-  if (nothing) return {grad_weight, sum_d, sum_dx};
+  const std::array<int64_t, 2> sizes{need_weight ? out_channels : 0, channels};
+  const Tensor grad_weight = nothing ? at::zeros(sizes, scale.options()) : at::empty(sizes, scale.options());
+  make(to, scale, channels, nothing || !need_features);
+  if (nothing) return grad_weight;
 
   EFFDENSE_CUDA_DISPATCH(op, grad_y, [&] {
     bool wanted = false, whole = true;  // any of the gradients, all of them
@@ -182,9 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
         tf32_permitted(),
         wanted ? writable_matrix<T>(op, "grad_features", grad_x) : kernels::Matrix<T>{nullptr, 0},
         accumulate && together.defined(), need_weight ? grad_weight.mutable_data_ptr<A>() : nullptr,
-        need_features ? sum_d.mutable_data_ptr<A>() : nullptr,
-        need_features ? sum_dx.mutable_data_ptr<A>() : nullptr, workspace.mutable_data_ptr<A>(),
-        device.stream);
+        need_features ? sums_of<A>(to) : kernels::SumsOut<A>{nullptr, nullptr},
+        workspace.mutable_data_ptr<A>(), device.stream);
     if (!wanted || together.defined()) return;
     int64_t first = 0;
     for (size_t i = 0; i < grad_features.size(); ++i) {
@@ -197,14 +191,14 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
         grad_features[i].copy_(part);
     }
   });
-  return {grad_weight, sum_d, sum_dx};
+  return grad_weight;
 }
 
 }  // namespace
 
 EFFDENSE_CUDA_LIBRARY(m) {
-  EFFDENSE_IMPLEMENT(m, cuda_backend, bottleneck);
-  EFFDENSE_IMPLEMENT(m, cuda_backend, bottleneck_backward);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bottleneck);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bottleneck_backward);
 }
 
 // true or false: whether this thread's products may round to TF32, whatever PyTorch's settings say; None:

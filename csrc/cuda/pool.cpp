@@ -1,6 +1,4 @@
 // Pooling of relu(scale * x + shift) on CUDA: the average pool and its backward, the max pool and its own.
-#include <ATen/ops/empty_like.h>
-
 #include "cuda/bindings.h"
 #include "windows.h"
 
@@ -41,26 +39,24 @@ Tensor bn_relu_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shif
   return out;
 }
 
-std::tuple<Tensor, Tensor> bn_relu_avg_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                     const Tensor& shift, const Tensor& mean,
-                                                     at::IntArrayRef kernel_size, Tensor& grad_x) {
+void bn_relu_avg_pool_backward(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                               const Tensor& shift, const Tensor& mean, at::IntArrayRef kernel_size,
+                               Tensor& grad_x) {
   constexpr const char* op = "bn_relu_avg_pool_backward";
   check_norm(op, x, scale, shift, &mean);
   const Windows windows = average_windows(op, x, kernel_size);
   check_same_shape(op, "grad_x", grad_x, x);
   check_pooled(op, "grad", grad, x, at::IntArrayRef(windows.out).slice(5 - x.dim()));
   const OnDevice device(x);
-  const Sums sums(x, scale);
+  make(to, scale, x.size(1), x.numel() == 0);
   EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), g(grad);
     const kernels::Windows all = windows_of(op, x, windows);
-    const Tensor workspace = at::empty({kernels::avg_pool_workspace_size<T>(all)}, scale.options());
+    const Tensor partial = at::empty({kernels::avg_pool_workspace_size<T>(all)}, scale.options());
     kernels::bn_relu_avg_pool_backward(all, g.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
-                                       writable_matrix<T>(op, "grad_x", grad_x), sums.d.mutable_data_ptr<A>(),
-                                       sums.dx.mutable_data_ptr<A>(), workspace.mutable_data_ptr<A>(),
-                                       device.stream);
+                                       writable_matrix<T>(op, "grad_x", grad_x), sums_of<A>(to),
+                                       {partial.mutable_data_ptr<A>(), nullptr}, device.stream);
   });
-  return {sums.d, sums.dx};
 }
 
 std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift,
@@ -101,7 +97,7 @@ void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef 
 
 EFFDENSE_CUDA_LIBRARY(m) {
   EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_avg_pool);
-  EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu_avg_pool_backward);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_avg_pool_backward);
   m.impl("bn_relu_max_pool", bn_relu_max_pool);
   m.impl("max_pool_backward", max_pool_backward);
 }

@@ -1,5 +1,7 @@
 // launch(): runs a kernel over its grid, block by block, in the order that the environment variable
-// SIMT_ORDER names: fwd, rev, or a seed. Whatever the kernel did wrong comes out of it as simt::Error.
+// SIMT_ORDER names: fwd, rev, or a seed. With SIMT_BLOCKS=n up to n blocks are there at a time: at barriers,
+// counters and fences one is left for another, and races between them are looked for (races.h). Whatever the
+// kernel did wrong comes out of it as simt::Error.
 #pragma once
 
 #include <numeric>
@@ -40,6 +42,12 @@ class Order {
     auto step = static_cast<int64_t>(mix(seed_) % count);
     while (std::gcd(step, count) != 1) ++step;
     return static_cast<int64_t>((static_cast<unsigned __int128>(i) * step + mix(seed_ + 1)) % count);
+  }
+
+  // Which of `count` blocks goes on.
+  size_t turn(int64_t i, size_t count) const {
+    if (!shuffled_) return reversed_ ? count - 1 : static_cast<size_t>(i) % count;
+    return mix(seed_ + 2 * static_cast<uint64_t>(i)) % count;
   }
 
   void threads(int64_t block, std::vector<int>& order) const {
@@ -88,8 +96,7 @@ inline void check_configuration(dim3 grid, dim3 block, size_t dynamic_shared_byt
 // Makes every thread of the block ready to start, its warps empty.
 inline void set_up_threads(const std::vector<int>& order) {
   const int count = static_cast<int>(order.size()), warps = (count + 31) / 32;
-  static std::vector<Thread*> pointers;
-  pointers.resize(count);
+  machine.order.resize(count);
   machine.warps.resize(std::max<size_t>(machine.warps.size(), warps));
   for (int w = 0; w < warps; ++w) {
     Warp& warp = machine.warps[w];
@@ -108,24 +115,62 @@ inline void set_up_threads(const std::vector<int>& order) {
     thread.at_barrier = thread.exited = false;
     thread.warp->threads[thread.lane] = &thread;
     thread.warp->order[thread.warp->size++] = thread.lane;
-    pointers[i] = &thread;
+    machine.order[i] = &thread;
     ready_last(&thread);
   }
-  machine.order = pointers.data();
   machine.live = count;
   machine.exited = machine.waiting = 0;
 }
 
-inline void run_block(const std::vector<int>& order) {
-  set_up_threads(order);
-  for (const Range& range : static_shared) fill_with_nan(range.begin, range.end);
-  if (machine.dynamic_shared) fill_with_nan(machine.dynamic_shared, machine.dynamic_shared_end);
+// A block in the middle: what it left in shared memory, and which one it is.
+struct Paused {
+  Resident resident;
+  uint3 index{};
+  std::vector<char> static_memory;
+  std::unique_ptr<void, decltype(&free)> dynamic_memory{nullptr, free};
+  bool is_new = true;
+};
+
+// Starts the machine's block, or goes on with it, until all its threads have returned or it is left.
+inline void go_on(std::vector<Paused>& all, Paused& paused) {
+  std::swap(static_cast<Resident&>(machine), paused.resident);
+  blockIdx = paused.index;
+  if (paused.is_new) {
+    for (const Range& range : static_shared) fill_with_nan(range.begin, range.end);
+    if (machine.dynamic_shared) fill_with_nan(machine.dynamic_shared, machine.dynamic_shared_end);
+    paused.is_new = false;
+  } else {
+    const char* from = paused.static_memory.data();
+    for (const Range& range : static_shared) {
+      memcpy(range.begin, from, range.end - range.begin);
+      from += range.end - range.begin;
+    }
+  }
   order_before(&machine.block_begin);
   resume(machine.host, *machine.ready[machine.head++ % 2048]);
   order_after(&machine.block_end);
-  if (!machine.failed) return;
-  machine.threads.clear();  // their stacks were left in the middle of something
-  throw Error(std::string("simt: ") + machine.message);
+  if (machine.failed) {
+    machine.threads.clear();  // their stacks were left in the middle of something
+    all.clear();
+    throw Error(std::string("simt: ") + machine.message);
+  }
+  if (machine.live > 0) {
+    paused.static_memory.clear();
+    for (const Range& range : static_shared)
+      paused.static_memory.insert(paused.static_memory.end(), range.begin, range.end);
+  }
+  std::swap(static_cast<Resident&>(machine), paused.resident);
+}
+
+// Blocks that are there at a time.
+inline int blocks_at_a_time() {
+  const char* text = getenv("SIMT_BLOCKS");
+  if (text == nullptr) return 1;
+  char* end = nullptr;
+  const long count = strtol(text, &end, 10);
+  if (end == text || *end != 0 || count < 1 || count > 64)
+    throw Error(std::string("simt: SIMT_BLOCKS must be 1 to 64, got ") + text);
+  return static_cast<int>(count);
 }
 
 inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
@@ -133,6 +178,7 @@ inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_byt
   check_configuration(grid, block, dynamic_shared_bytes, most_shared_bytes);
   const std::lock_guard lock(machine.busy);
   const Order order;
+  const int at_a_time = blocks_at_a_time();
   last = {grid, block, dynamic_shared_bytes, {}};
   for (Watched& array : watched) {
     array.loaded_by.assign(array.bytes, Watched::kNobody);
@@ -141,29 +187,59 @@ inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_byt
   [[maybe_unused]] static const bool once = (static_shared = find_static_shared(), true);
   machine.job = job;
   machine.failed = false;
+  machine.interleaves = at_a_time > 1;
   machine.host.adopt();
+  races.start(machine.interleaves);
+  counted.clear();
   gridDim = grid;
   blockDim = block;
   std::vector<int> threads(block.x * block.y * block.z);
-  while (machine.threads.size() < threads.size())
-    machine.threads.push_back(std::make_unique<Thread>(machine.threads.size()));
+  static std::vector<Paused> residents;  // their fibres live for many launches
+  residents.resize(std::max<size_t>(residents.size(), at_a_time));
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t id = order.block(i, blocks);
-    blockIdx = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
-                static_cast<unsigned>(id / grid.x / grid.y)};
+  const auto start = [&](int64_t id, Paused& paused) {
+    Resident& resident = paused.resident;
+    while (resident.threads.size() < threads.size())
+      resident.threads.push_back(std::make_unique<Thread>(resident.threads.size()));
+    paused.index = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
+                    static_cast<unsigned>(id / grid.x / grid.y)};
     order.threads(id, threads);
-    machine.block = static_cast<int>(id);
     // Exactly as large as asked for, and fresh: AddressSanitizer sees the byte behind it, and a pointer kept
     // too long.
     void* shared = nullptr;
     if (dynamic_shared_bytes > 0 && posix_memalign(&shared, 128, dynamic_shared_bytes) != 0)
       throw std::bad_alloc();
-    const std::unique_ptr<void, decltype(&free)> owner(shared, free);
+    paused.dynamic_memory.reset(shared);
+    std::swap(static_cast<Resident&>(machine), resident);
+    machine.block = static_cast<int>(id);
+    machine.barriers = 0;
     machine.dynamic_shared = static_cast<char*>(shared);
     machine.dynamic_shared_end = machine.dynamic_shared + dynamic_shared_bytes;
-    run_block(threads);
+    set_up_threads(threads);
+    std::swap(static_cast<Resident&>(machine), resident);
+    paused.is_new = true;
+  };
+  std::vector<Paused*> running, idle;
+  for (int i = 0; i < at_a_time; ++i) idle.push_back(&residents[i]);
+  int64_t next = 0, turn = 0;
+  while (next < blocks || !running.empty()) {
+    for (; next < blocks && !idle.empty(); ++next) {
+      start(order.block(next, blocks), *idle.back());
+      running.push_back(idle.back());
+      idle.pop_back();
+    }
+    const auto at = running.begin() + static_cast<ptrdiff_t>(order.turn(turn++, running.size()));
+    go_on(residents, **at);
+    if ((*at)->resident.live > 0) continue;
+    (*at)->dynamic_memory.reset();
+    idle.push_back(*at);
+    running.erase(at);
   }
+  for (const int* counter : counted)
+    if (*counter != 0)
+      throw Error("simt: a counter is left at " + std::to_string(*counter) +
+                  ", not at 0, for the next launch");
+  ++launched;
   totals.loads += last.counters.loads;
   totals.load_bytes += last.counters.load_bytes;
   totals.stores += last.counters.stores;
@@ -187,7 +263,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
 // What the last launch did, and the sum over all that succeeded since the last reset.
 inline const Launch& last_launch() { return last; }
 inline const Counters& counters() { return totals; }
-inline void reset_counters() { totals = {}; }
+inline void reset_counters() {
+  totals = {};
+  launched = 0;
+}
+inline int64_t launches() { return launched; }
 
 // From now on, counts what a launch moves from and to an array, and holds it for an error if one block
 // touches what another one stores. watched_counters() tells what launches did since.

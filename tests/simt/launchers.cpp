@@ -35,6 +35,11 @@ struct Owner {
 };
 
 template <typename A>
+Parameter parameter(Memory<A>& vector) {
+  return {vector.data(), sizeof(A) == 8 ? Element::float64 : Element::float32};
+}
+
+template <typename A>
 struct Vectors {
   Memory<A> scale, shift, mean, rstd, a, b;
   explicit Vectors(int64_t channels)
@@ -47,23 +52,50 @@ struct Vectors {
   Norm<A> norm() const { return {scale.data(), shift.data(), mean.data(), rstd.data()}; }
 };
 
+// What calls have for partial sums, and for counting.
+template <typename A>
+struct Temporary {
+  Memory<A> partial;
+  Memory<int> counters;
+  explicit Temporary(int64_t size) : partial(size), counters(kCounters, 0) {}
+  Scratch<A> scratch() { return {partial.data(), counters.data()}; }
+};
+
 template <typename T>
 void run_maps(Size size, int64_t step, int64_t first) {
   using A = acc_t<T>;
   Owner<T> x(size, step, first), grad(size, step, first), out(size, step, first);
   Vectors<A> v(size.channels);
-  Memory<A> workspace(workspace_size<T>(size)), one(size.channels), two(size.channels);
-  channel_statistics(size, x.read(), one.data(), two.data(), workspace.data(), nullptr);
-  append_features(size, x.read(), out.matrix, one.data(), two.data(), workspace.data(), nullptr);
+  Temporary<A> temporary(workspace_size<T>(size));
+  const Scratch<A> scratch = temporary.scratch();
+  Memory<A> one(size.channels), two(size.channels), a(size.channels), b(size.channels);
+  channel_statistics(size, x.read(), {one.data(), two.data()}, scratch, nullptr);
+  // Folded with two channels before them and one behind.
+  const int64_t wide = size.channels + 3;
+  Vectors<A> of_norm(wide);
+  Memory<A> rstd(wide), scale(wide), shift(wide);
+  const Fold<A> then{wide,
+                     of_norm.mean.data(),
+                     of_norm.rstd.data(),
+                     parameter(of_norm.scale),
+                     parameter(of_norm.shift),
+                     A(0.1),
+                     rstd.data(),
+                     scale.data(),
+                     shift.data(),
+                     {},
+                     {}};
+  append_features<T>(size, x.read(), out.matrix,
+                     {of_norm.mean.data() + 2, of_norm.rstd.data() + 2, then, 2}, scratch, nullptr);
+  const SumsOut<A> sums{one.data(), two.data()};
+  const SumsOut<A> deferred{one.data(),     two.data(), v.rstd.data(), v.scale.data(),
+                            a.data(), b.data(), false,         A(0.25)};
   take_gradient(size, x.read(), v.mean.data(), v.a.data(), v.b.data(), grad.read(), out.matrix, nullptr);
   bn_relu(size, x.read(), v.norm(), out.matrix, nullptr);
   for (const bool batch_statistics : {false, true})
-    bn_relu_backward(size, grad.matrix, x.read(), v.norm(), batch_statistics, one.data(), two.data(),
-                     workspace.data(), nullptr);
-  bn_relu_with_sums(size, grad.read(), x.read(), v.norm(), out.matrix, one.data(), two.data(),
-                    workspace.data(), nullptr);
-  bn_relu_accumulate(size, grad.read(), x.read(), v.norm(), out.matrix, one.data(), two.data(),
-                     workspace.data(), nullptr);
+    bn_relu_backward<T>(size, grad.matrix, x.read(), v.norm(), batch_statistics, sums, scratch, nullptr);
+  bn_relu_with_sums<T>(size, grad.read(), x.read(), v.norm(), out.matrix, deferred, scratch, nullptr);
+  bn_relu_accumulate<T>(size, grad.read(), x.read(), v.norm(), out.matrix, sums, scratch, nullptr);
 }
 
 template <typename T>
@@ -87,8 +119,8 @@ void run_pools(Windows windows, int64_t more, int64_t first) {
   Owner<T> pooled(averaged, step, first);
   Memory<A> workspace(avg_pool_workspace_size<T>(windows)), one(windows.channels), two(windows.channels);
   bn_relu_avg_pool(windows, x.read(), v.norm(), pooled.matrix, nullptr);
-  bn_relu_avg_pool_backward(windows, pooled.read(), x.read(), v.norm(), grad_x.matrix, one.data(), two.data(),
-                            workspace.data(), nullptr);
+  bn_relu_avg_pool_backward<T>(windows, pooled.read(), x.read(), v.norm(), grad_x.matrix,
+                               {one.data(), two.data()}, {workspace.data(), nullptr}, nullptr);
 }
 
 template <typename T>
@@ -101,15 +133,15 @@ void run_bottleneck(Size size, int64_t out_channels, int64_t more, bool tf32) {
   Vectors<A> v(size.channels), of_out(out_channels);
   Memory<A> mean(out_channels), var(out_channels), sum_d(size.channels), sum_dx(size.channels);
   Memory<A> grad_weight(out_channels * size.channels);
-  Memory<A> workspace(bottleneck_workspace_size<T>(size, out_channels));
+  Temporary<A> temporary(bottleneck_workspace_size<T>(size, out_channels));
   bottleneck<T>(size, out_channels, x.read(), v.norm(), weight.read(),
-                {of_out.mean.data(), of_out.scale.data(), of_out.shift.data()}, tf32, y.matrix, mean.data(),
-                var.data(), workspace.data(), nullptr);
-  workspace = Memory<A>(bottleneck_backward_workspace_size<T>(size, out_channels));
+                {of_out.mean.data(), of_out.scale.data(), of_out.shift.data()}, tf32, y.matrix,
+                {mean.data(), var.data()}, temporary.scratch(), nullptr);
+  Memory<A> workspace(bottleneck_backward_workspace_size<T>(size, out_channels));
   const Deferred<T> deferred{y.read(),        of_out.mean.data(),  of_out.a.data(),
                              of_out.b.data(), of_out.scale.data(), of_out.shift.data()};
   bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(), deferred, v.norm(), weight.read(), tf32,
-                         grad_x.matrix, true, grad_weight.data(), sum_d.data(), sum_dx.data(),
+                         grad_x.matrix, true, grad_weight.data(), {sum_d.data(), sum_dx.data()},
                          workspace.data(), nullptr);
 }
 
@@ -142,8 +174,19 @@ template <typename A>
 void run_vectors(int64_t channels) {
   Vectors<A> v(channels);
   Memory<A> rstd(channels), scale(channels), shift(channels);
-  fold(channels, v.mean.data(), v.rstd.data(), v.scale.data(), v.shift.data(), A(0.1), rstd.data(),
-       scale.data(), shift.data(), nullptr);
+  std::vector<Fold<A>> folds(30);  // more than one launch has
+  folds[0] = folds[29] = {channels,
+                          v.mean.data(),
+                          v.rstd.data(),
+                          parameter(v.scale),
+                          parameter(v.shift),
+                          A(0.1),
+                          rstd.data(),
+                          scale.data(),
+                          shift.data(),
+                          parameter(v.a),
+                          parameter(v.b)};
+  fold(folds.data(), static_cast<int64_t>(folds.size()), nullptr);
   defer(channels, v.mean.data(), v.shift.data(), v.rstd.data(), v.scale.data(), 7, v.a.data(), v.b.data(),
         nullptr);
 }

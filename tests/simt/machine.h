@@ -118,15 +118,12 @@ struct Job {
   bool early_return = false;
 };
 
-struct Machine {
-  std::mutex busy;
-  Job job;
-  Thread* current = nullptr;
+// A block that runs, or was left in the middle while another one runs.
+struct Resident {
   int block = 0;  // linear
-  Fiber host;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
-  Thread** order = nullptr;  // the block's threads as SIMT_ORDER has them
+  std::vector<Thread*> order;  // the block's threads as SIMT_ORDER has them
   int live = 0, exited = 0, waiting = 0;
   Site barrier;
   Thread* first_waiting = nullptr;
@@ -134,16 +131,25 @@ struct Machine {
   Thread* ready[2048];
   unsigned head = 0, tail = 0;
   char *dynamic_shared = nullptr, *dynamic_shared_end = nullptr;
+  unsigned barriers = 0;
+};
+
+struct Machine : Resident {
+  std::mutex busy;
+  Job job;
+  Thread* current = nullptr;
+  Fiber host;
+  bool interleaves = false;  // there are other residents
   bool failed = false;
   char message[1024];
   // For ThreadSanitizer: a thread may arrive at the next barrier before another has left this one, hence two.
   char barrier_orderings[2], block_begin = 0, block_end = 0;
-  unsigned barriers = 0;
 };
 
 SIMT_STATE Machine machine;
 SIMT_STATE Launch last;
 SIMT_STATE Counters totals;
+SIMT_STATE int64_t launched = 0;
 SIMT_STATE std::vector<Watched> watched;
 
 #ifdef __SANITIZE_THREAD__
@@ -249,9 +255,21 @@ SIMT_UNINSTRUMENTED inline void open_barrier() {
   self.waits_at = name;
   self.site = site;
   order_before(ordering);
-  if (machine.waiting == machine.live) open_barrier();
-  wait(self);
+  const bool opens = machine.waiting == machine.live;
+  if (opens) open_barrier();
+  if (opens && machine.interleaves)
+    Fiber::transfer(self.fiber, machine.host);
+  else
+    wait(self);
   order_after(ordering);
+}
+
+// Where several blocks run at a time: lets another one go on, and comes back some time.
+SIMT_UNINSTRUMENTED inline void let_other_blocks_run() {
+  if (!machine.interleaves) return;
+  Thread& self = *machine.current;
+  ready_first(&self);
+  Fiber::transfer(self.fiber, machine.host);
 }
 
 // ---- Warp operations

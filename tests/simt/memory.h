@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "machine.h"
+#include "races.h"
 
 namespace simt {
 
@@ -132,6 +132,7 @@ template <size_t kAlignment, bool kIsLoad>
 SIMT_UNINSTRUMENTED inline void count(const void* address, int64_t bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(address) % kAlignment != 0) fail_alignment(address, kAlignment, site);
   add(last.counters, kIsLoad, bytes);
+  races.access(address, kIsLoad, bytes, site);
   if (!watched.empty()) count_watched(address, kIsLoad, bytes, site);
 }
 
@@ -145,6 +146,27 @@ template <typename T>
 inline void store(T* address, const std::type_identity_t<T>& value, Site site = Site::current()) {
   count<alignof(T), false>(address, sizeof(T), site);
   *address = value;
+}
+
+// ---- What orders blocks: a counter, and fences.
+
+// The counters of a launch, which must leave 0 in them for the next one.
+SIMT_STATE std::vector<int*> counted;
+
+inline int count_up(int* counter, Site site = Site::current()) {
+  if (std::find(counted.begin(), counted.end(), counter) == counted.end()) counted.push_back(counter);
+  let_other_blocks_run();
+  add(last.counters, true, sizeof(int));
+  add(last.counters, false, sizeof(int));
+  races.count_up(counter, site);
+  const int before = (*counter)++;
+  let_other_blocks_run();
+  return before;
+}
+
+inline void fence() {
+  let_other_blocks_run();
+  races.fence();
 }
 
 // ---- cp.async. The source is read and the destination lost when the copy is issued, the data come with the

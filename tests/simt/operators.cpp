@@ -31,6 +31,7 @@ TORCH_LIBRARY(EFFDENSE_SIMT, m) {
   m.def("watched(str name) -> int[]",
         [](const std::string& name) { return as_list(simt::watched_counters(name)); });
   m.def("traffic() -> int[]", [] { return as_list(simt::counters()); });
+  m.def("launches() -> int", [] { return simt::launches(); });  // since `forget`
   m.def("forget() -> ()", [] {
     simt::unwatch_all();
     simt::reset_counters();

@@ -21,23 +21,21 @@ void for_channels(int64_t channels, const Body& body, Stream stream) {
   launch(channels_kernel<Body>, grid, dim3(kThreads), 0, stream, body, channels);
 }
 
-__device__ __forceinline__ float root(float x) { return sqrtf(x); }
-__device__ __forceinline__ double root(double x) { return sqrt(x); }
-
+// As many as fit what a launch may have as parameters.
+constexpr int kFoldsAtOnce = 24;
 template <typename A>
-struct Fold {
-  const A *mean, *var, *weight, *bias;
-  A eps;
-  A *rstd, *scale, *shift;
-
-  __device__ void operator()(int64_t c) const {
-    const A r = A(1) / root(load(var + c) + eps);
-    const A s = weight == nullptr ? r : r * load(weight + c);
-    store(rstd + c, r);
-    store(scale + c, s);
-    store(shift + c, (bias == nullptr ? A(0) : load(bias + c)) - load(mean + c) * s);
-  }
+struct Folds {
+  Fold<A> each[kFoldsAtOnce];
 };
+static_assert(sizeof(Folds<double>) <= 4000);
+
+// A fold has the blocks of its line of the grid.
+template <typename A>
+__global__ void __launch_bounds__(kThreads) fold_kernel(const Folds<A> folds) {
+  const Fold<A>& fold = folds.each[blockIdx.y];
+  const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (c < fold.channels) fold_channel(fold, c);
+}
 
 template <typename A>
 struct Defer {
@@ -46,9 +44,10 @@ struct Defer {
   A *a, *b;
 
   __device__ void operator()(int64_t c) const {
-    const A over = share * load(scale + c), r = load(rstd + c);
-    store(a + c, load(a + c) + over * load(sum_d + c));
-    store(b + c, load(b + c) + over * r * r * load(sum_dx + c));
+    A now_a = load(a + c), now_b = load(b + c);
+    defer_channel(share, load(scale + c), load(rstd + c), load(sum_d + c), load(sum_dx + c), now_a, now_b);
+    store(a + c, now_a);
+    store(b + c, now_b);
   }
 };
 
@@ -88,6 +87,21 @@ struct Backward {
   }
 };
 
+// The sums' result, and with them a and b of `Finish`, in double.
+template <typename A>
+struct BatchGradients : Gradients<A> {
+  Norm<A> norm;
+  A *a, *b;
+
+  __device__ void finish(int64_t c, double pivot, const double (&sums)[2]) const {
+    Gradients<A>::finish(c, pivot, sums);
+    const double over = static_cast<double>(load(norm.scale + c)) / static_cast<double>(this->size.rows);
+    const double rstd = load(norm.rstd + c);
+    store(a + c, static_cast<A>(over * sums[0]));
+    store(b + c, static_cast<A>(over * rstd * rstd * sums[1]));
+  }
+};
+
 // grad = scale * d - a - b * (x - mean), with the sums of the batch in a and b
 template <typename A>
 struct Finish {
@@ -104,82 +118,86 @@ struct Finish {
 }  // namespace
 
 template <typename A>
-void fold(int64_t channels, const A* mean, const A* var, const A* weight, const A* bias, A eps, A* rstd,
-          A* scale, A* shift, Stream stream) {
-  for_channels(channels, Fold<A>{mean, var, weight, bias, eps, rstd, scale, shift}, stream);
+void fold(const Fold<A>* folds, int64_t count, Stream stream) {
+  for (int64_t first = 0; first < count; first += kFoldsAtOnce) {
+    Folds<A> some{};
+    const int64_t here = std::min<int64_t>(kFoldsAtOnce, count - first);
+    int64_t most = 0;
+    for (int64_t i = 0; i < here; ++i) {
+      some.each[i] = folds[first + i];
+      most = std::max(most, some.each[i].channels);
+    }
+    if (most == 0) continue;
+    const dim3 grid(static_cast<unsigned>(divide_up(most, kThreads)), static_cast<unsigned>(here));
+    launch(fold_kernel<A>, grid, dim3(kThreads), 0, stream, some);
+  }
 }
 
 template <typename A>
 void defer(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, const A* scale, int64_t count,
            A* a, A* b, Stream stream) {
-  const A share = A(1) / static_cast<A>(std::max<int64_t>(count, 1));
-  for_channels(channels, Defer<A>{sum_d, sum_dx, rstd, scale, share, a, b}, stream);
+  for_channels(channels, Defer<A>{sum_d, sum_dx, rstd, scale, share_of<A>(count), a, b}, stream);
 }
 
 template <typename T>
 void bn_relu(Size size, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out, Stream stream) {
   if (size.rows == 0) return;
-  for_rows<T>(size, BnRelu<acc_t<T>>{{norm.scale, norm.shift}}, {{x}, {out}}, nullptr, stream);
+  for_rows<T>(size, BnRelu<acc_t<T>>{{norm.scale, norm.shift}}, {{x}, {out}}, stream);
 }
 
 template <typename T>
 void bn_relu_with_sums(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
-                       acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream) {
+                       SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream) {
   using A = acc_t<T>;
   if (size.rows == 0) return;
   const Backward<A, Write::z> body{{norm.scale, norm.shift, norm.mean}};
-  const Cut cut = for_rows<T>(size, body, {{x, grad}, {out}}, workspace, stream);
-  merge(Gradients<A>{size, sum_d, sum_dx}, cut.row_blocks, workspace, stream);
+  for_rows<T>(size, body, {{x, grad}, {out}}, stream, Gradients<A>{size, to}, scratch);
 }
 
 // The batch's sums need every element before the first is finished: two passes. Without them one does it.
 template <typename T>
 void bn_relu_backward(Size size, Matrix<T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
-                      bool batch_statistics, acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace,
-                      Stream stream) {
+                      bool batch_statistics, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream) {
   using A = acc_t<T>;
   if (size.rows == 0) return;
   const Matrix<const T> dz{grad.data, grad.step};
   if (!batch_statistics) {
     const Backward<A, Write::replace> body{{norm.scale, norm.shift, norm.mean}};
-    const Cut cut = for_rows<T>(size, body, {{x, dz}, {grad}}, workspace, stream);
-    merge(Gradients<A>{size, sum_d, sum_dx}, cut.row_blocks, workspace, stream);
+    for_rows<T>(size, body, {{x, dz}, {grad}}, stream, Gradients<A>{size, to}, scratch);
     return;
   }
-  A *const a = workspace, *const b = a + size.channels, *const partial = b + size.channels;
+  A *const a = scratch.partial, *const b = a + size.channels;
+  scratch.partial = b + size.channels;
   const Backward<A, Write::nothing> body{{norm.scale, norm.shift, norm.mean}};
-  const Cut cut = for_rows<T>(size, body, {{x, dz}, {}}, partial, stream);
-  merge(Gradients<A>{size, sum_d, sum_dx, norm, a, b}, cut.row_blocks, partial, stream);
-  for_rows<T>(size, Finish<A>{{norm.scale, norm.shift, norm.mean, a, b}}, {{x, dz}, {grad}}, nullptr, stream);
+  for_rows<T>(size, body, {{x, dz}, {}}, stream, BatchGradients<A>{{size, to}, norm, a, b}, scratch);
+  for_rows<T>(size, Finish<A>{{norm.scale, norm.shift, norm.mean, a, b}}, {{x, dz}, {grad}}, stream);
 }
 
 template <typename T>
 void bn_relu_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
-                        Matrix<T> grad_x, acc_t<T>* sum_d, acc_t<T>* sum_dx, acc_t<T>* workspace,
-                        Stream stream) {
+                        Matrix<T> grad_x, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream) {
   using A = acc_t<T>;
   if (size.rows == 0) return;
   const Backward<A, Write::add> body{{norm.scale, norm.shift, norm.mean}};
   const Matrix<const T> before{grad_x.data, grad_x.step};
-  const Cut cut = for_rows<T>(size, body, {{x, grad, before}, {grad_x}}, workspace, stream);
-  merge(Gradients<A>{size, sum_d, sum_dx}, cut.row_blocks, workspace, stream);
+  for_rows<T>(size, body, {{x, grad, before}, {grad_x}}, stream, Gradients<A>{size, to}, scratch);
 }
 
-#define EFFDENSE_INSTANTIATE_VECTORS(A)                                                       \
-  template void fold(int64_t, const A*, const A*, const A*, const A*, A, A*, A*, A*, Stream); \
+#define EFFDENSE_INSTANTIATE_VECTORS(A)                \
+  template void fold(const Fold<A>*, int64_t, Stream); \
   template void defer(int64_t, const A*, const A*, const A*, const A*, int64_t, A*, A*, Stream)
 EFFDENSE_INSTANTIATE_VECTORS(float);
 EFFDENSE_INSTANTIATE_VECTORS(double);
 #undef EFFDENSE_INSTANTIATE_VECTORS
 
-#define EFFDENSE_INSTANTIATE(T)                                                                       \
-  template void bn_relu(Size, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);                    \
-  template void bn_relu_with_sums(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,  \
-                                  acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);                           \
-  template void bn_relu_backward(Size, Matrix<T>, Matrix<const T>, Norm<acc_t<T>>, bool, acc_t<T>*,   \
-                                 acc_t<T>*, acc_t<T>*, Stream);                                       \
-  template void bn_relu_accumulate(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, \
-                                   acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
+#define EFFDENSE_INSTANTIATE(T)                                                                             \
+  template void bn_relu(Size, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);                          \
+  template void bn_relu_with_sums(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,        \
+                                  SumsOut<acc_t<T>>, Scratch<acc_t<T>>, Stream);                            \
+  template void bn_relu_backward(Size, Matrix<T>, Matrix<const T>, Norm<acc_t<T>>, bool, SumsOut<acc_t<T>>, \
+                                 Scratch<acc_t<T>>, Stream);                                                \
+  template void bn_relu_accumulate(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,       \
+                                   SumsOut<acc_t<T>>, Scratch<acc_t<T>>, Stream)
 EFFDENSE_INSTANTIATE(float);
 EFFDENSE_INSTANTIATE(double);
 EFFDENSE_INSTANTIATE(__half);

@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kPixelsPerBlock = 128;
 
 template <typename Math, int kOut, typename Arguments>
-void launch_bottleneck(const Arguments& arguments, Stream stream) {
+void launch_bottleneck(Arguments arguments, Stream stream) {
   using Tile = BottleneckTile<Math, kOut, Architecture::ampere>;
   using OnTuring = BottleneckTile<Math, kOut, Architecture::turing>;
   static_assert(Tile::kPixels == kPixelsPerBlock && Tile::kBytes <= most_shared_bytes(Architecture::ampere));
@@ -16,7 +16,10 @@ void launch_bottleneck(const Arguments& arguments, Stream stream) {
   const int bytes = architecture() == Architecture::turing ? OnTuring::kBytes : Tile::kBytes;
   const dim3 grid(static_cast<unsigned>(divide_up(arguments.y.rows, Tile::kPixels)),
                   static_cast<unsigned>(divide_up(arguments.y.columns, kOut)));
+  if (!last_block_merges(grid.x, grid.y, Tile::kThreads, kOut)) arguments.counters = nullptr;
   launch(bottleneck_kernel<Math, kOut>, grid, dim3(Tile::kThreads), bytes, stream, arguments);
+  if (arguments.statistics != nullptr && arguments.counters == nullptr)
+    merge(arguments.moments, grid.x, arguments.statistics, stream);
 }
 
 // As few tiles of out channels as there must be, and those as narrow as can be. double has tiles of 64 only:
@@ -40,19 +43,21 @@ int64_t bottleneck_workspace_size(Size size, int64_t out_channels) {
 
 template <typename T>
 void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm,
-                Matrix<const T> weight, Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean,
-                acc_t<T>* var, acc_t<T>* workspace, Stream stream) {
+                Matrix<const T> weight, Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y,
+                StatisticsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream) {
   if (size.rows == 0 || out_channels == 0) return;
-  const int64_t blocks = divide_up(size.rows, kPixelsPerBlock);
-  const BottleneckArguments<T, acc_t<T>> arguments{operand(x, size.rows, size.channels),
-                                                   operand(weight, out_channels, size.channels),
-                                                   norm.scale,
-                                                   norm.shift,
-                                                   epilogue.bias,
-                                                   epilogue.scale,
-                                                   epilogue.shift,
-                                                   operand(y, size.rows, out_channels),
-                                                   mean != nullptr ? workspace : nullptr};
+  const BottleneckArguments<T, acc_t<T>> arguments{
+      operand(x, size.rows, size.channels),
+      operand(weight, out_channels, size.channels),
+      norm.scale,
+      norm.shift,
+      epilogue.bias,
+      epilogue.scale,
+      epilogue.shift,
+      operand(y, size.rows, out_channels),
+      to.mean != nullptr ? scratch.partial : nullptr,
+      scratch.counters,
+      {{size.rows, out_channels}, static_cast<int>(kPixelsPerBlock), to}};
   if constexpr (sizeof(T) == 2) {
     choose_tile<TensorCore<T>>(arguments, stream);
   } else if constexpr (std::is_same_v<T, float>) {
@@ -60,17 +65,13 @@ void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T
   } else {
     choose_tile<Plain<T>>(arguments, stream);
   }
-  if (mean == nullptr) return;
-  launch(merge_statistics_kernel<acc_t<T>>,
-         dim3(static_cast<unsigned>(divide_up(out_channels, kMergeColumns))), dim3(kMergeThreads), 0, stream,
-         workspace, blocks, static_cast<int>(kPixelsPerBlock), size.rows, static_cast<int>(out_channels),
-         mean, var);
 }
 
 #define INSTANTIATE(T)                                                                         \
   template int64_t bottleneck_workspace_size<T>(Size, int64_t);                                \
   template void bottleneck<T>(Size, int64_t, Matrix<const T>, Norm<acc_t<T>>, Matrix<const T>, \
-                              Epilogue<acc_t<T>>, bool, Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
+                              Epilogue<acc_t<T>>, bool, Matrix<T>, StatisticsOut<acc_t<T>>,    \
+                              Scratch<acc_t<T>>, Stream)
 INSTANTIATE(float);
 INSTANTIATE(double);
 INSTANTIATE(__half);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kernels/gemm_multiply.cuh"
+#include "kernels/sums.cuh"
 
 namespace effdense::kernels {
 
@@ -38,12 +39,42 @@ struct BottleneckTile {
   static constexpr int kBytes = kStages * sizeof(Stage) > sizeof(Out) ? kStages * sizeof(Stage) : sizeof(Out);
 };
 
+// mean and biased variance of what block_statistics leaves. All are moved to the first block's mean, in
+// double, to be added.
+template <typename A>
+struct BlockMoments {
+  static constexpr int kLines = 3;  // pivot, mean of y - pivot, sum of squares about the mean
+  Size size;                        // of y
+  int pixels_per_block;
+  StatisticsOut<A> to;
+
+  __device__ double mean(const A* part) const {
+    return static_cast<double>(load(part)) + static_cast<double>(load(part + size.channels));
+  }
+  __device__ double pivot(const A* first_part) const { return mean(first_part); }
+  __device__ void add(int64_t block, const A* part, double pivot, double (&sums)[2]) const {
+    const double count =
+        static_cast<double>(min(int64_t{pixels_per_block}, size.rows - block * pixels_per_block));
+    const double moved = mean(part) - pivot;
+    sums[0] += count * moved;
+    sums[1] += static_cast<double>(load(part + 2 * size.channels)) + count * moved * moved;
+  }
+  __device__ void finish(int64_t c, double pivot, const double (&sums)[2]) const {
+    const double count = static_cast<double>(size.rows), shift = sums[0] / count;
+    const double variance = sums[1] / count - shift * shift;
+    finish_statistics(to, c, static_cast<A>(pivot + shift), static_cast<A>(variance < 0 ? 0.0 : variance));
+  }
+  __device__ void rest() const {}  // what is folded has y's channels
+};
+
 template <typename E, typename Sum>
 struct BottleneckArguments {
   Operand<const E> x, weight;
   const Sum *scale, *shift, *bias, *out_scale, *out_shift;
   Operand<E> y;
   Sum* statistics;  // block_statistics, or null
+  int* counters;    // null: a kernel of its own merges them
+  BlockMoments<Sum> moments;
 };
 
 // The epilogue's arithmetic, on a lane's results; they become what is stored.
@@ -217,59 +248,13 @@ __global__ void __launch_bounds__(BottleneckTile<Asked, kOut>::kThreads, Bottlen
                                            lane_id());
     __syncwarp();
   }
-}
 
-// The second stage of the statistics: the blocks' as one, by the same formula in double. 8 columns a block,
-// 64 lanes each, which take every 64th block of pixels and are added up by halves.
-constexpr int kMergeColumns = 8, kMergeLanes = 64, kMergeThreads = kMergeColumns * kMergeLanes;
-
-template <typename Sum>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_statistics_kernel(const Sum* statistics, int64_t blocks, int pixels_per_block, int64_t pixels,
-                            int columns, Sum* mean, Sum* var) {
-  __shared__ double shared[kMergeLanes][kMergeColumns];
-  const int lane = static_cast<int>(threadIdx.x) / kMergeColumns,
-            side = static_cast<int>(threadIdx.x) % kMergeColumns;
-  const int column = static_cast<int>(blockIdx.x) * kMergeColumns + side;
-  const bool inside = column < columns;
-  const auto total = [&](double value) {
-    shared[lane][side] = value;
-    for (int half = kMergeLanes / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (lane < half) shared[lane][side] += shared[lane + half][side];
-    }
-    __syncthreads();
-    const double result = shared[0][side];
-    __syncthreads();
-    return result;
-  };
-  const auto count = [&](int64_t block) {
-    return static_cast<double>(min(int64_t{pixels_per_block}, pixels - block * pixels_per_block));
-  };
-  const auto deviation = [&](int64_t block, double from) {  // of the block's mean
-    const Sum* const part = statistics + block * 3 * columns + column;
-    return static_cast<double>(load(part)) - from + static_cast<double>(load(part + columns));
-  };
-  const int64_t last = inside ? blocks : 0;
-  if (lane == 0) shared[0][side] = inside ? static_cast<double>(load(statistics + column)) : 0.0;
-  __syncthreads();
-  const double pivot = shared[0][side];
-  __syncthreads();
-  double moved = 0, m2 = 0;
-#pragma unroll 4
-  for (int64_t block = lane; block < last; block += kMergeLanes)
-    moved += count(block) * deviation(block, pivot);
-  const double center = pivot + total(moved) / static_cast<double>(pixels);
-#pragma unroll 4
-  for (int64_t block = lane; block < last; block += kMergeLanes) {
-    const double from_center = deviation(block, center);
-    m2 += static_cast<double>(load(statistics + (block * 3 + 2) * columns + column)) +
-          count(block) * from_center * from_center;
-  }
-  m2 = total(m2);
-  if (lane > 0 || !inside) return;
-  store(mean + column, static_cast<Sum>(center));
-  store(var + column, static_cast<Sum>(m2 / static_cast<double>(pixels)));
+  if (arguments.statistics == nullptr || arguments.counters == nullptr) return;
+  if (!comes_last(arguments.counters + blockIdx.y, static_cast<int>(gridDim.x))) return;
+  static_assert(Tile::kBytes >= sizeof(double[2][Tile::kThreads]));
+  merge_parts(arguments.moments, gridDim.x, arguments.statistics, first_out,
+              min(arguments.y.columns - first_out, kOut),
+              reinterpret_cast<double (*)[Tile::kThreads]>(stages));
 }
 
 }  // namespace effdense::kernels

@@ -77,11 +77,11 @@ int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels) {
 template <typename T>
 void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
                          Deferred<T> deferred, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
-                         Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, acc_t<T>* sum_d,
-                         acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream) {
+                         Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, SumsOut<acc_t<T>> to,
+                         acc_t<T>* workspace, Stream stream) {
   using A = acc_t<T>;
   if (size.rows == 0 || size.channels == 0 || out_channels == 0) return;
-  if (grad_weight == nullptr && sum_d == nullptr) return;
+  if (grad_weight == nullptr && to.sum_d == nullptr) return;
   const BackwardCut<T> cut(size, out_channels);
   A* const sum_parts = workspace;
   A* const weight_parts = workspace + cut.sum_parts();
@@ -106,18 +106,19 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
         grad_x.data != nullptr && (accumulate || i > 0),
         cut.tiles_per_block,
         grad_weight,
-        sum_d,
-        sum_dx,
+        to.sum_d,
+        to.sum_dx,
         size.channels,
         0,
-        0};
+        0,
+        to};
     if (cut.has_parts()) {  // [blocks][out channels][width]; a launch fills its out channels
       arguments.width = cut.width;
       arguments.weight_step = out_channels * cut.width;
       arguments.sums_step = 2 * cut.width;
       if (grad_weight != nullptr) arguments.grad_weight = weight_parts + first * cut.width;
-      if (sum_d != nullptr) arguments.sum_d = sum_parts + i * cut.blocks * 2 * cut.width;
-      if (sum_d != nullptr) arguments.sum_dx = arguments.sum_d + cut.width;
+      if (to.sum_d != nullptr) arguments.sum_d = sum_parts + i * cut.blocks * 2 * cut.width;
+      if (to.sum_d != nullptr) arguments.sum_dx = arguments.sum_d + cut.width;
     }
     if (deferred.y.data != nullptr)  // who copies a piece of one has that of the other
       arguments.y.piece = arguments.grad_y.piece = std::min(arguments.y.piece, arguments.grad_y.piece);
@@ -139,10 +140,9 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
                                    static_cast<int>(cut.blocks),
                                    static_cast<int>(cut.launches * cut.blocks),
                                    grad_weight,
-                                   sum_d,
-                                   sum_dx};
+                                   to};
   const dim3 add_grid(static_cast<unsigned>(divide_up(size.channels, kPartColumns)),
-                      static_cast<unsigned>(lines + (sum_d == nullptr ? 0 : 2)));
+                      static_cast<unsigned>(lines + (to.sum_d == nullptr ? 0 : 1)));
   launch(add_parts_kernel<A>, add_grid, dim3(kPartThreads), 0, stream, parts);
 }
 
@@ -150,7 +150,7 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
   template int64_t bottleneck_backward_workspace_size<T>(Size, int64_t);                                  \
   template void bottleneck_backward<T>(Size, int64_t, Matrix<const T>, Matrix<const T>, Deferred<T>,      \
                                        Norm<acc_t<T>>, Matrix<const T>, bool, Matrix<T>, bool, acc_t<T>*, \
-                                       acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream)
+                                       SumsOut<acc_t<T>>, acc_t<T>*, Stream)
 INSTANTIATE(float);
 INSTANTIATE(double);
 INSTANTIATE(__half);

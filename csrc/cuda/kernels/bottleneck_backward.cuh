@@ -15,6 +15,7 @@
 #pragma once
 
 #include "kernels/gemm_multiply.cuh"
+#include "kernels/norms.cuh"
 
 namespace effdense::kernels {
 
@@ -70,6 +71,7 @@ struct BackwardArguments {
   // one such block: its are the results.
   Sum *grad_weight, *sum_d, *sum_dx;
   int64_t width, weight_step, sums_step;
+  SumsOut<Sum> to;  // of one such block
 };
 
 // scale * d - a - b * (y - mean) in place, d = grad_y where scale * y + shift lets it pass, of the calling
@@ -270,46 +272,46 @@ __global__ void __launch_bounds__(BackwardTile<Asked, kOut>::kThreads, 2) bottle
     if (g == 0) shared.sums[which][dz_row / 16][dz_column + j / 2 * 8 + 2 * t + j % 2] = sum;
   }
   __syncthreads();
-  if (const int i = static_cast<int>(threadIdx.x); i < 2 * kColumns) {
-    const int which = i / kColumns, c = i % kColumns;
-    if (c >= channels) return;
-    Sum sum = shared.sums[which][0][c];
-    for (int w = 1; w < Tile::kPixelWarps; ++w) sum += shared.sums[which][w][c];
-    Sum* const to = which == 0 ? arguments.sum_d : arguments.sum_dx;
-    store(to + int64_t{blockIdx.y} * arguments.sums_step + first_column + c, sum);
+  if (const int c = static_cast<int>(threadIdx.x); c < min(kColumns, channels)) {
+    Sum totals[2];
+    for (int which = 0; which < 2; ++which) {
+      totals[which] = shared.sums[which][0][c];
+      for (int w = 1; w < Tile::kPixelWarps; ++w) totals[which] += shared.sums[which][w][c];
+    }
+    if (arguments.sums_step == 0) {
+      finish_sums(arguments.to, first_column + c, totals[0], totals[1]);
+    } else {
+      const int64_t at = int64_t{blockIdx.y} * arguments.sums_step + first_column + c;
+      store(arguments.sum_d + at, totals[0]);
+      store(arguments.sum_dx + at, totals[1]);
+    }
   }
 }
 
-// The blocks' partial results, added up in a fixed order: line by line of grad_weight, then sum_d and sum_dx.
-// 32 columns a block of the grid's x, 8 lanes each, of which every one adds its own parts four at a time.
+// The blocks' partial results, added up in a fixed order: line by line of grad_weight, then sum_d and sum_dx
+// together. 32 columns a block of the grid's x, 8 lanes each, of which every one adds its own parts four at a
+// time.
 template <typename Sum>
 struct AddPartsArguments {
   const Sum *weight_parts, *sum_parts;
   int64_t lines, width, channels;  // lines: of grad_weight, 0 if it is not wanted
   int weight_count, sum_count;     // of parts
-  Sum *grad_weight, *sum_d, *sum_dx;
+  Sum* grad_weight;
+  SumsOut<Sum> to;
 };
 
 constexpr int kPartLanes = 8, kPartColumns = 32, kPartThreads = kPartLanes * kPartColumns;
 
+// The sum of `count` parts that are `step` elements apart, in lane 0.
 template <typename Sum>
-__global__ void __launch_bounds__(kPartThreads) add_parts_kernel(const AddPartsArguments<Sum> arguments) {
-  __shared__ Sum shared[kPartLanes][kPartColumns];
-  const int lane = static_cast<int>(threadIdx.x) / kPartColumns,
-            side = static_cast<int>(threadIdx.x) % kPartColumns;
-  const int64_t column = int64_t{blockIdx.x} * kPartColumns + side, line = blockIdx.y;
-  const bool of_weight = line < arguments.lines;
-  const int64_t lines = of_weight ? arguments.lines : 2, at = of_weight ? line : line - arguments.lines;
-  const int count = of_weight ? arguments.weight_count : arguments.sum_count;
-  const Sum* const from =
-      (of_weight ? arguments.weight_parts : arguments.sum_parts) + at * arguments.width + column;
+__device__ __forceinline__ Sum add_parts(const Sum* from, int count, int64_t step, bool inside, int lane,
+                                         int side, Sum (&shared)[kPartLanes][kPartColumns]) {
   Sum sums[4] = {};
-  if (column < arguments.channels) {
+  if (inside) {
     for (int part = lane; part < count; part += 4 * kPartLanes) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (const int mine = part + i * kPartLanes; mine < count)
-          sums[i] += load(from + mine * lines * arguments.width);
+        if (const int mine = part + i * kPartLanes; mine < count) sums[i] += load(from + mine * step);
       }
     }
   }
@@ -318,11 +320,28 @@ __global__ void __launch_bounds__(kPartThreads) add_parts_kernel(const AddPartsA
     __syncthreads();
     if (lane < half) shared[lane][side] += shared[lane + half][side];
   }
-  if (lane > 0 || column >= arguments.channels) return;
-  Sum* const to = of_weight ? arguments.grad_weight + line * arguments.channels
-                  : at == 0 ? arguments.sum_d
-                            : arguments.sum_dx;
-  store(to + column, shared[0][side]);
+  return shared[lane][side];
+}
+
+template <typename Sum>
+__global__ void __launch_bounds__(kPartThreads) add_parts_kernel(const AddPartsArguments<Sum> arguments) {
+  __shared__ Sum shared[2][kPartLanes][kPartColumns];
+  const int lane = static_cast<int>(threadIdx.x) / kPartColumns,
+            side = static_cast<int>(threadIdx.x) % kPartColumns;
+  const int64_t column = int64_t{blockIdx.x} * kPartColumns + side, line = blockIdx.y,
+                width = arguments.width;
+  const bool inside = column < arguments.channels;
+  if (line < arguments.lines) {
+    const Sum sum = add_parts(arguments.weight_parts + line * width + column, arguments.weight_count,
+                              arguments.lines * width, inside, lane, side, shared[0]);
+    if (lane == 0 && inside) store(arguments.grad_weight + line * arguments.channels + column, sum);
+    return;
+  }
+  Sum sums[2];
+  for (int i = 0; i < 2; ++i)
+    sums[i] = add_parts(arguments.sum_parts + i * width + column, arguments.sum_count, 2 * width, inside,
+                        lane, side, shared[i]);
+  if (lane == 0 && inside) finish_sums(arguments.to, column, sums[0], sums[1]);
 }
 
 }  // namespace effdense::kernels

@@ -23,16 +23,16 @@ struct Deferred {
 
 // ---- bottleneck.cu
 
-// Elements of acc_t<T> that `workspace` must have; needed only with statistics.
+// Elements of acc_t<T> that the scratch must have as partial sums; needed only with statistics.
 template <typename T>
 int64_t bottleneck_workspace_size(Size size, int64_t out_channels);
 
-// y = weight relu(scale * x + shift), and what follows. With mean and var not null: y's, as it was stored,
-// and the biased variance.
+// y = weight relu(scale * x + shift), and what follows. With to.mean not null: the statistics of y, as it was
+// stored; what they are folded into has y's channels and no others.
 template <typename T>
 void bottleneck(Size size, int64_t out_channels, Matrix<const T> x, Norm<acc_t<T>> norm,
-                Matrix<const T> weight, Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y, acc_t<T>* mean,
-                acc_t<T>* var, acc_t<T>* workspace, Stream stream);
+                Matrix<const T> weight, Epilogue<acc_t<T>> epilogue, bool tf32, Matrix<T> y,
+                StatisticsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream);
 
 // ---- bottleneck_backward.cu
 
@@ -41,12 +41,12 @@ int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels);
 
 // With d = weight^T grad_y where relu(scale * x + shift) lets it pass:
 //   grad_x = scale * d, or += with accumulate; unless grad_x.data is null
-//   sum_d, sum d; sum_dx, sum d (x - mean); unless they are null, and then grad_x.data is too
+//   sum d and sum d (x - mean) go where `to` says; unless to.sum_d is null, and then grad_x.data is too
 //   grad_weight [out_channels, channels] = grad_y^T relu(scale * x + shift); unless it is null
 template <typename T>
 void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
                          Deferred<T> deferred, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
-                         Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, acc_t<T>* sum_d,
-                         acc_t<T>* sum_dx, acc_t<T>* workspace, Stream stream);
+                         Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, SumsOut<acc_t<T>> to,
+                         acc_t<T>* workspace, Stream stream);
 
 }  // namespace effdense::kernels

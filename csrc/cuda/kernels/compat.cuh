@@ -126,6 +126,13 @@ __device__ __forceinline__ void store(T* address, const std::type_identity_t<T>&
   *reinterpret_cast<Type*>(address) = *reinterpret_cast<const Type*>(&value);
 }
 
+// Adds 1 for the whole device, and returns what was there; orders no other access.
+__device__ __forceinline__ int count_up(int* counter) { return atomicAdd(counter, 1); }
+
+// What the calling thread has stored, or seen stored, before, is there for whoever sees what it stores or
+// adds after, and what it loads after is no older than what it has read before: on the whole device.
+__device__ __forceinline__ void fence() { __threadfence(); }
+
 // Four 8x8 matrices of 16-bit elements: lane 8m + i gives the address of row i of matrix m (in shared memory,
 // a multiple of 16); lane l receives, of each, elements (l / 4, 2 * (l % 4)) and the one right of it. _trans:
 // of the transposed matrices.
@@ -256,7 +263,9 @@ __device__ __forceinline__ uint32_t pack_relu(float low, float high) {
 
 namespace effdense::kernels {
 
+using simt::count_up;
 using simt::Exit;
+using simt::fence;
 using simt::launch;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;

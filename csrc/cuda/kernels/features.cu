@@ -42,33 +42,35 @@ int64_t workspace_size(Size size) {
 }
 
 template <typename T>
-void channel_statistics(Size size, Matrix<const T> x, acc_t<T>* mean, acc_t<T>* var, acc_t<T>* workspace,
+void channel_statistics(Size size, Matrix<const T> x, StatisticsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch,
                         Stream stream) {
   if (size.rows == 0) return;
-  const Cut cut = for_rows<T>(size, Statistics<acc_t<T>, false>{}, {{x}, {}}, workspace, stream);
-  merge(Moments<acc_t<T>>{size, cut.rows_per_block, mean, var}, cut.row_blocks, workspace, stream);
+  for_rows<T>(size, Statistics<acc_t<T>, false>{}, {{x}, {}}, stream, Moments<acc_t<T>>{size, 0, to},
+              scratch);
 }
 
 template <typename T>
-void append_features(Size size, Matrix<const T> x, Matrix<T> out, acc_t<T>* mean, acc_t<T>* var,
-                     acc_t<T>* workspace, Stream stream) {
+void append_features(Size size, Matrix<const T> x, Matrix<T> out, StatisticsOut<acc_t<T>> to,
+                     Scratch<acc_t<T>> scratch, Stream stream) {
   if (size.rows == 0) return;
-  const Cut cut = for_rows<T>(size, Statistics<acc_t<T>, true>{}, {{x}, {out}}, workspace, stream);
-  merge(Moments<acc_t<T>>{size, cut.rows_per_block, mean, var}, cut.row_blocks, workspace, stream);
+  for_rows<T>(size, Statistics<acc_t<T>, true>{}, {{x}, {out}}, stream, Moments<acc_t<T>>{size, 0, to},
+              scratch);
 }
 
 template <typename T>
 void take_gradient(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc_t<T>* a, const acc_t<T>* b,
                    Matrix<const T> grad, Matrix<T> out, Stream stream) {
   if (size.rows == 0) return;
-  for_rows<T>(size, TakeGradient<acc_t<T>>{{mean, a, b}}, {{x, grad}, {out}}, nullptr, stream);
+  for_rows<T>(size, TakeGradient<acc_t<T>>{{mean, a, b}}, {{x, grad}, {out}}, stream);
 }
 
-#define EFFDENSE_INSTANTIATE(T)                                                                             \
-  template int64_t workspace_size<T>(Size);                                                                 \
-  template void channel_statistics(Size, Matrix<const T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);         \
-  template void append_features(Size, Matrix<const T>, Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream); \
-  template void take_gradient(Size, Matrix<const T>, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,     \
+#define EFFDENSE_INSTANTIATE(T)                                                                         \
+  template int64_t workspace_size<T>(Size);                                                             \
+  template void channel_statistics(Size, Matrix<const T>, StatisticsOut<acc_t<T>>, Scratch<acc_t<T>>,   \
+                                   Stream);                                                             \
+  template void append_features(Size, Matrix<const T>, Matrix<T>, StatisticsOut<acc_t<T>>,              \
+                                Scratch<acc_t<T>>, Stream);                                             \
+  template void take_gradient(Size, Matrix<const T>, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, \
                               Matrix<const T>, Matrix<T>, Stream)
 EFFDENSE_INSTANTIATE(float);
 EFFDENSE_INSTANTIATE(double);

@@ -295,17 +295,17 @@ int64_t avg_pool_workspace_size(const Windows& windows) {
 
 template <typename T>
 void bn_relu_avg_pool_backward(const Windows& windows, Matrix<const T> grad, Matrix<const T> x,
-                               Norm<acc_t<T>> norm, Matrix<T> grad_x, acc_t<T>* sum_d, acc_t<T>* sum_dx,
-                               acc_t<T>* workspace, Stream stream) {
+                               Norm<acc_t<T>> norm, Matrix<T> grad_x, SumsOut<acc_t<T>> to,
+                               Scratch<acc_t<T>> scratch, Stream stream) {
   const int64_t count = count_all_windows(windows);
   if (count == 0) return;
   const int aligned = std::min({aligned_elements(grad), aligned_elements(x), aligned_elements(grad_x)});
   with_vector<T>(aligned, windows.channels, [&](auto vector) {
     const PoolCut cut(count, product(windows.kernel), windows.channels, vector);
     launch(avg_pool_backward_kernel<T, vector>, cut.grid(), cut.block(), 0, stream, cut, windows, grad, x,
-           norm, grad_x, workspace);
+           norm, grad_x, scratch.partial);
     const Size size{windows.images * product(windows.in), windows.channels};
-    merge(Gradients<acc_t<T>>{size, sum_d, sum_dx}, cut.row_blocks, workspace, stream);
+    merge(Gradients<acc_t<T>>{size, to}, cut.row_blocks, scratch.partial, stream);
   });
 }
 
@@ -332,7 +332,7 @@ void max_pool_backward(const Windows& windows, Matrix<const T> grad, Matrix<cons
   template void bn_relu_avg_pool(const Windows&, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);       \
   template int64_t avg_pool_workspace_size<T>(const Windows&);                                              \
   template void bn_relu_avg_pool_backward(const Windows&, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, \
-                                          Matrix<T>, acc_t<T>*, acc_t<T>*, acc_t<T>*, Stream);              \
+                                          Matrix<T>, SumsOut<acc_t<T>>, Scratch<acc_t<T>>, Stream);         \
   template void bn_relu_max_pool(const Windows&, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,                \
                                  Matrix<uint8_t>, Stream);                                                  \
   template void max_pool_backward(const Windows&, Matrix<const T>, Matrix<const uint8_t>, Matrix<T>, Stream)

@@ -3,7 +3,7 @@
 //
 //   struct Body {
 //     static constexpr int kIn, kOut, kVectors;            // matrices read and written, vectors read
-//     static constexpr Reduce kReduce;
+//     static constexpr Reduce kReduce;                      // a result of sums.cuh says what is made of them
 //     const A* vectors[kVectors];
 //     // k: the channel's elements of the vectors (of Reduce::moments: its pivot)
 //     void operator()(const A (&k)[kVectors], const A (&in)[kIn], A (&out)[kOut or 1], Sum<A>& sum,
@@ -17,6 +17,9 @@ namespace effdense::kernels {
 
 enum class Reduce { nothing, moments, gradients };
 
+// What is made of a body's sums.
+struct Nothing {};
+
 template <typename T, int kIn, int kOut>
 struct Operands {
   Matrix<const T> in[kIn];
@@ -25,10 +28,11 @@ struct Operands {
 
 // The rows of a thread, kBatch at a time: all loads of a batch are on their way before the first is needed.
 // An output may be an input: whoever writes an element has read it.
-template <typename T, int kVector, typename Body>
+// Without counters the blocks' sums are left to a kernel of its own.
+template <typename T, int kVector, typename Body, typename Result>
 __global__ void __launch_bounds__(kThreads, kResident)
-    rows_kernel(Body body, Cut cut, Size size, Operands<T, Body::kIn, Body::kOut> operands,
-                acc_t<T>* workspace) {
+    rows_kernel(Body body, Cut cut, Size size, Operands<T, Body::kIn, Body::kOut> operands, Result result,
+                Scratch<acc_t<T>> scratch) {
   using A = acc_t<T>;
   constexpr int kIn = Body::kIn, kOut = Body::kOut, kVectors = Body::kVectors;
   constexpr int kBatch = 4 / kIn;
@@ -60,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     add_up(k[0], shared, at.y, cut.height, cut.width);
     __syncthreads();
     const A count = static_cast<A>(min(last - first, int64_t{kBatch} * cut.height));
-    A* const to = workspace + int64_t{blockIdx.x} * Moments<A>::kLines * size.channels + at.channel;
+    A* const to = scratch.partial + int64_t{blockIdx.x} * Result::kLines * size.channels + at.channel;
     for (int j = 0; j < kVector; ++j) {
       k[0][j] = shared[j][at.x] / count;
       if (at.y == 0 && j < at.count) store(to + j, k[0][j]);
@@ -89,27 +93,46 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
   }
   if constexpr (kSums) {
-    constexpr int kLines = kPivots ? Moments<A>::kLines : Gradients<A>::kLines;
-    store_sums<kLines>(sums, shared, at, cut, size.channels, workspace);
+    store_sums<Result::kLines>(sums, shared, at, cut, size.channels, scratch.partial);
+    if (scratch.counters == nullptr) return;
+    if (blockIdx.x == 0 && blockIdx.y == 0) result.rest();
+    if (!comes_last(scratch.counters + blockIdx.y, static_cast<int>(gridDim.x))) return;
+    __shared__ double of_parts[2][kThreads];
+    const int64_t channel = int64_t{blockIdx.y} * cut.width * kVector;
+    merge_parts(result, gridDim.x, scratch.partial, channel,
+                static_cast<int>(min(size.channels - channel, int64_t{cut.width} * kVector)), of_parts);
   }
 }
 
-// Returns how the rows were cut, for `merge`.
-template <typename T, typename Body>
-Cut for_rows(Size size, const Body& body, const Operands<T, Body::kIn, Body::kOut>& operands,
-             acc_t<T>* workspace, Stream stream) {
+// Blocks that are to be there at least, before their parts get fewer for the last block's sake: two on each
+// multiprocessor of the largest card.
+constexpr int64_t kEnoughBlocks = 264;
+
+template <typename T, typename Body, typename Result = Nothing>
+void for_rows(Size size, const Body& body, const Operands<T, Body::kIn, Body::kOut>& operands, Stream stream,
+              Result result = {}, Scratch<acc_t<T>> scratch = {}) {
+  constexpr bool kSums = Body::kReduce != Reduce::nothing;
   int aligned = 16 / sizeof(T);
   for (const auto& in : operands.in) aligned = std::min(aligned, aligned_elements(in));
   if constexpr (Body::kOut > 0)
     for (const auto& out : operands.out) aligned = std::min(aligned, aligned_elements(out));
-  Cut cut(size.channels, 1);
   with_vector<T>(aligned, size.channels, [&](auto vector) {
-    cut = Cut(size.channels, vector);
-    cut.cut_rows(size.rows, std::max<int64_t>(kLeastRows, 4 * cut.height));
-    launch(rows_kernel<T, vector, Body>, cut.grid(), cut.block(), 0, stream, body, cut, size, operands,
-           workspace);
+    Cut cut(size.channels, vector);
+    const int threads = cut.width * cut.height;
+    const int of_tile = static_cast<int>(std::min<int64_t>(size.channels, int64_t{cut.width} * vector));
+    int64_t at_least = std::max<int64_t>(kLeastRows, 4 * cut.height);
+    if (const int64_t few = kMostInTurn * (threads / of_tile); kSums && few * cut.tiles >= kEnoughBlocks)
+      at_least = std::max(at_least, divide_up(size.rows, few));
+    cut.cut_rows(size.rows, at_least);
+    Scratch<acc_t<T>> own = scratch;
+    if (!last_block_merges(cut.row_blocks, cut.tiles, threads, of_tile)) own.counters = nullptr;
+    if constexpr (Body::kReduce == Reduce::moments) result.rows_per_block = cut.rows_per_block;
+    launch(rows_kernel<T, vector, Body, Result>, cut.grid(), cut.block(), 0, stream, body, cut, size,
+           operands, result, own);
+    if constexpr (kSums) {
+      if (own.counters == nullptr) merge(result, cut.row_blocks, scratch.partial, stream);
+    }
   });
-  return cut;
 }
 
 }  // namespace effdense::kernels

@@ -1,9 +1,10 @@
 // Two sums over the rows of every channel, in two stages of fixed order: a thread adds its rows up and makes
-// good what rounding loses, a block adds its threads up by halves; `merge` adds the blocks up in double. The
-// order depends on shape and alignment alone.
+// good what rounding loses, a block adds its threads up by halves; then the blocks are added up in double, by
+// the block that comes last where they are few, else by a kernel of its own. The order depends on shape and
+// alignment alone.
 #pragma once
 
-#include "kernels/access.cuh"
+#include "kernels/norms.cuh"
 
 namespace effdense::kernels {
 
@@ -24,8 +25,8 @@ struct Sum {
 
 // Adds up, value by value, what `count` threads hold that are `apart` threads apart; the one with index 0
 // gets it, and leaves it in shared[value][threadIdx.x]. Whoever wants `shared` again needs a barrier first.
-template <int kValues, typename A>
-__device__ __forceinline__ void add_up(A (&values)[kValues], A (*shared)[kThreads], int index, int count,
+template <int kValues, int kMost, typename A>
+__device__ __forceinline__ void add_up(A (&values)[kValues], A (*shared)[kMost], int index, int count,
                                        int apart) {
   const int me = static_cast<int>(threadIdx.x);
   for (int v = 0; v < kValues; ++v) shared[v][me] = values[v];
@@ -63,77 +64,114 @@ __device__ __forceinline__ void store_sums(const Sum<A> (&sums)[2][kVector],
 // double, to be added.
 template <typename A>
 struct Moments {
-  static constexpr bool kPivots = true;
   static constexpr int kLines = 3;  // pivot, sum of x - pivot, sum of squares
   Size size;
   int64_t rows_per_block;
-  A *mean, *var;
+  StatisticsOut<A> to;
 
+  __device__ double count(int64_t block) const {
+    return static_cast<double>(min(rows_per_block, size.rows - block * rows_per_block));
+  }
+  __device__ double pivot(const A* first_part) const { return load(first_part); }
   __device__ void add(int64_t block, const A* part, double pivot, double (&sums)[2]) const {
-    const double count = static_cast<double>(min(rows_per_block, size.rows - block * rows_per_block));
     const double moved = load(part) - pivot;
     const double sum = load(part + size.channels), squares = load(part + 2 * size.channels);
-    sums[0] += sum + count * moved;
-    sums[1] += squares + moved * (2 * sum + count * moved);
+    sums[0] += sum + count(block) * moved;
+    sums[1] += squares + moved * (2 * sum + count(block) * moved);
   }
   __device__ void finish(int64_t c, double pivot, const double (&sums)[2]) const {
     const double count = static_cast<double>(size.rows), shift = sums[0] / count;
     const double variance = sums[1] / count - shift * shift;
-    store(mean + c, static_cast<A>(pivot + shift));
-    store(var + c, static_cast<A>(variance < 0 ? 0.0 : variance));
+    finish_statistics(to, c, static_cast<A>(pivot + shift), static_cast<A>(variance < 0 ? 0.0 : variance));
   }
+  // By one block of the launch, whichever: what needs no part.
+  __device__ void rest() const { fold_earlier(to, size.channels); }
 };
 
-// sum d and sum d (x - mean). With a and b, also what the statistics' own gradient subtracts, a + b * (x -
-// mean): a = scale * sum d / M, b = scale * rstd^2 * sum d (x - mean) / M.
+// sum d and sum d (x - mean).
 template <typename A>
 struct Gradients {
-  static constexpr bool kPivots = false;
   static constexpr int kLines = 2;
   Size size;
-  A *sum_d, *sum_dx;
-  Norm<A> norm{};
-  A *a = nullptr, *b = nullptr;
+  SumsOut<A> to;
 
+  __device__ double pivot(const A*) const { return 0; }
   __device__ void add(int64_t, const A* part, double, double (&sums)[2]) const {
     sums[0] += load(part);
     sums[1] += load(part + size.channels);
   }
   __device__ void finish(int64_t c, double, const double (&sums)[2]) const {
-    store(sum_d + c, static_cast<A>(sums[0]));
-    store(sum_dx + c, static_cast<A>(sums[1]));
-    if (a == nullptr) return;
-    const double over = static_cast<double>(load(norm.scale + c)) / static_cast<double>(size.rows);
-    const double rstd = load(norm.rstd + c);
-    store(a + c, static_cast<A>(over * sums[0]));
-    store(b + c, static_cast<A>(over * rstd * rstd * sums[1]));
+    finish_sums(to, c, static_cast<A>(sums[0]), static_cast<A>(sums[1]));
   }
+  __device__ void rest() const {}
 };
 
-// A block has kMerged channels by kThreads / kMerged lanes, each of which takes every so many-th row block.
+// Adds the blocks' parts of `count` channels from `first` on, with all threads of a block, one channel after
+// the other across the threads and then as many lanes as there is room for; each takes every so many-th part.
+template <int kMost, typename A, typename Result>
+__device__ __forceinline__ void merge_parts(const Result& result, int64_t parts, const A* partial,
+                                            int64_t first, int count, double (*shared)[kMost]) {
+  const int me = static_cast<int>(threadIdx.x), lanes = static_cast<int>(blockDim.x) / count;
+  const int lane = me / count;
+  const int64_t c = first + me % count, channels = result.size.channels;
+  double pivot = 0, sums[2] = {0, 0};
+  if (lane < lanes) {
+    pivot = result.pivot(partial + c);
+#pragma unroll 4
+    for (int64_t part = lane; part < parts; part += lanes)
+      result.add(part, partial + part * Result::kLines * channels + c, pivot, sums);
+  }
+  add_up(sums, shared, lane, lanes, count);
+  if (lane == 0) result.finish(c, pivot, sums);
+}
+
+// Whether the calling block is the last of `count` to come here; a counter serves the blocks of one tile.
+// Its threads then see what every one of those blocks stored before. How that is certain: a block's stores
+// come before its first thread's fence (the barrier), the fence before the atomic addition; whoever adds last
+// has read what all others added, so that its own fence comes after theirs, and its threads' loads after that
+// (the second barrier). Nobody touches the counter after the last block, which leaves 0 for the next launch.
+__device__ __forceinline__ bool comes_last(int* counter, int count) {
+  if (count == 1) {
+    __syncthreads();
+    return true;
+  }
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fence();
+    last = count_up(counter) == count - 1;
+    fence();
+    if (last) store(counter, 0);
+  }
+  __syncthreads();
+  return last;
+}
+
+// The most parts that a lane of the last block adds up, one after the other, while the card waits: what a
+// launch costs.
+constexpr int64_t kMostInTurn = 64;
+
+__host__ __device__ constexpr bool last_block_merges(int64_t parts, int64_t tiles, int threads,
+                                                     int channels) {
+  return tiles <= kCounters && parts <= kMostInTurn * (threads / channels);
+}
+
+// A block has kMerged channels by kThreads / kMerged lanes.
 constexpr int kMerged = 8;
 
 template <typename A, typename Result>
-__global__ void __launch_bounds__(kThreads)
-    merge_kernel(Result result, int64_t row_blocks, const A* workspace) {
-  constexpr int kLanes = kThreads / kMerged;
+__global__ void __launch_bounds__(kThreads) merge_kernel(Result result, int64_t parts, const A* partial) {
   __shared__ double shared[2][kThreads];
-  const int lane = static_cast<int>(threadIdx.x) / kMerged;
-  const int64_t c = int64_t{blockIdx.x} * kMerged + threadIdx.x % kMerged, channels = result.size.channels;
-  double pivot = 0, sums[2] = {0, 0};
-  if (c < channels && lane < row_blocks) {
-    if constexpr (Result::kPivots) pivot = load(workspace + c);
-    for (int64_t block = lane; block < row_blocks; block += kLanes)
-      result.add(block, workspace + block * Result::kLines * channels + c, pivot, sums);
-  }
-  add_up(sums, shared, lane, kLanes, kMerged);
-  if (lane == 0 && c < channels) result.finish(c, pivot, sums);
+  const int64_t first = int64_t{blockIdx.x} * kMerged;
+  if (blockIdx.x == 0) result.rest();
+  merge_parts(result, parts, partial, first,
+              static_cast<int>(min(int64_t{kMerged}, result.size.channels - first)), shared);
 }
 
 template <typename A, typename Result>
-void merge(const Result& result, int64_t row_blocks, const A* workspace, Stream stream) {
+void merge(const Result& result, int64_t parts, const A* partial, Stream stream) {
   const dim3 grid(static_cast<unsigned>(divide_up(result.size.channels, kMerged)));
-  launch(merge_kernel<A, Result>, grid, dim3(kThreads), 0, stream, result, row_blocks, workspace);
+  launch(merge_kernel<A, Result>, grid, dim3(kThreads), 0, stream, result, parts, partial);
 }
 
 }  // namespace effdense::kernels

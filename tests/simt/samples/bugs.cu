@@ -160,6 +160,40 @@ __global__ void blocks_read_each_other(const float*, float* y) {
   if (threadIdx.x < 32) store(y + i, load(y + (i + 32) % 64));
 }
 
+// What the block that comes last makes of both blocks' parts, and what goes wrong with that. The counter is
+// y's last element.
+enum class Wrong {
+  nothing,
+  no_release,         // no fence between the parts and the counter
+  no_acquire,         // none between the counter and the parts
+  no_barrier_before,  // the first thread counts before the others have stored
+  no_barrier_after,   // the others do not wait for the first thread's fence
+  too_early,          // a block takes itself for the last one too early
+  not_reset,          // the counter is left for the next launch
+};
+
+template <Wrong kWrong>
+__global__ void last_block(const float* x, float* y) {
+  __shared__ int before;
+  const int me = static_cast<int>(threadIdx.x), mine = 16 * static_cast<int>(blockIdx.x);
+  if (me < 16) store(y + mine + me, load(x + mine + me));
+  if (kWrong != Wrong::no_barrier_before) __syncthreads();
+  int* const counter = reinterpret_cast<int*>(y + kBugThreads - 1);
+  if (me == 0) {
+    if (kWrong != Wrong::no_release) fence();
+    before = count_up(counter);
+    if (kWrong != Wrong::no_acquire) fence();
+  }
+  if (kWrong == Wrong::no_barrier_after)
+    before = load(counter) - 1;
+  else
+    __syncthreads();
+  if (before != (kWrong == Wrong::too_early ? 0 : 1)) return;
+  if (me < 16) store(y + 32 + me, load(y + me) + load(y + 16 + me));
+  __syncthreads();
+  if (me == 0 && kWrong != Wrong::not_reset) store(counter, 0);
+}
+
 struct Bug {
   const char* name;
   void (*kernel)(const float*, float*);
@@ -189,6 +223,13 @@ const Bug kBugs[] = {
     {"blocks_store_to_one_place", blocks_store_to_one_place},
     {"blocks_read_each_other", blocks_read_each_other},
     {"ldmatrix_of_global_memory", ldmatrix_of_global_memory},
+    {"last_block", last_block<Wrong::nothing>},
+    {"last_block_no_release", last_block<Wrong::no_release>},
+    {"last_block_no_acquire", last_block<Wrong::no_acquire>},
+    {"last_block_no_barrier_before", last_block<Wrong::no_barrier_before>},
+    {"last_block_no_barrier_after", last_block<Wrong::no_barrier_after>},
+    {"last_block_too_early", last_block<Wrong::too_early>},
+    {"last_block_not_reset", last_block<Wrong::not_reset>},
 };
 
 }  // namespace
