@@ -74,6 +74,8 @@ def tensors(of: Any) -> list[Like]:
 class Recorder(TorchDispatchMode):
     """Notes every call that reads or writes data."""
 
+    effdense_may_fuse = True
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []

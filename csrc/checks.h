@@ -120,15 +120,17 @@ inline void check_deferred(const char* op, TensorList deferred, const Tensor& gr
                       grad_y.size(1));
 }
 
-// The weight of a padded 3x3 convolution, [out_channels, channels, 3, 3].
+// The weight of a padded convolution 3 wide in each of x's directions, [out_channels, channels, 3, ...].
 inline void check_conv3x3(const char* op, const Tensor& weight, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4, op, ": x must be [N, C, H, W], got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 3 && x.dim() <= 5, op,
+                    ": x must be [N, C, L], [N, C, H, W] or [N, C, D, H, W], got shape ", x.sizes());
   check_device(op, "weight", weight, x.device());
   check_type(op, "weight", weight, x.scalar_type(), "the features' type");
-  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == x.size(1) &&
-                        weight.size(2) == 3 && weight.size(3) == 3,
-                    op, ": weight must be [out_channels, ", x.size(1), ", 3, 3] (x's channels), got shape ",
-                    weight.sizes());
+  bool fits = weight.dim() == x.dim() && weight.size(0) > 0 && weight.size(1) == x.size(1);
+  for (int64_t d = 2; fits && d < x.dim(); ++d) fits = weight.size(d) == 3;
+  const char* kernel = x.dim() == 3 ? "3" : x.dim() == 4 ? "3, 3" : "3, 3, 3";
+  TORCH_CHECK_VALUE(fits, op, ": weight must be [out_channels, ", x.size(1), ", ", kernel,
+                    "] (x's channels and dimensions), got shape ", weight.sizes());
 }
 
 // The normalisation that may follow a convolution: both vectors or none.

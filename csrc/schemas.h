@@ -74,13 +74,13 @@ inline void define_operators(torch::Library& m) {
 
 // Elsewhere cuDNN's convolutions are hard to beat, and the engine takes bn_relu and those.
 inline void define_cpu_operators(torch::Library& m) {
-  // out = weight * relu(scale * x + shift) + bias, a 3x3 convolution with padding 1 -> out's mean and
-  // variance
+  // out = weight * relu(scale * x + shift) + bias, a convolution 3 wide in every direction, with padding 1 ->
+  // out's mean and variance
   m.def(
       "bn_relu_conv3x3(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, Tensor(a!) out)"
       " -> (Tensor mean, Tensor var)");
-  // d = (gradient of relu(...)) masked by relu -> grad_weight [O, C, 3, 3] (in the accumulation type), sum d,
-  // sum d (x - mean); grad_x becomes scale * d, or with `accumulate` grows by it
+  // d = (gradient of relu(...)) masked by relu -> grad_weight [O, C, 3, ...] (in the accumulation type), sum
+  // d, sum d (x - mean); grad_x becomes scale * d, or with `accumulate` grows by it
   m.def(
       "bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean,"
       " Tensor weight, Tensor(a!) grad_x, bool accumulate, bool need_x, bool need_weight)"

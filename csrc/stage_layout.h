@@ -255,8 +255,9 @@ class Stage {
 
   bool fuses(const Layer& layer) const {
     const Tensor& weight = layer.parameters.conv2_weight;
-    return backend_.bn_relu_conv3x3 != nullptr && weight.dim() == 4 && weight.size(2) == 3 &&
-           weight.size(3) == 3 && layer.dilation == 1;
+    const at::IntArrayRef kernel = weight.sizes().slice(2);
+    const bool three = std::all_of(kernel.begin(), kernel.end(), [](int64_t size) { return size == 3; });
+    return backend_.bn_relu_conv3x3 != nullptr && three && layer.dilation == 1;
   }
   // Whether relu(norm2(y)) is made without y: nobody wants y, norm2 is known beforehand, the convolution
   // wants z.

@@ -6,6 +6,7 @@ per channel: docs/design.md, "The mathematics".
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,9 +109,27 @@ def refuse_group(op: str, groups: Sequence[str]) -> None:
         )
 
 
+# Whose code runs a forward again in the backward.
+_CHECKPOINTS = {
+    "torch.utils.checkpoint",
+    "deepspeed.runtime.activation_checkpointing.checkpointing",
+    "fairscale.nn.checkpoint.checkpoint_activations",
+}
+
+
 def recomputing() -> bool:
-    """True where a forward runs inside a backward: a checkpoint's second run, whose first has updated the statistics."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """True where a forward is a checkpoint's second run, inside a backward: the first one has updated the statistics.
+
+    A new forward inside a backward, in a hook or a user's own autograd.Function, is no second run.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _CHECKPOINTS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def read_module(module: Any) -> Norm:

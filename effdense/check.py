@@ -86,7 +86,7 @@ class _Case:
         self.x = self.features[0]
         averages = [n // k for n, k in zip(spatial, self.average, strict=True)]
         self.averages = random(images, channels[0], *averages)
-        self.conv = random(out, channels[0], 3, 3) if len(spatial) == 2 else None
+        self.conv = random(out, channels[0], *[3] * len(spatial))
         self.maxima = random(images, channels[0], *((n + 1) // 2 for n in spatial))
 
     def renewed(self) -> _Case:
@@ -137,15 +137,11 @@ def _bottleneck_backward(ops: Any, c: _Case) -> list[Tensor]:
 
 
 def _bn_relu_conv3x3(ops: Any, c: _Case) -> list[Tensor]:
-    if c.conv is None:
-        return []
     out = torch.empty_like(c.y)
     return [*ops.bn_relu_conv3x3(c.x, *c.first(2), c.conv, c.of_out[0], out), out]
 
 
 def _bn_relu_conv3x3_backward(ops: Any, c: _Case) -> list[Tensor]:
-    if c.conv is None:
-        return []
     results = []
     for accumulate in (False, True):
         arguments = c.y, c.x, *c.first(3), c.conv, c.grad

@@ -125,7 +125,7 @@ def report(model: nn.Module) -> Report:
     for name, module, ours, reason in Examiner().find(model):
         converted = is_fused_kind(module)
         if converted:
-            reason = module.obstacle()  # type: ignore[operator]
+            reason = type(module).obstacle(module)  # type: ignore[attr-defined]
         elif reason is None:
             reason = "effdense.convert has not been called since it was built"
         kind = (

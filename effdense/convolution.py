@@ -1,7 +1,7 @@
 """BN-ReLU-convolution, the second half of a layer (all of a plain one), forward and backward.
 
-On the CPU a 3x3 convolution takes the norm and the ReLU into its tiles (csrc/cpu/conv3x3.cpp). Everything else normalises
-into scratch and runs PyTorch's own convolutions, channels-last.
+On the CPU a 3, 3x3 or 3x3x3 convolution takes the norm and the ReLU into its tiles (csrc/cpu/conv3x3.cpp). Everything else
+normalises into scratch and runs PyTorch's own convolutions, channels-last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from effdense.workspace import Lease
 def fuses(ops: Any, weight: Tensor, dilation: int = 1) -> bool:
     """Whether these operators have a fused kernel for this convolution."""
     return (
-        weight.shape[2:] == (3, 3)
+        all(size == 3 for size in weight.shape[2:])
         and dilation == 1
         and weight.device.type in ("cpu", "meta")
         and hasattr(ops, "bn_relu_conv3x3")

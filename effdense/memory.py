@@ -90,6 +90,8 @@ class _Block:
 class _Timeline(TorchDispatchMode):
     """Follows every storage that an operator makes, and knows what existed when the sum was largest."""
 
+    effdense_may_fuse = True
+
     def __init__(self) -> None:
         super().__init__()
         self.level = self.peak = 0

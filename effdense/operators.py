@@ -115,8 +115,7 @@ def _register_fakes() -> None:
         need_x: bool,
         need_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size = weight.shape[0] if need_weight else 0
-        grad_weight = scale.new_empty(weight.shape[1], 3, 3, size).permute(3, 0, 1, 2)
+        grad_weight = scale.new_empty(weight.shape[0] if need_weight else 0, *weight.shape[1:])
         return grad_weight, torch.empty_like(scale), torch.empty_like(scale)
 
     @fake("effdense::bn_relu_backward")

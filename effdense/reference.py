@@ -157,12 +157,18 @@ def bottleneck_backward(
     return grad_weight, sum_d, sum_dx
 
 
+def _padded(x: Tensor) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """Stride, padding, dilation, transposed, output padding and groups of a convolution 3 wide that keeps x's size."""
+    ones = [1] * (x.dim() - 2)
+    return ones, ones, ones, False, [0] * len(ones), 1
+
+
 def bn_relu_conv3x3(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """out = weight * relu(scale * x + shift) + bias, 3x3 with padding 1; out's mean and biased variance."""
+    """out = weight * relu(scale * x + shift) + bias, 3, 3x3 or 3x3x3 with padding 1; out's mean and biased variance."""
     z = _affine(x, scale, shift).relu_()
-    out.copy_(F.conv2d(z, _wide(weight), bias, padding=1))
+    out.copy_(torch.convolution(z, _wide(weight), bias, *_padded(x)))
     return channel_statistics([out])
 
 
@@ -180,9 +186,8 @@ def bn_relu_conv3x3_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `bn_relu_conv3x3`: writes or adds scale * d to grad_x."""
     z = _affine(x, scale, shift).relu_()
-    plain = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, ...
     d, of_weight, _ = torch.ops.aten.convolution_backward(
-        _wide(grad), z, _wide(weight), None, *plain, [need_x, need_weight, False]
+        _wide(grad), z, _wide(weight), None, *_padded(x), [need_x, need_weight, False]
     )
     grad_weight = of_weight if need_weight else scale.new_empty(0, *weight.shape[1:])
     if not need_x:

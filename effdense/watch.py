@@ -65,6 +65,8 @@ _QUERIES = ("requires_grad",)
 class Watch(TorchFunctionMode):
     """Notes the first thing that code of `own` functions does and a probe cannot speak for."""
 
+    effdense_may_fuse = True
+
     def __init__(self, own: Iterable[FunctionType]) -> None:
         super().__init__()
         self.codes = {code for function in own for code in codes_in(function.__code__)}

@@ -112,6 +112,37 @@ def test_what_changes_after_convert_is_noticed(name: str) -> None:
         assert_same(copy.deepcopy(naive), model, torch.randn(2, channels, *spatial, dtype=torch.float64))
 
 
+OURS = ("memory", "kind", "read", "parts", "obstacle", "chains", "fused", "enter", "passage", "head")
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "channels"),
+    [
+        (lambda: models.DenseNet(4, (2, 3), 6, num_classes=5), [1], 3),
+        (lambda: structures.NetBlock(3, 6, 4), [1], 6),
+        (lambda: structures.NetBlock(3, 6, 4), nn.Identity(), 6),
+    ],
+)
+def test_names_of_ours_are_free_for_a_users_attributes(
+    make: Callable[[], nn.Module], value: Any, channels: int
+) -> None:
+    naive = randomised(make())
+    ours = effdense.convert(copy.deepcopy(naive))
+    changed = [m for m in ours.modules() if type(m).__dict__.get("_effdense_kind") is not None]
+    paths = [name for name, m in ours.named_modules() if m in changed]
+    assert not any(hasattr(m, "memory") for m in changed)
+    for model in (naive, ours):
+        for path in paths:
+            for name in OURS:
+                setattr(model.get_submodule(path), name, value)
+    if not isinstance(value, nn.Module):  # else a method of ours comes first, as any attribute of a class
+        assert all(m.memory is value for m in changed)
+    report = effdense.report(ours)
+    assert len(report) == len(paths) > 0
+    assert all("attributes that hide effdense's: " in str(e.reason) for e in report)
+    assert_same(naive, ours, torch.randn(2, channels, 16, 16, dtype=torch.float64))
+
+
 def test_modules_of_one_class_are_compared_one_by_one() -> None:
     """They do different things, by their attributes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,15 +30,24 @@ from tests.cases import (
     to_dtype,
 )
 
-BACKENDS = {"cpu": torch.ops.effdense}  # elsewhere 3x3 convolutions are PyTorch's
+BACKENDS = {"cpu": torch.ops.effdense}  # elsewhere convolutions are PyTorch's
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Case = dict[str, Tensor]
 Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean")
 
 # images, spatial sizes, channels, output channels: images in several bands. A thread's scratch is a band of lines of
-# 1 MiB, here (float64, forward; a backward's are no higher): 3 lines of 30, 1 of 5, 11 of 33. Two threads share the first
-# two images, and the second of three.
-CUT = [(1, (30, 64), 40, 40), (1, (5, 700), 24, 16), (3, (33, 63), 48, 12)]
+# 1 MiB, here (float64, forward; a backward's are no higher): 3 lines of 30, 1 of 5, 11 of the 99 of three images. Two
+# threads share the first two images, and the second of three. Volumes: bands of 4 lines, in planes of 6, and of several
+# small planes. 1D: 264 pixels.
+CUT = [
+    (1, (30, 64), 40, 40),
+    (1, (5, 700), 24, 16),
+    (3, (33, 63), 48, 12),
+    (1, (4, 6, 20), 32, 40),
+    (2, (7, 3, 3), 64, 33),
+    (2, (700,), 128, 32),
+]
 SHAPES = [
     (1, (1, 1), 1, 1),
     (3, (1, 1), 40, 3),
@@ -47,15 +57,34 @@ SHAPES = [
     (5, (7, 7), 48, 12),
     (2, (32, 32), 48, 12),
     (2, (3, 2), 4, 40),
+    (1, (1, 1, 1), 3, 2),
+    (2, (3, 5, 4), 12, 17),
+    (3, (2, 2, 2), 40, 32),
+    (2, (1, 3, 5), 5, 16),
+    (2, (5, 1, 1), 16, 3),
+    (1, (4, 3, 1), 3, 33),
+    (1, (1,), 2, 3),
+    (3, (2,), 16, 12),
+    (2, (11,), 13, 17),
     *CUT,
 ]
-EMPTY = (0, (4, 4), 3, 2)
-OPCHECKS = list(zip([(2, (5, 7), 12, 17), (1, (1, 3), 3, 1), EMPTY], DTYPES, strict=True))
+EMPTY = [(0, (4, 4), 3, 2), (0, (4,), 3, 2), (2, (0, 4, 4), 3, 2)]
+OPCHECKS = [
+    *zip([(2, (5, 7), 12, 17), (1, (1, 3), 3, 1), EMPTY[0]], DTYPES, strict=True),
+    ((1, (2, 3, 4), 3, 2), torch.float32),
+    ((1, (4,), 3, 2), torch.float64),
+]
+
+
+def slice_of_larger(w: Tensor) -> Tensor:
+    larger = F.pad(w, (*[1, 1] * (w.dim() - 2), 2, 0), value=float("nan"))
+    return larger[(slice(None), slice(2, None), *[slice(1, -1)] * (w.dim() - 2))]
+
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda w: w,
     "channels-last": channels_last,
-    "slice": lambda w: F.pad(w, (1, 1, 0, 1, 2, 0), value=float("nan"))[:, 2:, :3, 1:-1],
+    "slice": slice_of_larger,
     "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
 }
 
@@ -65,7 +94,8 @@ def make_case(shape: tuple, dtype: torch.dtype = torch.float64) -> Case:
     images, spatial, channels, k = shape
     case = make_norm_case((images, spatial, (channels,)), dtype)
     rest = {
-        "weight": torch.randn(k, channels, 3, 3, dtype=torch.float64) / (9 * channels) ** 0.5,
+        "weight": torch.randn(k, channels, *[3] * len(spatial), dtype=torch.float64)
+        / (3 ** len(spatial) * channels) ** 0.5,
         "bias": torch.randn(k, dtype=torch.float64),
         "grad": torch.randn(images, k, *spatial, dtype=torch.float64),
         "grad_x": torch.randn_like(case["x"]),
@@ -114,7 +144,7 @@ def run_backward(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, EMPTY])
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY])
 @pytest.mark.parametrize("bias, layout", [(False, "channels-last prefix"), (True, "contiguous")])
 def test_forward_matches_the_float64_twin(
     ops: Any, shape: tuple, dtype: torch.dtype, bias: bool, layout: str
@@ -123,7 +153,7 @@ def test_forward_matches_the_float64_twin(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, EMPTY])
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY])
 @pytest.mark.parametrize(
     "accumulate, need_x, need_weight, layouts",
     [
@@ -146,9 +176,7 @@ def test_backward_matches_the_float64_twin(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "images, channels, spatial", [(2, 12, (33, 63)), *(x for x in IN_EVERY_LAYOUT if len(x[2]) == 2)]
-)
+@pytest.mark.parametrize("images, channels, spatial", [(2, 12, (33, 63)), *IN_EVERY_LAYOUT])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_maps_in_every_layout(
     ops: Any, layout: str, images: int, channels: int, spatial: tuple[int, ...], dtype: torch.dtype
@@ -167,8 +195,9 @@ def test_maps_in_every_layout(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", WEIGHTS)
-def test_weights_in_every_layout(ops: Any, layout: str, dtype: torch.dtype) -> None:
-    case = make_case((2, (5, 7), 12, 17), dtype)
+@pytest.mark.parametrize("spatial", [(11,), (5, 7), (2, 3, 4)])
+def test_weights_in_every_layout(ops: Any, spatial: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    case = make_case((2, spatial, 12, 17), dtype)
     assert_as_exact(run_forward(case, weight=layout), ops, dtype)
     assert_as_exact(run_backward(case, weight=layout), ops, dtype)
 
@@ -178,7 +207,7 @@ def by_autograd(c: Case, bias: bool, accumulate: bool) -> list[Tensor]:
     x = c["x"].clone().requires_grad_()
     before_relu = x * column(c["scale"], x) + column(c["shift"], x)
     weight = c["weight"].clone().requires_grad_()
-    out = F.conv2d(before_relu.relu(), weight, c["bias"] if bias else None, padding=1)
+    out = CONVOLVE[x.dim() - 2](before_relu.relu(), weight, c["bias"] if bias else None, padding=1)
     d, grad_weight, grad_x = torch.autograd.grad(out, (before_relu, weight, x), c["grad"])
     dims, out = over_channels(x), out.detach()
     deviation = (x - column(c["mean"], x)).detach()
@@ -197,7 +226,8 @@ def test_together_they_are_torchs_convolution(
     case = make_case(shape, dtype)
     got = run_forward(case, bias)(any_ops, dtype) + run_backward(case, accumulate)(any_ops, dtype)
     images, spatial, channels, k = shape
-    terms = max(9 * channels, 9 * k, images * spatial[0] * spatial[1])
+    taps = 3 ** len(spatial)
+    terms = max(taps * channels, taps * k, images * math.prod(spatial))
     wide = torch.finfo(to_dtype(case["mean"], dtype).dtype).eps
     for a, b in zip(got, by_autograd(case, bias, accumulate), strict=True):
         allowed = (torch.finfo(dtype).eps + terms**0.5 * wide) * rms(b)
@@ -216,9 +246,13 @@ def test_any_number_of_threads(ops: Any, threads: int, shape: tuple, dtype: torc
 
 
 @pytest.mark.parametrize("height", range(1, 13))
-def test_every_height(any_ops: Any, height: int) -> None:
-    """Bands of up to 3 lines, all numbers of them and all heights of the last one, on one thread and on two."""
-    case = make_case((1, (height, 64), 40, 40))
+@pytest.mark.parametrize("volumes", [False, True])
+def test_every_height(any_ops: Any, height: int, volumes: bool) -> None:
+    """Bands of up to 3 lines, all numbers of them and all heights of the last one, on one thread and on two.
+
+    Volumes: bands of up to 6, a different one of which begins each plane.
+    """
+    case = make_case((2, (3, height, 12), 32, 40) if volumes else (1, (height, 64), 40, 40))
     expected = by_autograd(case, True, False)
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -235,10 +269,11 @@ def test_runs_are_bitwise_repeatable(ops: Any, shape: tuple, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prefix_of_a_feature_buffer(any_ops: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("spatial", [(70,), (9, 8), (3, 4, 6)])
+def test_a_prefix_of_a_feature_buffer(any_ops: Any, spatial: tuple[int, ...], dtype: torch.dtype) -> None:
     """As a plain layer calls them: a prefix in one buffer, its gradient in another, new features behind it."""
-    c = to_dtype(make_case((2, (9, 8), 5, 3), dtype), dtype)
-    buffer, grads = (torch.randn(2, 9, 8, 9).movedim(-1, 1).to(dtype) for _ in range(2))
+    c = to_dtype(make_case((2, spatial, 5, 3), dtype), dtype)
+    buffer, grads = (torch.randn(2, *spatial, 9).movedim(-1, 1).to(dtype) for _ in range(2))
     buffer[:, :5] = c["x"]
     before, dense = (buffer.clone(), grads.clone()), in_buffer(torch.empty_like(c["grad"]))
     vectors = [c[name] for name in VECTORS]
@@ -291,6 +326,23 @@ def test_nan_spreads_as_in_torch(any_ops: Any) -> None:
     assert sum_dx[3].isnan() and grad_weight[2].isnan().any() and not grad_weight[3, :3].isnan().any()
 
 
+def test_nan_spreads_in_volumes_as_in_torch(any_ops: Any) -> None:
+    """To the neighbours of its pixel and no further, from the last plane of an image and the first of the next."""
+    c = make_case((2, (3, 4, 5), 12, 17))
+    c["x"][0, 3, 2, 3, 4] = c["x"][1, 3, 1, 1, 2] = float("nan")
+    out, _, _ = run_forward(c)(any_ops, torch.float64)
+    where = torch.zeros_like(out, dtype=torch.bool)
+    where[0, :, 1:, 2:, 3:] = where[1, :, :, :3, 1:4] = True
+    assert torch.equal(out.isnan(), where)
+    c = make_case((2, (3, 4, 5), 12, 17))
+    c["grad"][1, 2, 0, 0, 0] = float("nan")
+    grad_x = run_backward(c)(any_ops, torch.float64)[-1]
+    where = torch.zeros_like(grad_x, dtype=torch.bool)
+    passed = (c["scale"] * c["x"].movedim(1, -1) + c["shift"] > 0).movedim(-1, 1)
+    where[1, :, :2, :2, :2] = passed[1, :, :2, :2, :2]
+    assert torch.equal(grad_x.isnan(), where)
+
+
 def arguments(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of bn_relu_conv3x3 and of its backward, by name."""
     c = to_dtype(case, dtype)
@@ -315,10 +367,10 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
 OF_BOTH: list[Mistake] = [
     ("x", lambda x: x[0, 0], ValueError, r"must be \[N, C, \*spatial\].*, got shape \[5, 7\]"),
     ("x", lambda x: x[:, :0], ValueError, r"must have at least one channel, got shape \[2, 0, 5, 7\]"),
-    ("x", lambda x: x[..., 0], ValueError, r"must be \[N, C, H, W\], got shape \[2, 12, 5\]"),
-    ("x", lambda x: x[..., None], ValueError, r"must be \[N, C, H, W\], got shape \[2, 12, 5, 7, 1\]"),
+    ("x", lambda x: x[..., None, None], ValueError, r"must be \[N, C, L\], .* got shape \[2, 12, 5, 7, 1, 1\]"),
+    ("weight", lambda w: w[..., None], ValueError, r"must be \[out_channels, 12, 3, 3\] .*, got shape \[17, 12, 3, 3, 1\]"),
     *(
-        ("weight", change, ValueError, rf"must be \[out_channels, 12, 3, 3\] \(x's channels\), got shape {got}")
+        ("weight", change, ValueError, rf"must be \[out_channels, 12, 3, 3\] \(x's channels and dimensions\), got shape {got}")
         for change, got in [
             (lambda w: w[:, 1:], r"\[17, 11, 3, 3\]"),
             (lambda w: w[:0], r"\[0, 12, 3, 3\]"),

@@ -169,7 +169,7 @@ def test_converting_again_changes_the_memory_mode_only() -> None:
     before = list(model.modules())
     effdense.convert(model, memory="minimal")
     assert all(a is b for a, b in zip(before, model.modules(), strict=True))
-    assert {m.memory for m in model.modules() if isinstance(m, DenseLayer)} == {"minimal"}
+    assert {m._memory for m in model.modules() if isinstance(m, DenseLayer)} == {"minimal"}
 
 
 @pytest.mark.core
@@ -361,7 +361,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"convert: model must be a torch.nn.Module, got str"):
         effdense.convert("densenet121")
     with pytest.raises(ValueError, match=r'DenseLayer: memory must be "balanced" or "minimal", got \'tiny\''):
-        effdense.convert(make_small()).features.denseblock1.denselayer1.memory = "tiny"
+        DenseLayer(4, 2, 2, 0.0).memory = "tiny"
     with pytest.raises(TypeError, match=r"report: model must be a torch.nn.Module, got type"):
         effdense.report(nn.Module)
 

@@ -52,9 +52,9 @@ FUSED = {
     "kuangliu": Case(cifar_structures.KuangliuNet, 32, Parts(4, 3, 0, 0)),
     "weiaicunzai": Case(cifar_structures.WeiaicunzaiNet, 32, Parts(4, 0, 0, 0)),
     "bamos": Case(cifar_structures.BamosNet, 32, Parts(3, 2, 0, 0)),
-    "andreasveit": Case(cifar_structures.AndreasveitNet, 32, Parts(3, 0, 0, 0)),
+    "andreasveit": Case(cifar_structures.AndreasveitNet, 32, Parts(3, 2, 0, 0)),
     "andreasveit, dropout": Case(
-        lambda: cifar_structures.AndreasveitNet(drop_rate=0.3), 32, Parts(3, 0, 0, 0)
+        lambda: cifar_structures.AndreasveitNet(drop_rate=0.3), 32, Parts(3, 2, 0, 0)
     ),
     "pytorchcv": Case(pytorchcv_large, 112, Parts(3, 2, 0, 0)),
     "pytorchcv, plain": Case(pytorchcv_small, 32, Parts(3, 2, 0, 0)),

@@ -12,7 +12,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import effdense
 from benchmarks import models, structures
@@ -81,6 +85,37 @@ def test_saved_tensors_may_be_elsewhere(pair: tuple[nn.Module, nn.Module]) -> No
     assert packed
 
 
+class Again(torch.autograd.Function):
+    """Whose backward trains on other images."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, model: nn.Module) -> Tensor:
+        ctx.model = model
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            ctx.model(make_images(2).fill_(0.5)).sum().backward()
+        return grad, None
+
+
+@pytest.mark.parametrize("way", ["hook", "function"])
+def test_a_new_forward_in_a_backward_moves_the_statistics(
+    pair: tuple[nn.Module, nn.Module], way: str
+) -> None:
+    x, states = make_images(), []
+    for model in pair:
+        y = model(x)
+        if way == "hook":
+            y.register_hook(lambda grad, model=model: grad * model(x + 1).isfinite())
+        else:
+            y = Again.apply(y, model)
+        y.square().sum().backward()
+        states.append([*model.buffers(), *(p.grad for p in model.parameters())])
+    assert_close(states[1], states[0])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_foreign_block_under_checkpoint(reentrant: bool) -> None:
     """Statistics move once, dropout draws the same numbers again."""
@@ -116,6 +151,68 @@ def test_forward_mode(pair: tuple[nn.Module, nn.Module]) -> None:
     x = make_images()
     got = [torch.func.jvp(model.eval(), (x,), (x.cos(),)) for model in pair]
     assert_close(got[1], got[0])
+
+
+# ---- modes: what sees, or changes, every operator
+
+
+class Leaky(TorchFunctionMode):
+    """Another activation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.relu, torch.relu):
+            return F.leaky_relu(args[0], 0.1)
+        return func(*args, **kwargs)
+
+
+class Rounded(TorchDispatchMode):
+    """Convolutions with fewer digits, and a list of what was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(str(func))
+        result = func(*args, **(kwargs or {}))
+        return result.round(decimals=2) if func is torch.ops.aten.convolution.default else result
+
+
+@pytest.mark.parametrize("mode", [Leaky, Rounded])
+def test_a_users_mode_sees_pytorchs_operators(
+    pair: tuple[nn.Module, nn.Module], mode: Any, stages: Any
+) -> None:
+    x, calls, results = make_images(), [], []
+    for model in pair:
+        with mode() as active:
+            y = model(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), tuple(model.parameters()))])
+            if model is pair[1]:
+                reasons = {e.reason for e in effdense.report(model) if e.kind == "DenseBlock"}
+        calls.append(getattr(active, "calls", None))
+    assert_close(results[1], results[0])
+    assert calls[0] == calls[1]
+    assert [f"{mode.__name__} is active" in str(reason) for reason in reasons] == [True]
+    assert not stages.called
+    assert_close([pair[1](x)], [pair[0](x)])
+    assert stages.called
+
+
+def test_a_default_device_is_no_obstacle(pair: tuple[nn.Module, nn.Module], stages: Any) -> None:
+    x = make_images()
+    with torch.device("cpu"):
+        assert_close([pair[1](x)], [pair[0](x)])
+    assert stages.called
+
+
+def test_flops_are_counted_as_of_the_model_that_it_was(pair: tuple[nn.Module, nn.Module]) -> None:
+    counts = []
+    for model in pair:
+        with FlopCounterMode(display=False) as counter:
+            model(make_images()).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 # ---- tracing, scripting

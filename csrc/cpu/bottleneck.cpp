@@ -59,11 +59,12 @@ std::tuple<Tensor, Tensor> bottleneck(TensorList features, const Tensor& scale, 
     const Features<T> x(features);
     const Block<T> out = writable<T>(op, "y", y);
     const Tensor wide_w = wide_weight(weight, scale);
-    Factor<A> w(channels, out_channels, scale.options());
+    const int64_t pixels = first.size(0) * count_pixels(first);
+    Factor<A> w(channels, out_channels, scale.options(), pixels);
     w.from_transposed(wide_w.const_data_ptr<A>());
     const A *bias_data = data_or_null<A>(bias), *out_scale_data = data_or_null<A>(out_scale),
             *out_shift_data = data_or_null<A>(out_shift);
-    const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(channels + out_channels));
+    const Tiling tiles(pixels, tile_rows<A>(channels + out_channels));
     const int64_t per_slot = tiles.step() * (channels + out_channels);
     const Tensor scratch = at::empty({tiles.slots(), per_slot}, scale.options());
     Moments moments(tiles.slots(), statistics ? out_channels : 0);
@@ -120,9 +121,10 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       grads.push_back(wanted ? writable<T>(op, name.c_str(), grad_features[i]) : Block<T>{nullptr, 0});
     }
     const Tensor wide_w = wide_weight(weight, scale);
-    Factor<A> w(out_channels, channels, scale.options());
+    const int64_t pixels = first.size(0) * count_pixels(first);
+    Factor<A> w(out_channels, channels, scale.options(), pixels);
     w.from(wide_w.const_data_ptr<A>());
-    const Tiling tiles(first.size(0) * count_pixels(first), tile_rows<A>(2 * channels + out_channels));
+    const Tiling tiles(pixels, tile_rows<A>(2 * channels + out_channels));
     const int64_t step = tiles.step();
     const int64_t z_step = row_step<A>(channels);
     const int64_t per_slot = step * (2 * z_step + channels + 3 * out_channels) + kPanel;

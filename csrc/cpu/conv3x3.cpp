@@ -1,11 +1,12 @@
-// bn_relu_conv3x3: a padded 3x3 convolution of relu(scale * x + shift), 2D, and its backward, as GEMMs over
-// bands of lines. A layer's convolution has few output channels (k = 12 to 48), which leaves much of a direct
-// convolution's vectors empty; taken together the nine taps are 9 k columns.
+// bn_relu_conv3x3: a padded convolution, 3 wide in every direction (3, 3x3 or 3x3x3), of relu(scale * x +
+// shift), and its backward, as GEMMs over bands of lines. A layer's convolution has few output channels (k =
+// 12 to 48), which leaves much of a direct convolution's vectors empty; taken together the taps are 9 k
+// columns in a plane.
 //
-// Forward, per band: z of its lines and one more on either side, one GEMM for the products of all nine taps,
-// and one pass that adds up nine neighbours for each pixel. Backward, per band: the nine neighbours'
-// gradients side by side, [pixels, 9 k]; one GEMM makes dz, another dW += z^T of it, and one pass masks, sums
-// and writes. Neither z nor dz is ever stored.
+// Forward, per band: z of its lines and one more on either side, one GEMM for the products of all taps in a
+// plane (in 3D for each of the three planes that a pixel reads), and one pass that adds up the neighbours of
+// each pixel. Backward, per band: the neighbours' gradients side by side, [pixels, taps * k]; one GEMM makes
+// dz, another dW += z^T of it, and one pass masks, sums and writes. Neither z nor dz is ever stored.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -20,42 +21,65 @@
 namespace effdense {
 namespace {
 
-constexpr int64_t kTaps = 9;
-
 // So many elements that whole vectors lie in whole cache lines.
 constexpr int64_t aligned(int64_t n) { return (n + kVector - 1) / kVector * kVector; }
 
 // Scratch of one thread, in bytes, that should stay in its L2 cache.
 constexpr int64_t kBandBytes = 1024 * 1024;
 
-// The lines of all images, cut into bands of equal height within each image.
+// Maps as lines of pixels, and the taps of a convolution that is 3 wide in every direction: the lines that a
+// pixel reads, and how many pixels of each. Those of 3D maps are in 3 planes; a 1D map is a column of lines
+// of one pixel.
+struct Grid {
+  explicit Grid(const Tensor& x)
+      : deep(x.dim() == 5 ? 3 : 1),
+        across(x.dim() == 3 ? 1 : 3),
+        depth(x.dim() == 5 ? x.size(2) : 1),
+        height(x.dim() == 3 ? x.size(2) : x.size(-2)),
+        width(x.dim() == 3 ? 1 : x.size(-1)),
+        lines(x.size(0) * depth * height) {}
+  int64_t taps() const { return deep * in_plane(); }
+  int64_t in_plane() const { return 3 * across; }
+  // Whether a pixel in this line reads the plane `part`, of 0 to deep - 1.
+  bool reads(int64_t line, int64_t part) const {
+    const int64_t plane = line / height % depth + part - deep / 2;
+    return 0 <= plane && plane < depth;
+  }
+  // How far behind this line the one lies that is read through a tap.
+  int64_t offset(int64_t part, int64_t row) const { return (part - deep / 2) * height + row - 1; }
+
+  // Calls body(part, row, line) for all lines that a pixel reads; -1 for one outside of the image.
+  template <typename Body>
+  void for_each_read(int64_t line, const Body& body) const {
+    for (int64_t part = 0; part < deep; ++part)
+      for (int64_t row = 0; row < 3; ++row) {
+        const int64_t y = line % height + row - 1;
+        const bool inside = reads(line, part) && 0 <= y && y < height;
+        body(part, row, inside ? line + offset(part, row) : -1);
+      }
+  }
+  int64_t deep, across, depth, height, width, lines;
+};
+constexpr int64_t kMostLines = 9;
+
+// The lines of all images, cut into bands of equal height: as many for each thread as can be.
 struct Bands {
-  Bands(const Tensor& x, int64_t bytes_per_pixel, int64_t halo) : height(x.size(2)), width(x.size(3)) {
-    const int64_t lines = std::max<int64_t>(1, kBandBytes / (bytes_per_pixel * width) - halo);
-    per_image = (height + lines - 1) / lines;
-    const int64_t enough = (at::get_num_threads() + x.size(0) - 1) / x.size(0);
-    per_image = std::min(height, std::max(per_image, enough));
-    step = (height + per_image - 1) / per_image;
-    per_image = (height + step - 1) / step;
-    count = x.size(0) * per_image;
-    pixels = x.size(0) * height * width;
+  Bands(const Grid& grid, int64_t bytes_per_pixel, int64_t halo) : lines(grid.lines) {
+    const int64_t most = std::max<int64_t>(1, kBandBytes / (bytes_per_pixel * grid.width) - halo);
+    const int64_t threads = at::get_num_threads(), wanted = (lines + most - 1) / most;
+    count = std::min(lines, (wanted + threads - 1) / threads * threads);
+    step = (lines + count - 1) / count;
+    count = (lines + step - 1) / step;
   }
   int64_t slots() const { return count_slots(count); }
-  int64_t height, width, per_image, step, count, pixels;
+  int64_t lines, step, count;
 
-  // Runs body(slot, image, first line, last line), a slot's bands in order.
+  // Runs body(slot, first line, last line), a slot's bands in order.
   template <typename Body>
   void for_each(const Body& body) const {
-    for_each_piece(count, [&](int64_t slot, int64_t i) {
-      const int64_t first = i % per_image * step;
-      body(slot, i / per_image, first, std::min(first + step, height));
-    });
+    for_each_piece(count,
+                   [&](int64_t slot, int64_t i) { body(slot, i * step, std::min((i + 1) * step, lines)); });
   }
-};
-
-// The lines of an image whose products are in a slot's ring end here.
-struct Made {
-  int64_t image = -1, end = 0;
 };
 
 // What was stored as T: the dense copy it was made from, where nothing was rounded.
@@ -67,35 +91,59 @@ Block<const T> dense_or(Block<const A> dense, Block<const T> stored) {
     return stored;
 }
 
-// The factor [channels, 9 k] of a weight [k, channels, 3, 3]: the taps side by side.
+// The factors [channels, taps in a plane * k] of a weight [k, channels, taps], one for each plane: its taps
+// side by side.
 template <typename A>
-Factor<A> taps_side_by_side(const Tensor& weight) {
-  const int64_t k = weight.size(0), channels = weight.size(1);
-  Factor<A> factor(channels, kTaps * k, weight.options());
+std::vector<Factor<A>> taps_side_by_side(const Tensor& weight, const Grid& grid) {
+  const int64_t k = weight.size(0), channels = weight.size(1), taps = grid.in_plane();
+  std::vector<Factor<A>> factors;
+  for (int64_t part = 0; part < grid.deep; ++part) factors.emplace_back(channels, taps * k, weight.options());
+  std::vector<int64_t> places;
+  for (int64_t column = 0; column < taps * k; ++column)
+    places.push_back(factors[0].place(0, column) - factors[0].place(0, 0));
   const A* from = weight.const_data_ptr<A>();
-  for (int64_t o = 0; o < k; ++o) {
-    A* to[kTaps];
-    for (int64_t tap = 0; tap < kTaps; ++tap) to[tap] = factor.place(0, tap * k + o);
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t tap = 0; tap < kTaps; ++tap) to[tap][c * factor.step] = *from++;
-  }
-  return factor;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t part = 0; part < grid.deep; ++part) {
+      A* to = factors[part].place(c, 0);
+      for (int64_t o = 0; o < k; ++o) {
+        const A* of_pair = from + (o * channels + c) * grid.taps() + part * taps;
+        for (int64_t tap = 0; tap < taps; ++tap) to[places[tap * k + o]] = of_pair[tap];
+      }
+    }
+  return factors;
 }
 
-// The factor [9 k, channels]: what a pixel gets from its neighbour on one side came through the tap on the
-// other.
+// The factor [taps * k, channels]: what a pixel gets from its neighbour on one side came through the tap on
+// the other.
 template <typename A>
-Factor<A> around_a_pixel(const Tensor& weight) {
-  const int64_t k = weight.size(0), channels = weight.size(1);
-  Factor<A> factor(kTaps * k, channels, weight.options());
+Factor<A> around_a_pixel(const Tensor& weight, const Grid& grid) {
+  const int64_t k = weight.size(0), channels = weight.size(1), taps = grid.taps();
+  Factor<A> factor(taps * k, channels, weight.options());
   const A* from = weight.const_data_ptr<A>();
   for (int64_t o = 0; o < k; ++o)
     for (int64_t c = 0; c < channels; ++c) {
       A* to = factor.place(o, c);
       const int64_t next = k * factor.step;
-      for (int64_t tap = kTaps - 1; tap >= 0; --tap) to[tap * next] = *from++;
+      for (int64_t tap = taps - 1; tap >= 0; --tap) to[tap * next] = *from++;
     }
   return factor;
+}
+
+// Of the slots' sums [channels, taps * k], in the order of a pixel's neighbours: the gradient [k, channels,
+// taps] of the weight. The first slot's are overwritten.
+template <typename A>
+void write_grad_weight(const Tensor& partial, int64_t k, int64_t taps, const Tensor& grad_weight) {
+  const int64_t slots = partial.size(0), channels = partial.size(1), size = channels * taps * k;
+  A* sum = partial.mutable_data_ptr<A>();
+  for (int64_t slot = 1; slot < slots; ++slot)
+    for (int64_t i = 0; i < size; ++i) sum[i] += sum[slot * size + i];
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t tap = 0; tap < taps / 2; ++tap) {
+      A* row = sum + c * taps * k;
+      std::swap_ranges(row + tap * k, row + (tap + 1) * k, row + (taps - 1 - tap) * k);
+    }
+  const int64_t rows = channels * taps;
+  effdense::rows<A>().transpose(rows, k, {sum, k}, {grad_weight.mutable_data_ptr<A>(), rows});
 }
 
 void check_input(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift,
@@ -122,44 +170,55 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3(const Tensor& x, const Tensor& scale,
     const Rows<A>& wide = rows<A>();
     const Readable<T> from(x);
     const Block<T> to = writable<T>(op, "out", out);
-    const int64_t columns = kTaps * k, taps_step = aligned(columns);
-    const Factor<A> w = taps_side_by_side<A>(wide_weight(weight, scale).contiguous());
-    const Bands bands(x, sizeof(A) * (channels + taps_step), 2);
-    const int64_t width = bands.width, pixels = bands.height * width, ring = bands.step + 2;
+    const Grid grid(x);
+    const int64_t part_step = aligned(grid.in_plane() * k), taps_step = grid.deep * part_step;
+    const std::vector<Factor<A>> w = taps_side_by_side<A>(wide_weight(weight, scale).contiguous(), grid);
+    const Bands bands(grid, sizeof(A) * (channels + taps_step), 2);
+    const int64_t width = grid.width, ring = bands.step + 2;
     const int64_t z_size = aligned(ring * width * channels), taps_size = ring * width * taps_step + kVector;
     const int64_t per_slot = z_size + taps_size + aligned(bands.step * width * k) + kVector;
     const Tensor scratch = at::empty({bands.slots(), per_slot}, scale.options());
     const A* bias_data = bias ? bias->const_data_ptr<A>() : nullptr;
-    std::vector<Made> made(bands.slots());
+    std::vector<int64_t> made(bands.slots());
     Moments moments(bands.slots(), k);
-    bands.for_each([&](int64_t slot, int64_t image, int64_t first, int64_t last) {
+    bands.for_each([&](int64_t slot, int64_t first, int64_t last) {
       A* z = scratch.mutable_data_ptr<A>() + slot * per_slot;
       A *taps = z + z_size, *sum = taps + taps_size;
-      const auto line_of = [&](int64_t y) { return taps + y % ring * width * taps_step; };
+      const auto products = [&](int64_t line, int64_t part) {
+        return taps + line % ring * width * taps_step + part * part_step;
+      };
+      // What is read through the taps of a plane, for lines that all read it.
+      const auto multiply = [&](int64_t line, int64_t end, int64_t part) {
+        const int64_t row = (line + grid.offset(part, 1)) * width, rows = (end - line) * width;
+        loops.bn_relu(rows, channels, from_row(from.block, row), scale.const_data_ptr<A>(),
+                      shift.const_data_ptr<A>(), {z, channels});
+        const Tile next{row + rows, std::min(row + 2 * rows, grid.lines * width)};
+        w[part].multiply(rows, {z, channels}, {products(line, part), taps_step}, part_step,
+                         ahead(from.block, next, channels));
+      };
       // The products of a line stay until the band below has used them.
-      const int64_t above = made[slot].image == image ? made[slot].end : std::max<int64_t>(first - 1, 0);
-      const int64_t below = std::min(last + 1, bands.height);
-      made[slot] = {image, below};
-      loops.bn_relu((below - above) * width, channels, from_row(from.block, image * pixels + above * width),
-                    scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), {z, channels});
-      for (int64_t y = above; y < below;) {
-        const int64_t lines = std::min(below - y, ring - y % ring);
-        // Where the band below takes its lines from.
-        const int64_t end = image * pixels + (y + lines) * width;
-        w.multiply(lines * width, {z + (y - above) * width * channels, channels}, {line_of(y), taps_step},
-                   taps_step,
-                   ahead(from.block, {end, std::min(end + lines * width, bands.pixels)}, channels));
-        y += lines;
-      }
-      for (int64_t y = first; y < last; ++y) {
-        const A* lines[3];
-        for (int64_t i = 0; i < 3; ++i) {
-          const bool outside = y + i < 1 || y + i > bands.height;
-          lines[i] = outside ? nullptr : line_of(y + i - 1);
+      const int64_t above = std::max(made[slot], std::max<int64_t>(first - 1, 0));
+      const int64_t below = made[slot] = std::min(last + 1, grid.lines);
+      for (int64_t part = 0; part < grid.deep; ++part)
+        for (int64_t line = above; line < below;) {
+          const int64_t room = std::min(below, line + ring - line % ring);
+          const bool reads = grid.reads(line, part);
+          int64_t end = line;
+          do end = std::min(room, (end / grid.height + 1) * grid.height);
+          while (end < room && grid.reads(end, part) == reads);
+          if (reads) multiply(line, end, part);
+          line = end;
         }
-        wide.sum_taps(width, k, lines, taps_step, bias_data, sum + (y - first) * width * k);
+      for (int64_t line = first; line < last; ++line) {
+        const A* lines[kMostLines];
+        grid.for_each_read(line, [&](int64_t part, int64_t row, int64_t read) {
+          const A* of_line = products(line + row - 1, part) + row * grid.across * k;
+          lines[part * 3 + row] = read < 0 ? nullptr : of_line;
+        });
+        wide.sum_taps(width, k, grid.across, 3 * grid.deep, lines, taps_step, bias_data,
+                      sum + (line - first) * width * k);
       }
-      const Block<T> tile_out = from_row(to, image * pixels + first * width);
+      const Block<T> tile_out = from_row(to, first * width);
       const int64_t rows = (last - first) * width;
       loops.store(rows, k, {sum, k}, tile_out);
       moments.add(loops, slot, rows, dense_or<T, A>({sum, k}, constant(tile_out)));
@@ -185,9 +244,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
   const auto result = [&](at::IntArrayRef sizes) {
     return nothing ? at::zeros(sizes, scale.options()) : at::empty(sizes, scale.options());
   };
-  const Tensor grad_taps = result({channels, 3, 3, need_weight ? k : 0});
-  Tensor grad_weight = grad_taps.permute({3, 0, 1, 2}), sum_d = result({channels}),
-         sum_dx = result({channels});
+  std::vector<int64_t> weight_sizes = weight.sizes().vec();
+  if (!need_weight) weight_sizes[0] = 0;
+  Tensor grad_weight = result(weight_sizes), sum_d = result({channels}), sum_dx = result({channels});
   if (nothing) return {grad_weight, sum_d, sum_dx};
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
@@ -195,34 +254,47 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
     const Features<T> from(x);
     const Readable<T> g(grad);
     const Block<T> to = need_x ? writable<T>(op, "grad_x", grad_x) : Block<T>{nullptr, 0};
-    const int64_t columns = kTaps * k, around_step = aligned(columns);
-    const Factor<A> w = around_a_pixel<A>(wide_weight(weight, scale).contiguous());
-    const Bands bands(x, sizeof(A) * (4 * channels + around_step + k), 0);
-    const int64_t width = bands.width, pixels = bands.height * width, most = aligned(bands.step * width);
-    const int64_t line = (width + 2) * k, padded = aligned((bands.step + 2) * line) + kVector;
+    const Grid grid(x);
+    const int64_t columns = grid.taps() * k, around_step = aligned(columns);
+    const Factor<A> w = around_a_pixel<A>(wide_weight(weight, scale).contiguous(), grid);
+    const Bands bands(grid, sizeof(A) * (4 * channels + around_step + k), 0);
+    const int64_t width = grid.width, most = aligned(bands.step * width), margin = grid.across / 2;
+    const int64_t line_size = (width + 2 * margin) * k, part_lines = bands.step + 2;
+    const int64_t padded = aligned((grid.deep * part_lines + 1) * line_size) + kVector;
     const int64_t per_slot = most * (4 * channels + around_step) + padded + kVector;
     const Tensor scratch = at::empty({bands.slots(), per_slot}, scale.options());
     const Tensor partial = at::empty({need_weight ? bands.slots() : 0, channels, columns}, scale.options());
     std::vector<char> started(bands.slots());
     Sums sums(bands.slots(), channels);
-    bands.for_each([&](int64_t slot, int64_t image, int64_t first, int64_t last) {
+    bands.for_each([&](int64_t slot, int64_t first, int64_t last) {
       A* x_scratch = scratch.mutable_data_ptr<A>() + slot * per_slot;
       const Block<A> z{x_scratch + most * channels, channels}, dz{z.data + most * channels, channels};
       const Block<A> transposed{dz.data + most * channels, most};
       const Block<A> around{transposed.data + most * channels, around_step};
-      A* lines = around.data + most * around_step + kVector;
-      const int64_t row = image * pixels + first * width, count = (last - first) * width;
-      for (int64_t y = first - 1; y <= last; ++y) {
-        A* to_line = lines + (y - first + 1) * line + k;
-        std::fill_n(to_line - k, k, A(0));
-        std::fill_n(to_line + width * k, k, A(0));
-        if (y < 0 || y >= bands.height)
-          std::fill_n(to_line, width * k, A(0));
-        else
-          loops.load(width, k, from_row(g.block, image * pixels + y * width), {to_line, k});
+      // Padded lines of gradients: one of zeros, then those of every plane that the band's pixels read.
+      A* nothing = around.data + most * around_step + kVector;
+      std::fill_n(nothing, line_size, A(0));
+      const auto padded_line = [&](int64_t part, int64_t i) {
+        return nothing + (1 + part * part_lines + i) * line_size;
+      };
+      const int64_t row = first * width, count = (last - first) * width;
+      for (int64_t part = 0; part < grid.deep; ++part)
+        for (int64_t i = 0; i < last - first + 2; ++i) {
+          const int64_t line = first + i + grid.offset(part, 0);
+          if (line < 0 || line >= grid.lines) continue;
+          A* to_line = padded_line(part, i);
+          std::fill_n(to_line, margin * k, A(0));
+          std::fill_n(to_line + (margin + width) * k, margin * k, A(0));
+          loops.load(width, k, from_row(g.block, line * width), {to_line + margin * k, k});
+        }
+      for (int64_t line = first; line < last; ++line) {
+        const A* lines[kMostLines];
+        grid.for_each_read(line, [&](int64_t part, int64_t i, int64_t read) {
+          lines[part * 3 + i] = read < 0 ? nothing : padded_line(part, line - first + i);
+        });
+        wide.spread_taps(width, k, grid.across, 3 * grid.deep, lines,
+                         from_row(around, (line - first) * width));
       }
-      for (int64_t y = 0; y < last - first; ++y)
-        wide.spread_taps(width, k, lines + y * line, line, from_row(around, y * width));
       const Block<const A> tile_x = from.template read<A>(loops, {row, row + count}, x_scratch);
       wide.bn_relu(count, channels, tile_x, scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
       if (need_weight) {
@@ -235,21 +307,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv3x3_backward(const Tensor& grad, 
       w.multiply_backward(loops, count, constant(around), dz,
                           {tile_x, constant(z), mean.const_data_ptr<A>(), scale.const_data_ptr<A>(),
                            from_row(to, row), accumulate, sums.d(slot), sums.dx(slot)},
-                          from.ahead({row + count, std::min(row + 2 * count, bands.pixels)}));
+                          from.ahead({row + count, std::min(row + 2 * count, grid.lines * width)}));
     });
-    if (need_weight) {
-      const A* from = partial.const_data_ptr<A>();
-      A* to_taps = grad_taps.mutable_data_ptr<A>();
-      const int64_t slots = bands.slots(), size = channels * columns;
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t tap = 0; tap < kTaps; ++tap) {
-          const A* sum = from + c * columns + tap * k;
-          A* to_tap = to_taps + c * columns + (kTaps - 1 - tap) * k;
-          std::copy_n(sum, k, to_tap);
-          for (int64_t slot = 1; slot < slots; ++slot)
-            for (int64_t o = 0; o < k; ++o) to_tap[o] += sum[slot * size + o];
-        }
-    }
+    if (need_weight) write_grad_weight<A>(partial, k, grid.taps(), grad_weight);
     sums.template write<A>(sum_d, sum_dx);
   });
   return {grad_weight, sum_d, sum_dx};

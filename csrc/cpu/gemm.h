@@ -58,23 +58,31 @@ inline Tensor wide_weight(const Tensor& weight, const Tensor& like) {
 }
 
 // The right factor [k, n] of products with many tiles, laid out once a call as who multiplies reads it: in
-// panels of columns, or row by row.
+// panels of columns, or row by row. For left factors of few rows it may stay where it is.
 template <typename A>
 class Factor {
  public:
-  Factor(int64_t k, int64_t n, const at::TensorOptions& options)
-      : step(own_products<A>() == nullptr ? n : kPanel), k_(k), n_(n) {
-    const int64_t count = (n + step - 1) / step;
-    keep_ = count * step == n ? at::empty({count, k, step}, options) : at::zeros({count, k, step}, options);
-    data_ = keep_.template mutable_data_ptr<A>();
+  // `rows`: of all left factors together.
+  Factor(int64_t k, int64_t n, const at::TensorOptions& options, int64_t rows = kFewRows + 1)
+      : step(own_products<A>() == nullptr ? n : kPanel),
+        k_(k),
+        n_(n),
+        few_(own_products<A>() != nullptr && rows <= kFewRows),
+        options_(options) {
+    if (!few_) make_room();
   }
 
   // Where element (p, j) is; (p + 1, j) is `step` further.
   A* place(int64_t p, int64_t j) { return data_ + j / step * (k_ * step) + p * step + j % step; }
   const int64_t step;
 
-  // From the matrix [k, n], row by row.
+  // From the matrix [k, n], row by row. It must live as long as this.
   Factor& from(const A* matrix) {
+    if (few_ && n_ % kPanel == 0) {
+      there_ = matrix;
+      return *this;
+    }
+    if (few_) make_room();
     for (int64_t p = 0; p < k_; ++p)
       for (int64_t j = 0; j < n_; j += step) {
         A* to = place(p, j);
@@ -86,8 +94,12 @@ class Factor {
       }
     return *this;
   }
-  // From the matrix [n, k], its transpose.
+  // From the matrix [n, k], its transpose. It must live as long as this.
   Factor& from_transposed(const A* matrix) {
+    if (few_) {
+      transposed_ = matrix;
+      return *this;
+    }
     for (int64_t j = 0; j < n_; j += step)
       effdense::rows<A>().transpose(std::min(step, n_ - j), k_, {matrix + j * k_, k_}, {place(0, j), step});
     return *this;
@@ -97,10 +109,11 @@ class Factor {
   void multiply(int64_t m, Block<const A> a, Block<A> c, int64_t room = 0, Ahead next = {}) const {
     if constexpr (std::is_same_v<A, float>)
       if (const Products* own = products()) {
+        if (transposed_ != nullptr) return own->multiply_by_transposed(m, n_, k_, a, {transposed_, k_}, c);
         const int64_t whole = panels(n_) * kPanel;
-        return own->multiply(m, room < whole ? n_ : whole, k_, a, data(), c, next);
+        return own->multiply(m, room < whole ? n_ : whole, k_, a, right(), c, next);
       }
-    gemm(m, n_, k_, a, {data(), n_}, c, false);
+    gemm(m, n_, k_, a, {data_, n_}, c, false);
   }
 
   // dz [m, n] = dy [m, k] times this, and the pass over it. `dz` is scratch, used where dz is not kept in
@@ -109,18 +122,29 @@ class Factor {
   void multiply_backward(const Rows<T>& loops, int64_t m, Block<const A> dy, Block<A> dz,
                          const GradientPass<T>& pass, Ahead next = {}) const {
     if constexpr (std::is_same_v<T, float>)
-      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, data(), pass, next);
+      if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, right(), pass, next);
     multiply(m, dy, dz);
     loops.bottleneck_backward(m, n_, pass.x, pass.mean, pass.z, constant(dz), pass.scale, pass.grad,
                               pass.accumulate, pass.sum_d, pass.sum_dx);
   }
 
  private:
-  const A* data() const { return data_; }
+  void make_room() {
+    const int64_t count = (n_ + step - 1) / step;
+    keep_ =
+        count * step == n_ ? at::empty({count, k_, step}, options_) : at::zeros({count, k_, step}, options_);
+    data_ = keep_.template mutable_data_ptr<A>();
+  }
+  Panels right() const {
+    return there_ != nullptr ? Panels{there_, kPanel, n_} : Panels{data_, k_ * kPanel, kPanel};
+  }
 
   int64_t k_, n_;
+  bool few_;
+  at::TensorOptions options_;
   Tensor keep_;
-  A* data_;
+  A* data_ = nullptr;
+  const A *there_ = nullptr, *transposed_ = nullptr;  // matrices that stay where they are
 };
 
 // c [m, n] = or += a^T b, a [rows, m], b [rows, n]. `scratch` [m, rows] is used where who multiplies wants

@@ -30,16 +30,30 @@ struct Ahead {
   int64_t step, bytes, rows;  // bytes from row to row, and of one; no rows: nothing is fetched
 };
 
+// Of left factors with no more rows the right one is read where it lies: laid out, it would be read and
+// written once for one or two reads.
+constexpr int64_t kFewRows = 12;
+
+// The right factor of a product, in panels of columns: laid out for it, or a part of a row-major matrix whose
+// number of columns is a multiple of kPanel.
+struct Panels {
+  const float* data;
+  int64_t panel_step, row_step;  // elements from panel to panel, and from row to row in one
+};
+
 struct Products {
   // c [m, n] = a [m, k] b [k, n]
-  void (*multiply)(int64_t m, int64_t n, int64_t k, Block<const float> a, const float* b_panels,
-                   Block<float> c, Ahead next);
+  void (*multiply)(int64_t m, int64_t n, int64_t k, Block<const float> a, Panels b, Block<float> c,
+                   Ahead next);
+  // c [m, n] = a [m, k] b^T, b [n, k]; for few rows
+  void (*multiply_by_transposed)(int64_t m, int64_t n, int64_t k, Block<const float> a, Block<const float> b,
+                                 Block<float> c);
   // c [m, n] = or += a^T b, a [rows, m], b [rows, n], of which whole vectors are read: up to kPanel - 1
   // columns more
   void (*add_transposed)(int64_t rows, int64_t m, int64_t n, Block<const float> a, Block<const float> b,
                          Block<float> c, bool accumulate, Ahead next);
   // dz [m, n] = dy [m, k] b [k, n], and the pass over it; dz itself is not stored
-  void (*multiply_backward)(int64_t m, int64_t n, int64_t k, Block<const float> dy, const float* b_panels,
+  void (*multiply_backward)(int64_t m, int64_t n, int64_t k, Block<const float> dy, Panels b,
                             const GradientPass<float>& pass, Ahead next);
 };
 

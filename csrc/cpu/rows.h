@@ -72,12 +72,15 @@ struct Rows {
   void (*bn_relu_avg_pool_backward)(int64_t rows, int64_t n, Block<const T> x, const A* scale, const A* shift,
                                     const A* mean, Block<const T> g, int64_t width, A share, Block<T> grad,
                                     double* sum_d, double* sum_dx);
-  // out[x][c] = bias[c] + sum over the 3x3 neighbours (i, j) of x of lines[i][x + j - 1][i][j][c]; lines of
-  // width pixels, null outside of the image. Reads and writes up to kVector elements more than there are.
-  void (*sum_taps)(int64_t width, int64_t n, const A* const* lines, int64_t step, const A* bias, A* out);
-  // out[x][i][j][c] = lines[i][x + j][c]: the 3x3 neighbours of each pixel side by side; lines of width + 2
-  // pixels, `line` elements apart. Writes up to kVector elements more.
-  void (*spread_taps)(int64_t width, int64_t n, const A* lines, int64_t line, Block<A> out);
+  // out[x][c] = bias[c] + sum over the neighbours (i, j) of x of lines[i][x + j - across / 2][j][c]: so many
+  // lines of width pixels, null outside of the image, and pixels across. Reads and writes up to kVector
+  // elements more than there are.
+  void (*sum_taps)(int64_t width, int64_t n, int64_t across, int64_t count, const A* const* lines,
+                   int64_t step, const A* bias, A* out);
+  // out[x][i][j][c] = lines[i][x + j][c]: the neighbours (i, j) of each pixel side by side; so many lines of
+  // width + across - 1 pixels. Writes up to kVector elements more.
+  void (*spread_taps)(int64_t width, int64_t n, int64_t across, int64_t count, const A* const* lines,
+                      Block<A> out);
   // Where relu(scale * x + shift) > best[c] (or nothing is there yet, or it is NaN): best[c] and where[c] =
   // tap
   void (*bn_relu_max)(int64_t n, const T* x, const A* scale, const A* shift, bool first, uint8_t tap, A* best,

@@ -1,5 +1,6 @@
 // What is done with one number per channel: fold, defer. As operators of their own because a deep net has
 // hundreds of norms, and a handful of tensor operations for each would cost more than its pixels.
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -52,16 +53,33 @@ void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const 
   });
 }
 
+// What moves statistics makes no tensor: out of memory, some would have moved and others not.
+void count_batch(const Tensor& counter) {
+  if (counter.is_cpu() && counter.scalar_type() == at::kLong && counter.numel() == 1)
+    ++*counter.mutable_data_ptr<int64_t>();
+  else
+    counter.add_(1);
+}
+
+void count_batches(TensorList counters) {
+  for (const Tensor& counter : counters) count_batch(counter);
+}
+
 void update_running_statistics(const Tensor& to, const Tensor& batch, double keep, double take) {
-  if (to.is_contiguous() && to.scalar_type() == at::kFloat && batch.scalar_type() == at::kFloat &&
-      batch.is_contiguous()) {
-    float* to_data = to.mutable_data_ptr<float>();
-    const float* from = batch.const_data_ptr<float>();
-    const float kept = static_cast<float>(keep), taken = static_cast<float>(take);
-    for (int64_t c = 0; c < to.numel(); ++c) to_data[c] = kept * to_data[c] + taken * from[c];
-  } else {
+  const bool plain = to.is_cpu() && batch.is_cpu() && to.is_contiguous() && batch.is_contiguous();
+  if (!plain || batch.scalar_type() != accumulate_type(to.scalar_type())) {
     to.mul_(keep).add_(batch, take);
+    return;
   }
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, to.scalar_type(), "update_running_statistics", [&] {
+        using A = at::opmath_type<scalar_t>;
+        scalar_t* to_data = to.mutable_data_ptr<scalar_t>();
+        const A* from = batch.const_data_ptr<A>();
+        const A kept = static_cast<A>(keep), taken = static_cast<A>(take);
+        for (int64_t c = 0; c < to.numel(); ++c)
+          to_data[c] = static_cast<scalar_t>(kept * static_cast<A>(to_data[c]) + taken * from[c]);
+      });
 }
 
 // running <- keep * running + take * batch for every pair; schema in effdense/batch_norm.py, as plain PyTorch
@@ -86,12 +104,7 @@ void update_from_vectors(const Tensor& vectors, at::IntArrayRef starts, TensorLi
                          at::ArrayRef<double> keep, at::ArrayRef<double> take, TensorList counters,
                          bool any) {
   constexpr const char* op = "update_from_vectors";
-  for (const Tensor& counter : counters) {
-    if (counter.is_cpu() && counter.scalar_type() == at::kLong && counter.numel() == 1)
-      ++*counter.mutable_data_ptr<int64_t>();
-    else
-      counter.add_(1);
-  }
+  count_batches(counters);
   if (!any) return;
   TORCH_CHECK_VALUE(
       starts.size() == running.size() && keep.size() == running.size() && take.size() == running.size(), op,
@@ -106,6 +119,7 @@ void update_from_vectors(const Tensor& vectors, at::IntArrayRef starts, TensorLi
 }  // namespace
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
+  m.impl("count_batches", count_batches);
   m.impl("update_from_vectors", update_from_vectors);
   EFFDENSE_IMPLEMENT(m, cpu_backend, fold);
   EFFDENSE_IMPLEMENT(m, cpu_backend, defer);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from abc import ABCMeta
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from effdense.nn.foreign import (
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.looks import KEPT
 from effdense.nn.model import DenseFeatures, DenseNet
-from effdense.nn.obstacles import global_obstacle, refuse_scripting
+from effdense.nn.obstacles import global_obstacle, refuse_scripting, shadowed
 from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read_transition, see
 
 LAYERS = (DenseLayer, PlainDenseLayer)
@@ -68,27 +69,36 @@ def has_base(cls: type, kind: type) -> bool:
     return issubclass(cls, _BASES.get(kind, nn.Module))
 
 
+@functools.cache
+def _names_of(kind: type) -> frozenset[str]:
+    """What a fused forward looks up in a module that runs as a `kind`."""
+    ours = (c for c in kind.__mro__ if c.__module__.startswith("effdense."))
+    return frozenset(n for c in ours for n in vars(c) if not n.startswith("__")) - _UNUSED
+
+
+class _NotThere:
+    """An attribute of a class that its subclass does not have: a module may have one of its own under this name."""
+
+    def __get__(self, module: Any, cls: Any = None) -> Any:
+        raise AttributeError
+
+
 def class_obstacle(module: nn.Module, kind: type) -> str | None:
     """Why there can be no subclass of a module's class that runs fused as a `kind`, or None."""
     cls = type(module)
     if type(cls) not in (type, ABCMeta):
         return f"its class is made by {type(cls).__name__}, not by type"
-    ours = {
-        n
-        for c in kind.__mro__
-        if c.__module__.startswith("effdense.")
-        for n in vars(c)
-        if not n.startswith("__")
-    }
     theirs = {n for c in cls.__mro__ if not c.__module__.startswith(("torch.", "effdense.")) for n in vars(c)}
     theirs |= {*vars(module).keys() - MODULE_STATE, *module._modules}
-    if taken := ours & theirs - _UNUSED:
+    if taken := _names_of(kind) & theirs:
         return f"its class has attributes that would be hidden: {', '.join(sorted(taken))}"
     return None
 
 
 def _attempt(kind: Any, module: Any, x: Any) -> Tensor | None:
     """What a converted module gives where it can run fused, else None."""
+    if shadowed(module):
+        return None
     if torch.compiler.is_compiling() and global_obstacle() is not None:
         return None  # before anything that an older compiler cannot trace
     if issubclass(kind, LAYERS):
@@ -135,13 +145,20 @@ def fused_class(kind: Any, own: Any) -> type:
 
     def obstacle(self: Any) -> str | None:
         """Why its own forward runs at the moment, or None where it runs fused."""
+        if hidden := shadowed(self):
+            return f"it has attributes that hide effdense's: {', '.join(hidden)}"
         reason = None if issubclass(kind, Foreign) else changed_since(self)
         return kind.obstacle(self) if reason is None else reason
 
     names = {n: getattr(own, n) for n in ("__module__", "__qualname__", "__doc__")}
     noted = {"_effdense_kind": kind, "_effdense_original": own, "_effdense_forward": own.forward}
-    if issubclass(kind, LAYERS) and not hasattr(own, "drop_rate"):
-        noted["drop_rate"] = 0.0  # of a class without dropout
+    noted["_effdense_names"] = _names_of(kind)
+    if issubclass(kind, LAYERS) and not issubclass(kind, own):
+        noted["memory"] = _NotThere()  # that a set one counts is ours
+        if not hasattr(own, "drop_rate"):
+            noted["drop_rate"] = 0.0  # of a class without dropout
+    # What inspect.getfullargspec, unlike inspect.signature, does not take from the wrapped function.
+    forward.__signature__ = inspect.signature(own.forward)  # type: ignore[attr-defined]
     bases = (Converted, kind) if issubclass(kind, own) else (Converted, own, kind)
     return type(own)(own.__name__, bases, {**names, **noted, "forward": forward, "obstacle": obstacle})
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense.code import Reads, code_of_classes, counts, is_function
@@ -246,7 +247,9 @@ class ForeignTransition(Foreign):
         if kernel is not None and fits(x, kernel):
             return run_transition(x, parts.norm, kernel, parts.conv)
         y = run_unpooled(x, parts.norm, parts.conv)
+        # Contiguous, so that on the CPU dropout draws what it would have drawn.
+        if parts.rate > 0:
+            y = F.dropout(y.contiguous(), parts.rate)
         for module in parts.behind:
-            # Contiguous, so that on the CPU dropout draws what it would have drawn.
             y = module(y.contiguous() if type(module) in DROPOUTS else y)
         return plain_avg_pool(y, parts.pool) if parts.pool else y

@@ -151,7 +151,7 @@ class DenseLayer(_Layer):
 
     def _on_plain(self, features: list[Tensor]) -> Tensor:
         new, statistics1, statistics2 = dense_layer.dense_layer(
-            self.memory, features, read_module(self.norm1), self.conv1, read_module(self.norm2), self.conv2
+            self._memory, features, read_module(self.norm1), self.conv1, read_module(self.norm2), self.conv2
         )
         count = new.numel() // new.shape[1]
         update_modules([(self.norm1, *statistics1), (self.norm2, *statistics2)], count)
@@ -262,8 +262,10 @@ class DenseBlock(nn.ModuleDict):
             reason = module_obstacle(name, layer, (kind,))
             if reason is None and (inner := layer.obstacle()) is not None:
                 reason = f"{name}: {inner}"
-            if reason is None and layer.memory != layers[0].memory:
-                reason = f"{name}.memory is {layer.memory!r}, not {layers[0].memory!r} like the first layer's"
+            if reason is None and layer._memory != layers[0]._memory:
+                reason = (
+                    f"{name}.memory is {layer._memory!r}, not {layers[0]._memory!r} like the first layer's"
+                )
             if reason is None and not same_processes((layers[0].norm1, layer.norm1)):
                 reason = f"{name}: {PROCESSES}"
             if reason is not None:
@@ -279,7 +281,7 @@ class DenseBlock(nn.ModuleDict):
             return None
         layers: list[Any] = list(self.values())
         chains = Chains(_chain(name, layer) for name, layer in zip(self, layers, strict=True))
-        return chains, layers[0].memory
+        return chains, layers[0]._memory
 
     def forward(self, init_features: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_input_features + num_layers * growth_rate, *spatial].

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
 from effdense.code import is_librarys
@@ -54,6 +56,8 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
         return f"{name} has hooks"
     if "forward" in state or "_conv_forward" in state or "_check_input_dim" in state:
         return f"{name}.{next(m for m in _METHODS if m in state)} was replaced"
+    if hidden := shadowed(module):
+        return f"{name} has attributes that hide effdense's: {', '.join(hidden)}"
     if ignore_hooks and type(module).__call__ is not nn.Module.__call__:  # in convert; later it is noted
         return f"{name}'s class {type(module).__name__} has a __call__ of its own"
     for parameter in ("weight", "bias") if weighted else ():
@@ -67,6 +71,14 @@ def changed(name: str, module: nn.Module, weighted: bool, ignore_hooks: bool = F
             return f"{name}.{parameter} is sharded; convert before fully_shard, in whose forward parameters are whole"
         return f"{name}.{parameter} is not a plain parameter"
     return None
+
+
+def shadowed(module: nn.Module) -> list[str]:
+    """What a converted module's fused forward would look up and find a user's, set since convert."""
+    names: frozenset[str] | None = type(module).__dict__.get("_effdense_names")
+    if names is None or (names.isdisjoint(module.__dict__) and names.isdisjoint(module._modules)):
+        return []
+    return sorted(names & {*module.__dict__, *module._modules})
 
 
 _METHODS = ("forward", "_conv_forward", "_check_input_dim")  # that a module could have of its own
@@ -145,7 +157,31 @@ def global_obstacle() -> str | None:
         return "torch.jit.trace wants PyTorch's own operators"
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return "forward-mode derivatives and torch.func's transforms want PyTorch's own operators"
+    if (mode := _mode()) is not None:
+        return f"{mode} is active, which would see other operators than PyTorch's own"
     return None if (name := replaced()) is None else f"{name} was replaced since effdense was imported"
+
+
+# Modes that change no result, and PyTorch's own that fused operators are made for.
+_KNOWN_MODES = {
+    ("torch.utils._device", "DeviceContext"),  # torch.set_default_device
+    ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+}
+
+
+def _mode() -> str | None:
+    """The class of a torch function or dispatch mode that may do anything with the operators that it sees, or None.
+
+    One made for fused operators says so by an attribute `effdense_may_fuse`.
+    """
+    if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack():
+        return None
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        kind = type(mode)
+        known = (kind.__module__, kind.__qualname__) in _KNOWN_MODES
+        if not known and not getattr(kind, "effdense_may_fuse", False):
+            return kind.__qualname__
+    return None
 
 
 def refuse_scripting(module: nn.Module) -> None:

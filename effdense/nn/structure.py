@@ -79,10 +79,13 @@ class Passage(NamedTuple):
     conv: Any
     behind: list[Any]
     pool: tuple[int, ...] = ()  # windows side by side over which its forward averages last, by a function
+    rate: float = 0.0  # at which its forward drops the convolution's output at the moment, by a function
 
     def kernel(self) -> tuple[int, ...] | None:
         """The windows of an average pool that could come before the convolution as well, if that is all there is behind it now."""
         active = [m for m in self.behind if not _is_idle(m)]
+        if self.rate > 0:
+            return None
         if self.pool:
             return None if active else self.pool
         return plain_avg_pool(active[0], self.norm) if len(active) == 1 else None
@@ -383,8 +386,10 @@ def read_transition(
                 raise Obstacle(reason)
             if dimensions(norm) not in (None, CONVS.index(type(part)) + 1):
                 raise Obstacle("its submodules have different numbers of spatial dimensions")
-            seen = [see(m, reads) for m in walk(module)]
-            return Passage(norm, part, [m for _, m in found[i + 1 :]]), seen
+            rate = next((name for name in drop_attributes(module) if counts(name, reads)), None)
+            seen = [see(m, reads, rate if m is module else None) for m in walk(module)]
+            dropped = vars(module)[rate] if rate is not None and module.training else 0.0
+            return Passage(norm, part, [m for _, m in found[i + 1 :]], rate=dropped), seen
         if is_norm(part) and norm is None:
             norm = part
             inside: list[tuple[str, Any]] = []
