@@ -17,7 +17,7 @@ from torch import Tensor
 
 from effdense import workspace
 from effdense.autograd import autocast_enabled, empty_channels_last, gradients, shaped, without_autocast
-from effdense.batch_norm import Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
+from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
 from effdense.checks import check_norm
 from effdense.dense_layer import statistics
 from effdense.operators import operators
@@ -126,24 +126,72 @@ def backward(
     needs, s = Parameters(*needed), settings
     norm = fold(mean, var, s.eps, own.norm_weight, own.norm_bias, s.batch_statistics, s.group)
     y = _convolve(s, x, own.conv_weight, own.conv_bias)
+    if _fits_in_place(y, norm):
+        sums = _to_map_in_place(ops, s, grad, where, y, norm)
+        return _of_convolution(s, y, x, own, norm, sums, need_x, needs)
     with workspace.lease(x.device, workspace.size_of(y, [y.shape[1]])) as scratch:
         grad_y = scratch.channels_last(y, y.shape[1])
-        ops.max_pool_backward(grad, where, *s.windows, grad_y)
-        sum_d, sum_dx = bn_relu_backward(grad_y, y, norm)
+        sums = _to_map(ops, s, grad, where, y, norm, grad_y)
         del y
-        made: tuple[Any, Any, Any] = None, None, None
-        wanted = [need_x, needs.conv_weight, needs.conv_bias]
-        if any(wanted):
-            sizes = None if own.conv_bias is None else list(own.conv_bias.shape)
-            weight = _in_layout(own.conv_weight)
-            made = torch.ops.aten.convolution_backward(grad_y, x, weight, sizes, *s.convolution, wanted)
-    grad_x, grads = made[0], Parameters(*made[1:], sum_dx * norm.rstd, sum_d)
+        return _of_convolution(s, grad_y, x, own, norm, sums, need_x, needs)
+
+
+def _of_convolution(
+    settings: Settings,
+    grad_y: Tensor,
+    x: Tensor,
+    own: Parameters,
+    norm: Folded,
+    sums: tuple[Tensor, Tensor],
+    need_x: bool,
+    needs: Parameters,
+) -> list[Tensor | None]:
+    """What `backward` returns, from the gradient of the convolution's map on."""
+    made: tuple[Any, Any, Any] = None, None, None
+    wanted = [need_x, needs.conv_weight, needs.conv_bias]
+    if any(wanted):
+        sizes = None if own.conv_bias is None else list(own.conv_bias.shape)
+        weight, form = _in_layout(own.conv_weight), settings.convolution
+        made = torch.ops.aten.convolution_backward(grad_y, x, weight, sizes, *form, wanted)
+    grad_x, grads = made[0], Parameters(*made[1:], sums[1] * norm.rstd, sums[0])
     if need_x:
         grad_x = channels_last(grad_x) if x.dim() > 3 else grad_x.contiguous()
     return [
         grad_x if need_x else None,
         *(shaped(p, g).contiguous() if need else None for p, g, need in zip(own, grads, needs, strict=True)),
     ]
+
+
+def _to_map(
+    ops: Any, settings: Settings, grad: Tensor, where: Tensor, y: Tensor, norm: Folded, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradient of the convolution's map y into `out`; sum d, sum d (y - mean)."""
+    ops.max_pool_backward(grad, where, *settings.windows, out)
+    return bn_relu_backward(out, y, norm)
+
+
+def _fits_in_place(y: Tensor, norm: Folded) -> bool:
+    """Whether y's gradient is to take y's place: of volumes, where two such maps would be a step's peak."""
+    dense = y.dim() == 5 and y.movedim(1, -1).is_contiguous()
+    return dense and y.device.type in ("cpu", "meta") and not norm.group
+
+
+def _to_map_in_place(
+    ops: Any, settings: Settings, grad: Tensor, where: Tensor, y: Tensor, norm: Folded
+) -> tuple[Tensor, Tensor]:
+    """The same into y, through scratch for half of the channels; whole vectors in each, so that no bit changes."""
+    channels = y.shape[1]
+    half, sums = -(-channels // 32) * 16, []
+    for first in range(0, channels, half):
+        of = slice(first, min(first + half, channels))
+        vectors = {name: getattr(norm, name)[of] for name in ("mean", "rstd", "scale", "shift")}
+        with workspace.lease(y.device, workspace.size_of(y, [half])) as scratch:
+            out = scratch.channels_last(y, of.stop - first)
+            part = grad[:, of], where[:, of], y[:, of], norm._replace(**vectors)
+            sums.append(_to_map(ops, settings, *part, out))
+            y[:, of] = out
+    sum_d, sum_dx = (torch.cat(parts) for parts in zip(*sums, strict=True))
+    return sum_d, sum_dx
 
 
 @torch.library.impl(_library, "stem", "CompositeExplicitAutograd")

@@ -124,30 +124,12 @@ class DenseFeatures(nn.Sequential):
                 return pooled
         if len(modules) > 1 and _is(first, CONVS):
             after_conv = stem_of(modules[1:])
-            if after_conv is not None and self._keeps_no_map(first, after_conv, x, modules):
+            if after_conv is not None and _keeps_no_map(self, modules, after_conv, x):
                 norm, windows = modules[1], after_conv.windows
                 return 1 + after_conv.modules, through(x, lambda x: _run_stem(norm, windows, x, first))
             if after_conv is not None or isinstance(modules[1], _BLOCKS):
                 return 1, _conv_to_channels_last(first, x)
         return 1, first(_apart(first, x))
-
-    def _keeps_no_map(self, conv: Any, behind: _Stem, x: Tensor, modules: list[Any]) -> bool:
-        """Whether a stem's convolution is to be computed again in the backward."""
-        fits = conv.weight.dim() == behind.dimensions and takes(x, behind.dimensions) and stem.is_plain(conv)
-        tensors = x, conv.weight, conv.bias, modules[1].weight, modules[1].bias
-        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return fits and trains and self._memory(modules) == "minimal"
-
-    def _memory(self, modules: list[Any]) -> str:
-        """What convert was asked for, else what the next block does."""
-        block: Any = next((m for m in modules if isinstance(m, _BLOCKS)), None)
-        noted: Noted | None = self.__dict__.get("_effdense")
-        if noted is None and isinstance(block, ForeignBlock):
-            noted = block.__dict__.get("_effdense")
-        if noted is not None:
-            return noted.memory
-        layer = None if block is None else next(iter(block._modules.values()), None)
-        return str(getattr(layer, "memory", "balanced"))
 
 
 def parts_of(sequence: nn.Module) -> list[Any]:
@@ -214,6 +196,28 @@ def _flat(modules: Iterable[Any]) -> list[Any]:
         pools = is_sequence(module) and any(type(m) in _GLOBAL_POOLS for m in walk(module))
         found += _flat(filter(None, module._modules.values())) if pools else [module]
     return found
+
+
+def _keeps_no_map(features: nn.Module, modules: list[Any], behind: _Stem, x: Tensor) -> bool:
+    """Whether the convolution that comes first, of a stem, is to be computed again in the backward."""
+    conv, norm = modules[:2]
+    if conv.weight.dim() != behind.dimensions or not takes(x, behind.dimensions) or not stem.is_plain(conv):
+        return False
+    tensors = x, conv.weight, conv.bias, norm.weight, norm.bias
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return trains and _memory(features) == "minimal"
+
+
+def _memory(features: nn.Module) -> str:
+    """What convert was asked for, else what the first block does."""
+    block: Any = next((m for m in parts_of(features) if isinstance(m, _BLOCKS)), None)
+    noted: Noted | None = features.__dict__.get("_effdense")
+    if noted is None and isinstance(block, ForeignBlock):
+        noted = block.__dict__.get("_effdense")
+    if noted is not None:
+        return noted.memory
+    layer = None if block is None else next(iter(block._modules.values()), None)
+    return str(getattr(layer, "memory", "balanced"))
 
 
 def _run_stem(norm: Any, windows: Any, x: Tensor, conv: Any = None) -> Tensor:
