@@ -4,19 +4,22 @@ One node of autograd is a bottleneck alone (`BottleneckNode`) or a whole layer (
 
     y = W1 relu(bn1(cat(features)))        new = conv3x3(relu(bn2(y)))
 
-A node saves its features and, with memory="balanced", y; relu(bn2(y)) is always made again, and with memory="minimal"
-so is y. Nothing else is kept. Statistics come in from outside (bn1) or are taken while y is made (bn2).
+A layer is a stage's step (engine.py) over the features as they lie. A node saves its features and, with memory="balanced",
+y; relu(bn2(y)) is always made again, and with memory="minimal" so is y. Nothing else is kept. Statistics come in from
+outside (bn1) or are taken while y is made (bn2).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effdense import engine, workspace
 from effdense.autograd import (
     empty_channels_last,
     gradients,
@@ -27,11 +30,12 @@ from effdense.autograd import (
     vector,
     without_autocast,
 )
-from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, refuse_group
+from effdense.batch_norm import Folded, Norm, fold, refuse_group
 from effdense.checks import check_conv_weight, check_norm, check_vector
-from effdense.convolution import convolve, convolve_backward, plain_bn_relu_convolve
+from effdense.convolution import plain_bn_relu_convolve
 from effdense.operators import operators
 from effdense.reference import channels_last
+from effdense.stage import LayerParameters, Settings, Stage, Vectors
 from effdense.synchronize import join_statistics
 
 
@@ -55,12 +59,8 @@ def _bottleneck_backward(
     need_conv: bool,
 ) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
     """Gradients of the features, of norm1's weight and bias, and of the 1x1 convolution's weight."""
-    ops = operators(features[0])
-    grads = [
-        empty_channels_last(x, x.shape[1]) if need else x.new_empty(0)
-        for x, need in zip(features, need_features, strict=True)
-    ]
-    grad_weight, sum_d, sum_dx = ops.bottleneck_backward(
+    grads = _empty_grads(features, need_features)
+    grad_weight, *sums = operators(features[0]).bottleneck_backward(
         features,
         grad_y,
         norm.scale,
@@ -73,27 +73,34 @@ def _bottleneck_backward(
         need_conv,
         [],
     )
-    if norm.batch_statistics and any(need_features):
-        sizes = [x.shape[1] for x in features]
-        deferred = norm.deferred(sum_d, sum_dx, grad_y.numel() // grad_y.shape[1])
-        parts = zip(*(v.split(sizes) for v in (norm.mean, *deferred)), strict=True)
-        for x, grad, (mean, a, b) in zip(features, grads, parts, strict=True):
-            if grad.numel():
-                ops.take_gradient(x, mean, a, b, grad, grad)
-    wanted = [grad if need else None for grad, need in zip(grads, need_features, strict=True)]
-    return wanted, sum_dx * norm.rstd, sum_d, grad_weight
+    _finish(features, grads, norm, sums)
+    return _wanted(grads, need_features), sums[1] * norm.rstd, sums[0], grad_weight
 
 
-def _bottleneck(
-    features: Sequence[Tensor], norm: Folded, conv_weight: Tensor, conv_bias: Tensor | None, statistics: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, its mean and its variance."""
-    y = empty_channels_last(features[0], conv_weight.shape[0])
-    bias = vector(conv_bias, norm.mean)
-    mean, var = operators(y).bottleneck(
-        features, norm.scale, norm.shift, matrix(conv_weight), bias, None, None, statistics, y
-    )
-    return y, mean, var
+def _empty_grads(features: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Where the features' gradients go; empty where none is needed."""
+    return [
+        empty_channels_last(x, x.shape[1]) if need else x.new_empty(0)
+        for x, need in zip(features, needs, strict=True)
+    ]
+
+
+def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _finish(
+    features: Sequence[Tensor], grads: Sequence[Tensor], norm: Folded, sums: Sequence[Tensor]
+) -> None:
+    """Subtracts from the features' gradients what the batch's statistics demand; sums: sum d, sum d (x - mean)."""
+    if not norm.batch_statistics or not any(grad.numel() for grad in grads):
+        return
+    x, sizes = features[0], [x.shape[1] for x in features]
+    deferred = norm.deferred(sums[0], sums[1], x.shape[0] * x.shape[2:].numel())
+    parts = zip(*(v.split(sizes) for v in (norm.mean, *deferred)), strict=True)
+    for x, grad, (mean, a, b) in zip(features, grads, parts, strict=True):
+        if grad.numel():
+            operators(x).take_gradient(x, mean, a, b, grad, grad)
 
 
 class BottleneckNode(torch.autograd.Function):
@@ -113,7 +120,10 @@ class BottleneckNode(torch.autograd.Function):
         *features: Tensor,
     ) -> Tensor:
         norm = fold(mean, var, eps, norm_weight, norm_bias, batch_statistics, group)
-        return _bottleneck(features, norm, conv_weight, conv_bias, False)[0]
+        y, bias = empty_channels_last(features[0], conv_weight.shape[0]), vector(conv_bias, norm.mean)
+        weight = matrix(conv_weight)
+        operators(y).bottleneck(features, norm.scale, norm.shift, weight, bias, None, None, False, y)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -158,121 +168,119 @@ def _plain_bottleneck(
 
 
 class DenseLayerNode(torch.autograd.Function):
-    """new = conv3x3(relu(bn2(conv1x1(relu(bn1(cat(features))))))); also returns bn2's mean and variance, and y.
+    """A stage of one bottleneck layer over a list of features; also returns bn2's mean and variance, and the y that is kept.
 
     mean2 and var2 are None where bn2 takes the batch's statistics: they are made here. y is returned because autograd
-    saves nothing but inputs and outputs; the caller drops it.
+    saves nothing but inputs and outputs; the caller drops it. `tensors`: the parameters, as LayerParameters has them, then
+    the features.
     """
 
     @staticmethod
     def forward(
-        memory: str,
-        eps: tuple[float, float],
-        batch_statistics: tuple[bool, bool],
-        groups: tuple[str, str],
+        settings: tuple[Any, ...],
         mean1: Tensor,
         var1: Tensor,
         mean2: Tensor | None,
         var2: Tensor | None,
-        norm1_weight: Tensor | None,
-        norm1_bias: Tensor | None,
-        conv1_weight: Tensor,
-        conv1_bias: Tensor | None,
-        norm2_weight: Tensor | None,
-        norm2_bias: Tensor | None,
-        conv2_weight: Tensor,
-        conv2_bias: Tensor | None,
-        *features: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ops = operators(features[0])
-        norm1 = fold(mean1, var1, eps[0], norm1_weight, norm1_bias, batch_statistics[0], groups[0])
-        y, mean, var = _bottleneck(features, norm1, conv1_weight, conv1_bias, batch_statistics[1])
+        own, features = _split(tensors)
+        stage = _stage(settings, own, features)
+        (layer,), x, ops = stage.layers, features[0], operators(features[0])
+        own2 = (mean1.new_empty(layer.width), mean1.new_empty(layer.width))
         if mean2 is not None and var2 is not None:
-            mean, var = mean2.clone(), var2.clone()  # an input may not be an output
-        else:
-            mean, var = join_statistics(groups[1], mean, var, y.numel() // y.shape[1])
-        norm2 = fold(mean, var, eps[1], norm2_weight, norm2_bias, batch_statistics[1], groups[1])
-        z = torch.empty_like(y)
-        ops.bn_relu(y, norm2.scale, norm2.shift, z)
-        return convolve(z, conv2_weight, conv2_bias), mean, var, y
+            own2 = mean2.clone(), var2.clone()  # an input may not be an output
+        keeps = stage.saved_size(x) > 0
+        y = empty_channels_last(x, layer.width) if keeps else x.new_empty(0)
+        kept, new = {0: y} if keeps else {}, empty_channels_last(x, layer.growth)
+        norms = [(mean1, var1), own2]
+        with _scratch(x, stage.forward_scratch(ops)) as scratch:
+            engine.layer_forward(ops, stage, layer, features, norms, kept, new, scratch)
+        return new, *own2, y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        memory, ctx.eps, ctx.batch_statistics, ctx.groups, mean1, var1, _, _, *tensors = inputs
+        ctx.settings, mean1, var1, _, _, *tensors = inputs
         _, mean2, var2, y = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean2, var2, y)
-        ctx.save_for_backward(mean1, var1, mean2, var2, y if memory == "balanced" else None, *tensors)
+        ctx.save_for_backward(mean1, var1, mean2, var2, y, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_new: Tensor | None, *_: None) -> Any:
-        needs = ctx.needs_input_grad[8:]
+        needs = ctx.needs_input_grad[5:]
         if grad_new is None:
             return (None,) * len(ctx.needs_input_grad)
         mean1, var1, mean2, var2, y, *tensors = ctx.saved_tensors
-        statistics = (mean1, var1), (mean2, var2)
+        norms = [(mean1, var1), (mean2, var2)]
 
         def once(grad_new: Tensor) -> tuple[Tensor | None, ...]:
-            return _layer_backward(ctx, statistics, y, tensors, grad_new)
+            return _layer_backward(ctx.settings, norms, y, tensors, grad_new, needs)
 
-        fixed = [None if batch else s for batch, s in zip(ctx.batch_statistics, statistics, strict=True)]
-        plain = functools.partial(_plain_layer, fixed, ctx.eps, ctx.groups)
-        return (None,) * 8 + gradients("DenseLayer", once, plain, grad_new, lambda: tensors, needs)
+        settings = Settings(*ctx.settings)
+        fixed = [None if batch else own for batch, own in zip(settings.batch_statistics, norms, strict=True)]
+        plain = functools.partial(_plain_layer, fixed, settings.eps, settings.group)
+        return (None,) * 5 + gradients("DenseLayer", once, plain, grad_new, lambda: tensors, needs)
+
+
+def _split(tensors: Sequence[Any]) -> tuple[LayerParameters, list[Any]]:
+    """The parameters, or what there is for each of them, and the same of the features."""
+    count = len(LayerParameters._fields)
+    return LayerParameters(*tensors[:count]), list(tensors[count:])
+
+
+def _stage(settings: tuple[Any, ...], own: LayerParameters, features: Sequence[Tensor]) -> Stage:
+    return Stage(Settings(*settings), sum(x.shape[1] for x in features), own, ())
+
+
+class _Fresh(workspace.Lease):
+    """Scratch that torch.compile can trace: every map is a new tensor."""
+
+    def channels_last(self, like: Tensor, channels: int) -> Tensor:
+        return empty_channels_last(like, channels)
+
+
+def _scratch(x: Tensor, channels: Sequence[int]) -> AbstractContextManager[workspace.Lease]:
+    """Scratch for maps of so many channels each."""
+    if torch.compiler.is_compiling():
+        return nullcontext(_Fresh(x))
+    return workspace.lease(x.device, workspace.size_of(x, channels))
 
 
 def _layer_backward(
-    ctx: Any,
-    statistics: Sequence[tuple[Tensor, Tensor]],
-    y: Tensor | None,
+    settings: tuple[Any, ...],
+    norms: Vectors,
+    y: Tensor,
     tensors: Sequence[Any],
     grad_new: Tensor,
+    all_needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of a layer's parameters and features, as DenseLayerNode takes them."""
-    needs = ctx.needs_input_grad[8:]
-    weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias, *features = tensors
-    ops = operators(features[0])
-    norm1, norm2 = (
-        fold(*statistics[i], ctx.eps[i], *affine, ctx.batch_statistics[i], ctx.groups[i])
-        for i, affine in enumerate(((weight1, bias1), (weight2, bias2)))
-    )
-    if y is None:
-        y = _bottleneck(features, norm1, conv1, conv1_bias, False)[0]
-    z = torch.empty_like(y)
-    ops.bn_relu(y, norm2.scale, norm2.shift, z)
-    need_dz = any(needs[:6]) or any(needs[8:])
-    grad_y, grad_conv2, grad_conv2_bias = convolve_backward(
-        grad_new, z, conv2, conv2_bias, (need_dz, needs[6], needs[7])
-    )
-    del z
-    if not need_dz:
-        return (*[None] * 6, grad_conv2, grad_conv2_bias, *[None] * len(features))
-    grad_y = channels_last(grad_y)
-    sum_d, sum_dx = bn_relu_backward(grad_y, y, norm2)
-    del y
-    grads, grad_scale, grad_shift, grad_conv1 = _bottleneck_backward(
-        features, norm1, conv1, grad_y, needs[8:], needs[0] or needs[1], needs[2]
-    )
-    return (
-        shaped(weight1, grad_scale) if needs[0] else None,
-        shaped(bias1, grad_shift) if needs[1] else None,
-        shaped(conv1, grad_conv1) if needs[2] else None,
-        shaped(conv1_bias, sum_per_channel(grad_y)) if needs[3] else None,
-        shaped(weight2, sum_dx * norm2.rstd) if needs[4] else None,
-        shaped(bias2, sum_d) if needs[5] else None,
-        grad_conv2,
-        grad_conv2_bias,
-        *grads,
-    )
+    (own, features), (needs, need_features) = _split(tensors), _split(all_needs)
+    stage, ops = _stage(settings, own, features), operators(features[0])
+    (layer,) = stage.layers
+    kept = y if stage.saved_size(features[0]) > 0 else None
+    reads = engine.Reads(features, _empty_grads(features, need_features), False, any(need_features))
+    with _scratch(features[0], stage.backward_scratch(ops)) as scratch:
+        grads, sums = engine.layer_backward(
+            ops, stage, layer, channels_last(grad_new), reads, norms, kept, needs, scratch
+        )
+    if sums is not None:
+        norm1 = stage.norm1(layer, norms)
+        grads = grads._replace(norm1_weight=sums[1] * norm1.rstd, norm1_bias=sums[0])
+        _finish(features, reads.grads, norm1, sums)
+    made = (shaped(p, g) if need else None for p, g, need in zip(own, grads, needs, strict=True))
+    return *made, *_wanted(reads.grads, need_features)
 
 
 def _plain_layer(
     statistics: Sequence[tuple[Tensor, Tensor] | None],
     eps: Sequence[float],
-    groups: Sequence[str],
+    group: str,
     *tensors: Any,
 ) -> Tensor:
-    """The layer by PyTorch's own operators; `tensors`: as DenseLayerNode takes them behind its settings."""
-    refuse_group("DenseLayer", groups)
+    """The layer by PyTorch's own operators; `tensors`: as DenseLayerNode takes them."""
+    refuse_group("DenseLayer", [group])
     first, second, features = tensors[:4], tensors[4:8], tensors[8:]
     y = plain_bn_relu_convolve(torch.cat(features, 1), statistics[0], eps[0], *first)
     return plain_bn_relu_convolve(y, statistics[1], eps[1], *second).to(features[0].dtype)
@@ -328,22 +336,22 @@ def dense_layer(
         check_norm(op, _NORM_NAMES[i - 1], norm, inputs, x)
         check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, x)
         check_vector(op, f"conv{i}.bias", bias, conv.out_channels, x, "the convolution's output channels")
+    norms = norm1, norm2
+    settings = Settings(
+        bottleneck=True,
+        memory=memory if torch.is_grad_enabled() else "inference",
+        lowest=-1,
+        eps=[norm.eps for norm in norms],
+        batch_statistics=[norm.batch_statistics for norm in norms],
+        drop=[],
+        pool=[],
+        dilation=[],
+        newest_first=False,
+        group=next((norm.group for norm in norms if norm.batch_statistics), ""),
+    )
     with without_autocast(x):
         mean1, var1 = statistics(features, norm1)
-        new, mean2, var2, _ = DenseLayerNode.apply(
-            memory,
-            (norm1.eps, norm2.eps),
-            (norm1.batch_statistics, norm2.batch_statistics),
-            (norm1.group, norm2.group),
-            mean1,
-            var1,
-            *((None, None) if norm2.batch_statistics else norm2.running(x.dtype)),
-            norm1.weight,
-            norm1.bias,
-            *convs[:2],
-            norm2.weight,
-            norm2.bias,
-            *convs[2:],
-            *features,
-        )
+        own = LayerParameters(norm1.weight, norm1.bias, *convs[:2], norm2.weight, norm2.bias, *convs[2:])
+        known = (None, None) if norm2.batch_statistics else norm2.running(x.dtype)
+        new, mean2, var2, _ = DenseLayerNode.apply(tuple(settings), mean1, var1, *known, *own, *features)
     return new if result is None else new.to(result), (mean1, var1), (mean2, var2)

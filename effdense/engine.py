@@ -15,7 +15,7 @@ channel's own gradient is taken (docs/design.md, "The mathematics"). dense_block
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,12 +78,18 @@ def _set_joint(
 
 
 def _bottleneck(
-    ops: Any, layer: Layer, norm1: Folded, earlier: Tensor, y: Tensor, then: Folded | None, statistics: bool
+    ops: Any,
+    layer: Layer,
+    norm1: Folded,
+    earlier: Sequence[Tensor],
+    y: Tensor,
+    then: Folded | None,
+    statistics: bool,
 ) -> Any:
     """Writes y = W1 relu(norm1(earlier)), or relu(then(y)); returns y's statistics."""
     own, out = layer.parameters, (None, None) if then is None else (then.scale, then.shift)
     weight, bias = matrix(own.conv1_weight), vector(own.conv1_bias, norm1.mean)
-    return ops.bottleneck([earlier], norm1.scale, norm1.shift, weight, bias, *out, statistics, y)
+    return ops.bottleneck(earlier, norm1.scale, norm1.shift, weight, bias, *out, statistics, y)
 
 
 def _first_half(
@@ -91,18 +97,18 @@ def _first_half(
     stage: Stage,
     layer: Layer,
     norm1: Folded,
-    earlier: Tensor,
+    earlier: Sequence[Tensor],
     norms: Vectors,
     kept: dict[int, Tensor],
     scratch: workspace.Lease,
 ) -> tuple[Tensor, Folded | None]:
     """A bottleneck's output, and what is to come before the 3x3 convolution: norm2, or nothing where it is done already."""
     if stage.straight_to_z(ops, layer):
-        z = scratch.channels_last(earlier, layer.width)
+        z = scratch.channels_last(earlier[0], layer.width)
         _bottleneck(ops, layer, norm1, earlier, z, stage.norm2(layer, norms), False)
         return z, None
     y = kept.get(layer.position)
-    y = scratch.channels_last(earlier, layer.width) if y is None else y
+    y = scratch.channels_last(earlier[0], layer.width) if y is None else y
     batch, mask = stage.settings.batch_statistics[layer.norm1 + 1], layer.masks[0]
     statistics = _bottleneck(ops, layer, norm1, earlier, y, None, batch and mask is None)
     if mask is not None:
@@ -111,6 +117,24 @@ def _first_half(
     if batch:
         _set_joint(norms[layer.norm1 + 1], statistics, stage.settings.group, y)
     return y, stage.norm2(layer, norms)
+
+
+def layer_forward(
+    ops: Any,
+    stage: Stage,
+    layer: Layer,
+    earlier: Sequence[Tensor],
+    norms: Vectors,
+    kept: dict[int, Tensor],
+    new: Tensor,
+    scratch: workspace.Lease,
+) -> Any:
+    """One layer without dropout behind it, from the list of all that it reads; returns the statistics of the new features."""
+    norm1, conv2 = stage.norm1(layer, norms), (layer.parameters.conv2_weight, layer.parameters.conv2_bias)
+    source: tuple[Tensor, Folded | None] = earlier[0], norm1
+    if layer.width:
+        source = _first_half(ops, stage, layer, norm1, earlier, norms, kept, scratch)
+    return bn_relu_convolve(ops, *source, *conv2, new, scratch, layer.dilation)
 
 
 def forward(
@@ -143,13 +167,9 @@ def forward(
     size = workspace.size_of(x, stage.forward_scratch(ops))
     for layer in stage.layers:
         own = stage.made_by(layer)
-        earlier, new, norm1 = features[:, stage.read_by(layer)], features[:, own], stage.norm1(layer, norms)
+        earlier, new = [features[:, stage.read_by(layer)]], features[:, own]
         with workspace.lease(x.device, size) as scratch:
-            source: tuple[Tensor, Folded | None] = earlier, norm1
-            if layer.width:
-                source = _first_half(ops, stage, layer, norm1, earlier, norms, kept, scratch)
-            conv2 = layer.parameters.conv2_weight, layer.parameters.conv2_bias
-            statistics = bn_relu_convolve(ops, *source, *conv2, new, scratch, layer.dilation)
+            statistics = layer_forward(ops, stage, layer, earlier, norms, kept, new, scratch)
         if layer.masks[1] is not None:
             statistics = ops.channel_statistics([_drop_(new, layer.masks[1], layer.keep[1])])
         _set_joint((mean[own], var[own]), statistics, settings.group, x)
@@ -260,85 +280,126 @@ class _Backward:
 
     def layer(self, layer: Layer, scratch: workspace.Lease, below: bool) -> None:
         """One layer; what it makes is gone when the next one starts. `below`: whether what the layer reads needs a gradient."""
-        stage, ops, own = self.stage, self.ops, layer.parameters
-        needs, of = self.needs[layer.position], stage.read_by(layer)
-        earlier, grad_earlier = self.features[:, of], self.grad_features[:, of]
-        norm1 = stage.norm1(layer, self.norms)
-        g = scratch.channels_last(self.features, layer.growth)
-        self.take(layer.channels, layer.channels + layer.growth, g)
-        _drop_(g, layer.masks[1], layer.keep[1])
-        source, norm = earlier, norm1
-        if layer.width:
-            source, norm = self._y(layer, norm1, earlier, scratch), stage.norm2(layer, self.norms)
-        need_features = below or needs.norm1_weight or needs.norm1_bias
-        need_y = need_features or needs.conv1_weight or needs.conv1_bias
-        # y's gradient is wanted whole where it goes through dropout or is summed up
-        defers = bool(layer.width) and layer.masks[0] is None and not needs.conv1_bias
-        conv2 = bn_relu_convolve_backward(
-            ops,
-            g,
-            source,
-            norm,
-            own.conv2_weight,
-            own.conv2_bias,
-            (need_y or needs.norm2_weight or needs.norm2_bias, needs.conv2_weight, needs.conv2_bias),
-            scratch,
-            None if layer.width else grad_earlier,
-            defers,
-            layer.dilation,
-        )
-        grads = {"conv2_weight": conv2.weight, "conv2_bias": conv2.bias}
-        if conv2.x is not None and conv2.sums is not None:
-            if not layer.width:
-                grads["norm1_weight"], grads["norm1_bias"] = self._correct(norm1, conv2.sums, of)
-            else:
-                grads["norm2_weight"], grads["norm2_bias"] = _affine(norm, conv2.sums)
-                if need_y:
-                    grad_y, deferred = self._grad_y(layer, conv2, source, norm, defers)
-                    grads["conv1_bias"] = sum_per_channel(grad_y) if needs.conv1_bias else None
-                    grads["conv1_weight"], *sums = ops.bottleneck_backward(
-                        [earlier],
-                        grad_y,
-                        norm1.scale,
-                        norm1.shift,
-                        norm1.mean,
-                        matrix(own.conv1_weight),
-                        [grad_earlier],
-                        True,
-                        need_features,
-                        needs.conv1_weight,
-                        deferred,
-                    )
-                    grads["norm1_weight"], grads["norm1_bias"] = self._correct(norm1, sums, of)
-        self.grads[layer.position] = LayerParameters(**grads)
+        stage, of = self.stage, self.stage.read_by(layer)
+        grad = scratch.channels_last(self.features, layer.growth)
+        self.take(layer.channels, layer.channels + layer.growth, grad)
+        _drop_(grad, layer.masks[1], layer.keep[1])
+        reads = Reads([self.features[:, of]], [self.grad_features[:, of]], True, below)
+        y, needs = self.kept.get(layer.position), self.needs[layer.position]
+        grads, sums = layer_backward(self.ops, stage, layer, grad, reads, self.norms, y, needs, scratch)
+        if sums is not None:
+            weight, bias = self._correct(stage.norm1(layer, self.norms), sums, of)
+            grads = grads._replace(norm1_weight=weight, norm1_bias=bias)
+        self.grads[layer.position] = grads
 
-    def _y(self, layer: Layer, norm1: Folded, earlier: Tensor, scratch: workspace.Lease) -> Tensor:
-        """A bottleneck's output, kept or made again."""
-        y = self.kept.get(layer.position)
-        if y is None:
-            y = scratch.channels_last(self.features, layer.width)
-            _bottleneck(self.ops, layer, norm1, earlier, y, None, False)
-            _drop_(y, layer.masks[0], layer.keep[0])
-        return y
 
-    def _grad_y(
-        self, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, defers: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of y, and what is deferred of it."""
-        assert conv2.x is not None and conv2.sums is not None
-        deferred: list[Tensor] = []
-        if norm2.batch_statistics:
-            deferred = [y, norm2.mean, *norm2.deferred(conv2.sums[0], conv2.sums[1], self.count)]
-        elif not conv2.masked:
-            nothing = torch.zeros_like(norm2.mean)
-            deferred = [y, norm2.mean, nothing, nothing]
-        if not conv2.masked:
-            deferred += [norm2.scale, norm2.shift]
-        if defers:
-            return conv2.x, deferred
-        if deferred:
-            self.ops.take_gradient(*deferred, conv2.x, conv2.x)
-        return _drop_(conv2.x, layer.masks[0], layer.keep[0]), []
+class Reads(NamedTuple):
+    """What a layer reads, and where its gradient goes."""
+
+    features: Sequence[Tensor]
+    grads: Sequence[Tensor]  # empty where none is needed; of a plain layer to be added to
+    accumulate: bool  # add to `grads`, else write them
+    need: bool  # whether any is needed
+
+
+def layer_backward(
+    ops: Any,
+    stage: Stage,
+    layer: Layer,
+    grad: Tensor,
+    reads: Reads,
+    norms: Vectors,
+    y: Tensor | None,
+    needs: LayerParameters,
+    scratch: workspace.Lease,
+) -> tuple[LayerParameters, Sequence[Tensor] | None]:
+    """One layer without dropout behind it, from the gradient of its new features on; `y`: None where it was not kept.
+
+    Returns the parameters' gradients but those of norm1, and norm1's sum d and sum d (x - mean), or None where nothing needs
+    them. What norm1 subtracts from the gradients with the batch's statistics is for the caller.
+    """
+    own, norm1 = layer.parameters, stage.norm1(layer, norms)
+    source, norm = reads.features[0], norm1
+    if layer.width:
+        source, norm = _y(ops, layer, norm1, reads.features, y, scratch), stage.norm2(layer, norms)
+    need_features = reads.need or needs.norm1_weight or needs.norm1_bias
+    need_y = need_features or needs.conv1_weight or needs.conv1_bias
+    # y's gradient is wanted whole where it goes through dropout or is summed up
+    defers = bool(layer.width) and layer.masks[0] is None and not needs.conv1_bias
+    conv2 = bn_relu_convolve_backward(
+        ops,
+        grad,
+        source,
+        norm,
+        own.conv2_weight,
+        own.conv2_bias,
+        (need_y or needs.norm2_weight or needs.norm2_bias, needs.conv2_weight, needs.conv2_bias),
+        scratch,
+        None if layer.width else reads.grads[0],
+        defers,
+        layer.dilation,
+    )
+    grads = {"conv2_weight": conv2.weight, "conv2_bias": conv2.bias}
+    sums: Sequence[Tensor] | None = None
+    if conv2.x is not None and conv2.sums is not None:
+        if not layer.width:
+            sums = conv2.sums
+        else:
+            grads["norm2_weight"], grads["norm2_bias"] = _affine(norm, conv2.sums)
+            if need_y:
+                grad_y, deferred = _grad_y(ops, layer, conv2, source, norm, defers)
+                grads["conv1_bias"] = sum_per_channel(grad_y) if needs.conv1_bias else None
+                grads["conv1_weight"], *sums = ops.bottleneck_backward(
+                    reads.features,
+                    grad_y,
+                    norm1.scale,
+                    norm1.shift,
+                    norm1.mean,
+                    matrix(own.conv1_weight),
+                    reads.grads,
+                    reads.accumulate,
+                    need_features,
+                    needs.conv1_weight,
+                    deferred,
+                )
+    return LayerParameters(**grads), sums
+
+
+def _y(
+    ops: Any,
+    layer: Layer,
+    norm1: Folded,
+    earlier: Sequence[Tensor],
+    kept: Tensor | None,
+    scratch: workspace.Lease,
+) -> Tensor:
+    """A bottleneck's output, kept or made again."""
+    if kept is not None:
+        return kept
+    y = scratch.channels_last(earlier[0], layer.width)
+    _bottleneck(ops, layer, norm1, earlier, y, None, False)
+    return _drop_(y, layer.masks[0], layer.keep[0])
+
+
+def _grad_y(
+    ops: Any, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, defers: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of y, and what is deferred of it."""
+    assert conv2.x is not None and conv2.sums is not None
+    deferred: list[Tensor] = []
+    if norm2.batch_statistics:
+        count = y.shape[0] * y.shape[2:].numel()
+        deferred = [y, norm2.mean, *norm2.deferred(conv2.sums[0], conv2.sums[1], count)]
+    elif not conv2.masked:
+        nothing = torch.zeros_like(norm2.mean)
+        deferred = [y, norm2.mean, nothing, nothing]
+    if not conv2.masked:
+        deferred += [norm2.scale, norm2.shift]
+    if defers:
+        return conv2.x, deferred
+    if deferred:
+        ops.take_gradient(*deferred, conv2.x, conv2.x)
+    return _drop_(conv2.x, layer.masks[0], layer.keep[0]), []
 
 
 def _affine(norm: Folded, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effdense import engine, operators
+from effdense import engine, operators, stem
 from effdense.convert import convert, report
 from effdense.modules import kind_of
 from effdense.nn.foreign import ForeignBlock
@@ -72,6 +72,12 @@ class Plan(NamedTuple):
 _TILES = 2**19
 _TILED = {f"effdense::{name}{way}" for name in ("bottleneck", "bn_relu_conv3x3") for way in ("", "_backward")}
 
+# A stem's operators: what they do, and how many of their arguments come before the settings.
+_STEM = {
+    torch.ops.effdense.stem.default: (stem.forward, stem.FORWARD_TENSORS),
+    torch.ops.effdense.stem_backward.default: (stem.backward, stem.BACKWARD_TENSORS),
+}
+
 
 @dataclasses.dataclass
 class _Block:
@@ -92,7 +98,7 @@ class _Timeline(TorchDispatchMode):
         self._live: dict[int, _Block] = {}  # by the storage's id
         self._at_peak: list[_Block] = []
         self._workspace = _Block(0, "scratch")
-        self._in_stage = self._after_stem = False
+        self._in_stage = self._in_stem = self._after_stem = False
 
     def finish(self) -> tuple[int, dict[str, int]]:
         """The peak and its breakdown."""
@@ -128,18 +134,29 @@ class _Timeline(TorchDispatchMode):
             self._workspace.size = size
 
     def _category(self) -> str:
+        if self._in_stem:
+            return "stem"
         if torch._C._current_graph_task_id() != -1:
             return "gradients"
         return "scratch" if self._in_stage else "other" if self._after_stem else "stem"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.effdense.dense_stage.default:
-            stage: list[Tensor] = self._inside(engine.forward, args, 4)
+            self._after_stem = True
+            stage: list[Tensor] = self._inside(engine.forward, args[:4], Settings(*args[4:]))
             for tensor, category in zip(stage, ("other", "features", "bottlenecks", "other"), strict=True):
                 self._live[id(tensor.untyped_storage())].category = category
             return tuple(stage)
         if func is torch.ops.effdense.dense_stage_backward.default:
-            return self._inside(engine.backward, args, 8)
+            return self._inside(engine.backward, args[:8], Settings(*args[8:]))
+        if func in _STEM:
+            way, count = _STEM[func]
+            self._in_stem = True
+            try:
+                made = self._inside(way, args[:count], stem.Settings(*args[count:]))
+            finally:
+                self._in_stem = False
+            return tuple(made) if way is stem.forward else made
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **kwargs or {})
         if self._in_stage and func.name() in _TILED:
@@ -156,13 +173,12 @@ class _Timeline(TorchDispatchMode):
                 self._follow(tensor, self._category())
         return result
 
-    def _inside(self, way: Callable[..., Any], args: Any, tensors: int) -> list[Tensor]:
-        """Walks through one way of the engine; its settings come after `tensors` arguments."""
-        tensor_args, settings = args[:tensors], Settings(*args[tensors:])
-        self._in_stage = self._after_stem = True
+    def _inside(self, way: Callable[..., Any], tensors: Any, settings: Any) -> list[Tensor]:
+        """Walks through one way of the engine, or of a stem."""
+        self._in_stage = True
         try:
             with torch.no_grad(), self:
-                result = way(operators.operators(args[0]), settings, *tensor_args)
+                result = way(operators.operators(tensors[0]), settings, *tensors)
         finally:
             self._in_stage = False
         return [t for t in result if t is not None]

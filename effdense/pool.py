@@ -19,6 +19,8 @@ from effdense.checks import check_norm
 from effdense.dense_layer import statistics
 from effdense.operators import operators
 
+Windows = tuple[Sequence[int], Sequence[int], Sequence[int]]  # of a max pool: kernel size, stride, padding
+
 
 def _gradients(
     needs: Sequence[bool],
@@ -124,7 +126,7 @@ class MaxPoolNode(torch.autograd.Function):
             ops.max_pool_backward(grad, where, *map(list, ctx.windows), grad_x)
             return _gradients(needs, norm, bn_relu_backward(grad_x, x, norm), weight, bias, grad_x)
 
-        pool = functools.partial(_plain_max_pool, windows=ctx.windows)
+        pool = functools.partial(plain_max_pool, windows=ctx.windows)
         plain = functools.partial(_plain, "bn_relu_max_pool", pool, ctx.eps, ctx.whose, (mean, var))
         result = gradients("bn_relu_max_pool", once, plain, grad, lambda: (weight, bias, x), needs)
         return (None,) * 6 + result
@@ -137,7 +139,8 @@ def plain_avg_pool(x: Tensor, kernel_size: Sequence[int]) -> Tensor:
     return pooled
 
 
-def _plain_max_pool(x: Tensor, windows: tuple[Sequence[int], ...]) -> Tensor:
+def plain_max_pool(x: Tensor, windows: Sequence[Sequence[int]]) -> Tensor:
+    """PyTorch's maximum pool."""
     pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(windows[0]) - 1]
     pooled: Tensor = pool(x, *windows)
     return pooled

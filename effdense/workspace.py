@@ -52,8 +52,9 @@ class _Pool:
     def take(self, size: int) -> tuple[Tensor, int]:
         with self._lock:
             emptied = self._emptied
-            for i, block in enumerate(self._free):
-                if size <= block.numel() <= 2 * size:
+            # By number: a name for a block would keep it beside the new one.
+            for i in range(len(self._free)):
+                if size <= self._free[i].numel() <= 2 * size:
                     return self._free.pop(i), emptied
             # Neither the small scratch of a large stage's other way nor the large one of another stage is kept: what
             # is held beside the features counts.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense import dense_block, pool
+from effdense import dense_block, pool, stem
 from effdense.autograd import in_its_layout
 from effdense.batch_norm import read_module, update_modules
 from effdense.code import code_of, counts
@@ -116,19 +116,19 @@ class DenseFeatures(nn.Sequential):
     def _step(self, x: Tensor, modules: list[Any]) -> tuple[int, Tensor]:
         """Runs the first module, or the first few together; returns how many."""
         first = modules[0]
-        stem = stem_of(modules)
-        if stem is not None and takes(x, len(stem.windows[0]) + 2):
-            return stem.modules, through(x, lambda x: _run_stem(first, stem.windows, x))
+        if (after_conv := stem_of(modules)) is not None and takes(x, after_conv.dimensions):
+            return after_conv.modules, through(x, lambda x: _run_stem(first, after_conv.windows, x))
         if len(modules) > 1 and _is_part(first, _BLOCKS):
             pooled = _step_of_block(x, modules)
             if pooled is not None:
                 return pooled
-        if (
-            len(modules) > 1
-            and _is(first, CONVS)
-            and (stem_of(modules[1:]) is not None or isinstance(modules[1], _BLOCKS))
-        ):
-            return 1, _conv_to_channels_last(first, x)
+        if len(modules) > 1 and _is(first, CONVS):
+            after_conv = stem_of(modules[1:])
+            if after_conv is not None and _keeps_no_map(self, modules, after_conv, x):
+                norm, windows = modules[1], after_conv.windows
+                return 1 + after_conv.modules, through(x, lambda x: _run_stem(norm, windows, x, first))
+            if after_conv is not None or isinstance(modules[1], _BLOCKS):
+                return 1, _conv_to_channels_last(first, x)
         return 1, first(_apart(first, x))
 
 
@@ -198,10 +198,37 @@ def _flat(modules: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _run_stem(norm: Any, windows: Any, x: Tensor) -> Tensor:
-    names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-    out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
-    update_modules([(norm, mean, var)], x.numel() // x.shape[1])
+def _keeps_no_map(features: nn.Module, modules: list[Any], behind: _Stem, x: Tensor) -> bool:
+    """Whether the convolution that comes first, of a stem, is to be computed again in the backward."""
+    conv, norm = modules[:2]
+    if conv.weight.dim() != behind.dimensions or not takes(x, behind.dimensions) or not stem.is_plain(conv):
+        return False
+    tensors = x, conv.weight, conv.bias, norm.weight, norm.bias
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return trains and _memory(features) == "minimal"
+
+
+def _memory(features: nn.Module) -> str:
+    """What convert was asked for, else what the first block does."""
+    block: Any = next((m for m in parts_of(features) if isinstance(m, _BLOCKS)), None)
+    noted: Noted | None = features.__dict__.get("_effdense")
+    if noted is None and isinstance(block, ForeignBlock):
+        noted = block.__dict__.get("_effdense")
+    if noted is not None:
+        return noted.memory
+    layer = None if block is None else next(iter(block._modules.values()), None)
+    return str(getattr(layer, "memory", "balanced"))
+
+
+def _run_stem(norm: Any, windows: Any, x: Tensor, conv: Any = None) -> Tensor:
+    """The norm, ReLU and max pool; `conv`: the convolution before them, whose map is not to be kept."""
+    if conv is not None:
+        out, mean, var, count = stem.run(x, conv, read_module(norm), windows)
+    else:
+        names = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        out, mean, var = pool.bn_relu_max_pool("stem", names, x, read_module(norm), *windows)
+        count = x.numel() // x.shape[1]
+    update_modules([(norm, mean, var)], count)
     return out
 
 
@@ -283,6 +310,11 @@ _GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3
 class _Stem(NamedTuple):
     modules: int
     windows: Any  # of its max pool
+
+    @property
+    def dimensions(self) -> int:
+        """Of its input."""
+        return len(self.windows[0]) + 2
 
 
 def stem_of(modules: list[Any]) -> _Stem | None:
