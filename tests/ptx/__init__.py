@@ -1,0 +1,1 @@
+"""nvcc's PTX of the CUDA kernels, interpreted on the CPU."""

@@ -1,0 +1,183 @@
+"""The interpreter as a namespace of operators, and the calls that run every kernel in small ragged shapes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.cases import CONVOLUTIONS, assert_as_exact, permit_tf32
+from tests.ptx.compiler import compile_interpreter
+from tests.test_batch_norm import run_defer, run_fold
+from tests.test_pool import (
+    run_average,
+    run_average_backward,
+    run_maximum,
+    run_maximum_backward,
+)
+from tests.test_simt_bottleneck import ARITHMETICS, check_backward, check_forward
+from tests.test_simt_operators import DTYPES, OF_MAPS
+
+# What a device may do one way or the other: copies and stores land late, and blocks and warps run in order; or
+# copies land at once, and the last block and warp come first.
+MODES = {"late": (True, False), "backwards": (False, True)}
+
+
+@functools.cache
+def architectures() -> tuple[int, ...]:
+    """Those to run, of EFFDENSE_PTX_ARCH ("90,100,120"); 75 and 80 unless given."""
+    return tuple(int(number) for number in os.environ.get("EFFDENSE_PTX_ARCH", "75,80").split(","))
+
+
+@functools.cache
+def _operators() -> Any:
+    torch.ops.load_library(str(compile_interpreter(architectures())))
+    return torch.ops.effdense_ptx
+
+
+class Interpreter:
+    """torch.ops.effdense_ptx on one architecture, in one mode."""
+
+    def __init__(self, architecture: int, mode: str) -> None:
+        self._use = (architecture, *MODES[mode])
+        _operators()
+
+    def __getattr__(self, name: str) -> Any:
+        ops = _operators()
+        ops.use(*self._use)
+        return getattr(ops, name)
+
+    def watch(self, name: str, x: Tensor) -> None:
+        """Of the harness in tests/simt, which counts traffic."""
+
+    def forget(self) -> None:
+        """As above."""
+
+
+class Call(NamedTuple):
+    name: str  # operator, type, shape
+    run: Callable[[Any], None]  # raises if an operator of this namespace is wrong
+
+
+# images, spatial sizes, channels of each feature
+MAPS = [
+    (2, (5, 7), (3, 5, 2)),
+    (1, (1, 1), (1,)),
+    (3, (9, 8), (24, 12, 12)),
+    (2, (33,), (13,)),
+    (2, (4, 3, 5), (2, 6)),
+    (1, (20, 15), (20,)),
+    (1, (4, 4), (150, 150)),
+]
+# images, spatial sizes, channels, kernel size
+AVERAGES = [
+    (2, (5, 7), 10, (2, 2)),
+    (3, (7, 7), 17, (7, 7)),
+    (2, (4, 3, 5), 12, (3, 1, 4)),
+    (2, (33,), 48, (2,)),
+    (5, (8, 8), 8, (2, 2)),
+]
+# images, spatial sizes, channels, kernel size, stride, padding
+MAXIMA = [
+    (2, (9, 8), 5, (3, 3), (2, 2), (1, 1)),
+    (2, (7, 6), 16, (3, 3), (2, 2), (1, 1)),
+    (2, (4, 3, 5), 20, (2, 1, 4), (1, 2, 3), (1, 0, 2)),
+]
+# pixels, channels, out channels, where in wider buffers the maps lie: elements before, after
+PRODUCTS = [
+    (1, 1, 1, 0, 0),
+    (7, 3, 5, 1, 2),
+    (130, 12, 48, 4, 4),
+    (147, 70, 20, 0, 4),
+    (65, 24, 96, 8, 8),
+    (129, 40, 160, 2, 2),
+    (50, 36, 200, 0, 0),
+    (1100, 8, 12, 0, 4),
+]
+# What may be wanted or not, of the forward: bias, norm, statistics; and of the backward.
+EPILOGUES = [(False, False, True), (True, True, False), (True, True, True)]
+WANTED: list[dict[str, Any]] = [
+    {},
+    {"deferred": 4},
+    {"deferred": 6},
+    {"deferred": 6, "accumulate": False},
+    {"need_grad_x": False},
+    {"need_weight": False},
+    {"need_features": False, "accumulate": False},
+]
+
+
+def every_call() -> Iterator[Call]:
+    """All operators, in all types, in small shapes."""
+    yield from maps()
+    yield from pools()
+    yield from products()
+
+
+def maps() -> Iterator[Call]:
+    """What goes over a map once, and vectors."""
+    for dtype in DTYPES:
+        for shape in MAPS:
+            for op, make in OF_MAPS.items():
+                if op == "bn_relu_backward" and shape is MAPS[1]:
+                    continue  # nothing but rounding is left of the gradient of a batch of one value
+                yield _as_exact(f"{op} {dtype} {shape}", functools.partial(make, (*shape, 1), dtype), dtype)
+    for dtype in (torch.float64, torch.float32):
+        for given in (None, dtype):
+            yield _as_exact(f"fold {dtype} {given}", functools.partial(run_fold, given, given), dtype)
+        yield _as_exact(f"defer {dtype}", functools.partial(run_defer, 7), dtype)
+
+
+def pools() -> Iterator[Call]:
+    """The pools and their backward."""
+    for dtype in DTYPES:
+        for makes, every in (
+            ((run_average, run_average_backward), AVERAGES),
+            ((run_maximum, run_maximum_backward), MAXIMA),
+        ):
+            for pool in every:
+                for make in makes:
+                    of_pool = functools.partial(make, pool, dtype)
+                    yield _as_exact(f"{make.__name__} {dtype} {pool}", of_pool, dtype)
+
+
+def products() -> Iterator[Call]:
+    """The bottleneck and its backward, in every arithmetic."""
+    for name, arithmetic in ARITHMETICS.items():
+        for i, shape in enumerate(PRODUCTS):
+            for bias, norm, statistics in EPILOGUES if i in (2, 5) else EPILOGUES[:1]:
+                forward = functools.partial(
+                    check_forward,
+                    shape=shape,
+                    arithmetic=arithmetic,
+                    bias=bias,
+                    norm=norm,
+                    statistics=statistics,
+                )
+                yield _product(f"bottleneck {name} {shape} {bias, norm, statistics}", forward, name)
+            for wanted in WANTED if i in (2, 6) else WANTED[:3]:
+                backward = functools.partial(check_backward, shape=shape, arithmetic=arithmetic, **wanted)
+                yield _product(f"bottleneck_backward {name} {shape} {wanted}", backward, name)
+
+
+def _as_exact(name: str, make: Callable[[], Any], dtype: torch.dtype) -> Call:
+    def run(ops: Any) -> None:
+        torch.manual_seed(0)
+        assert_as_exact(make(), ops, dtype)
+
+    return Call(name, run)
+
+
+def _product(name: str, check: Callable[..., None], arithmetic: str) -> Call:
+    def run(ops: Any) -> None:
+        set_back = permit_tf32(CONVOLUTIONS, arithmetic == "tf32")
+        try:
+            check(ops)
+        finally:
+            set_back()
+
+    return Call(name, run)
