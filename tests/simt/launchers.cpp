@@ -116,6 +116,7 @@ void run_bottleneck(Size size, int64_t out_channels, int64_t more, bool tf32) {
 // Sizes, out channels, what a step is longer than its channels: every tile, pieces of every size.
 template <typename T>
 void run_bottlenecks(bool tf32 = false) {
+  assumed_multiprocessors = 1;  // the largest tiles
   run_bottleneck<T>({1, 1}, 1, 0, tf32);
   run_bottleneck<T>({7, 3}, 5, 0, tf32);
   run_bottleneck<T>({130, 12}, 48, 4, tf32);
@@ -123,6 +124,14 @@ void run_bottlenecks(bool tf32 = false) {
   run_bottleneck<T>({40, 40}, 160, 8, tf32);
   run_bottleneck<T>({33, 24}, 200, 1, tf32);
   run_bottleneck<T>({600, 13}, 12, 3, tf32);
+  assumed_multiprocessors = 3;  // 64 pixels
+  run_bottleneck<T>({130, 12}, 48, 4, tf32);
+  assumed_multiprocessors = 5;  // 32 pixels
+  run_bottleneck<T>({130, 12}, 48, 4, tf32);
+  assumed_multiprocessors = 132;  // 16 pixels
+  run_bottleneck<T>({7, 3}, 5, 0, tf32);
+  run_bottleneck<T>({33, 130}, 48, 4, tf32);
+  assumed_multiprocessors = 0;
 }
 
 template <typename T>
