@@ -1,9 +1,10 @@
 """Proof from the built library that its CUDA kernels are what they should be; no GPU is needed.
 
-    python -m benchmarks.cuda_static --arch 8.0,9.0 --table docs/results/cuda-static.md
+    python -m benchmarks.cuda_static --arch 8.0,9.0 --table docs/results/cuda-static.md --predict docs/results/cuda-prediction.json
 
 Registers, memory and machine code of every kernel and architecture are read from the library with cuobjdump. Whatever
-misses a requirement (`failures`) is one line on stderr, and the exit status is 1.
+misses a requirement (`failures`) is one line on stderr, and the exit status is 1. --predict: how many multiprocessors each
+launch of a step fills, and what cuda_model says that it takes on some cards (cuda_predict); from a clone's root, some minutes.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _faults(kernel: Kernel) -> Iterable[str]:
     if kind is None:
         yield "is unknown: FAMILIES must say what kind of kernel it is"
     elif kind == "gemm":
-        arithmetic = kernel.name.partition("<")[2].rpartition(",")[0]
+        arithmetic = re.sub(r"(, \d+)+>$", "", kernel.name.partition("<")[2])
         turing = kernel.architecture == "7.5"
         products = PRODUCTS_OF_TURING if turing else PRODUCTS
         product = products.get(arithmetic, f"instruction that PRODUCTS has for {arithmetic}")
@@ -302,6 +303,22 @@ def markdown(kernels: Sequence[Kernel], architectures: Sequence[str], result: st
     return "\n".join([*lines, ""])
 
 
+def residency(kernels: Iterable[Kernel]) -> dict[tuple[str, str], int]:
+    """{(kernel, architecture): how many of its blocks a multiprocessor holds}."""
+    return {(k.name, k.architecture): min(resident(k).values()) for k in kernels}
+
+
+def _predict(kernels: Sequence[Kernel], output: Path) -> None:
+    """Writes the fill and the predicted times on those cards whose architecture has been read."""
+    from benchmarks import cuda_model, cuda_predict
+
+    has = {kernel.architecture for kernel in kernels}
+    cards = [card for card in cuda_model.CARDS.values() if card.architecture in has]
+    document = cuda_predict.document(cuda_predict.Residency(residency(kernels)), cards)
+    compare.write_json(document, output)
+    compare.write_text(cuda_predict.markdown(document), output.with_suffix(".md"))
+
+
 # ---- Command line
 
 
@@ -334,6 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write a table for the documentation here",
     )
     add("--json", type=compare.output_file, metavar="FILE", help="write everything read here")
+    add(
+        "--predict",
+        type=compare.output_file,
+        metavar="FILE.json",
+        help="write the launches' fill and predicted times here, and as tables beside it (.md)",
+    )
     parsed = parser.parse_args(arguments)
     console = compare.console()  # before what takes a minute: a missing rich must not cost it
     try:
@@ -356,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.json:
         read = {"library_bytes": library_bytes, "failures": faults, "kernels": [record(k) for k in kernels]}
         compare.write_json(read, parsed.json)
+    if parsed.predict:
+        _predict(kernels, Path(parsed.predict))
     for fault in faults:
         print(fault, file=sys.stderr)
     print(result)

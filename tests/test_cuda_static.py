@@ -85,7 +85,7 @@ def test_code_and_its_loops():
 
 @pytest.mark.skipif(cuda_include() is None, reason="needs the CUDA toolkit's headers")
 def test_dynamic_shared_memory_is_what_the_headers_say():
-    name = "bottleneck_kernel<Tf32, 64>"
+    name = "bottleneck_kernel<Tf32, 64, 128>"
     # Three stages, or two, of 16 floats, and 16 bytes between rows, for 128 pixels and 64 out channels, and two vectors.
     stage = 4 * ((128 + 64) * 20 + 2 * 16)
     assert cuda_library.dynamic_shared([name], "ampere") == {name: 3 * stage}
@@ -96,7 +96,7 @@ def test_dynamic_shared_memory_is_what_the_headers_say():
 
 # ---- Requirements
 
-GEMM = "bottleneck_kernel<TensorCore<__half>, 64>"
+GEMM = "bottleneck_kernel<TensorCore<__half>, 64, 128>"
 WRITER = "rows_kernel<float, 4, BnRelu<float>, Nothing>"
 READER = "rows_kernel<float, 4, Statistics<float, false>, Moments<float>>"
 OTHERS = ["avg_pool_kernel<float, 4>", "avg_pool_backward_kernel<float, 4>", "max_pool_kernel<float, 4>"]
@@ -169,7 +169,7 @@ def test_what_is_too_large_to_be_launched_must_have_no_code():
         (good(GEMM, "7.5", without="STS.128"), "has no copy of 16 bytes (LDG.128, STS.128)"),
         (good(WRITER, "9.0"), "for 8.0: is missing"),
         (good("unheard_of<float>"), "is unknown: FAMILIES"),
-        (good("bottleneck_kernel<Unheard<float>, 64>"), "PRODUCTS has for Unheard<float>"),
+        (good("bottleneck_kernel<Unheard<float>, 64, 32>"), "PRODUCTS has for Unheard<float>"),
     ],
 )
 def test_every_requirement_can_fail(kernel, message):
@@ -196,7 +196,7 @@ def test_shared_memory_must_permit_the_promised_blocks_where_there_is_most_of_it
 
 def test_a_kernel_that_nobody_knows_is_shown_too():
     rows = cuda_static.by_name([good(GEMM), good("unheard_of<float>")])
-    assert list(rows) == ["unheard_of<float>", "bottleneck_kernel<TensorCore<half>, 64>"]
+    assert list(rows) == ["unheard_of<float>", "bottleneck_kernel<TensorCore<half>, 64, 128>"]
 
 
 def test_occupancy_is_counted_as_the_toolkit_does():

@@ -32,13 +32,25 @@ def sample(calls: list[Call]) -> list[Call]:
 @pytest.mark.parametrize("model", cuda_traffic.MODELS)
 def test_every_operator_moves_little_more_than_it_must(simt: Any, model: str) -> None:
     calls = sample(traced.trace_model(model, "effdense-balanced", 1, cuda_traffic.MODELS[model]))
-    counts = {call: cuda_traffic.count(simt, call) for call in set(calls)}
+    card = cuda_traffic.MULTIPROCESSORS_PER_IMAGE
+    counts = {call: cuda_traffic.count(simt, call, card) for call in set(calls)}
     rows = cuda_traffic.operator_rows(model, calls, counts)
     used = {row["op"] for row in rows}
     assert {"bottleneck", "bottleneck_backward", "bn_relu_avg_pool_backward", "take_gradient"} < used
     assert ("bn_relu_max_pool" in used) == (model != "densenet_bc_100_12")
     for row in rows:
         assert row["ratio"] <= cuda_traffic.GATE, row
+
+
+@pytest.mark.parametrize("model", cuda_traffic.MODELS)
+def test_partial_sums_of_many_images_are_little(simt: Any, model: str) -> None:
+    rows = cuda_traffic.partial_rows(model, cuda_traffic.MODELS[model])
+    assert 0 < rows[-1]["partial"] <= (cuda_traffic.GATE - 1) * rows[-1]["floor"]
+    assert not cuda_traffic.is_too_much({"rows": [], "partial_sums": rows})
+    assert cuda_traffic.is_too_much(
+        {"rows": [], "partial_sums": [{"images": 256, "partial": 12, "floor": 100}]}
+    )
+    assert cuda_traffic.is_too_much({"rows": [{"ratio": 1.2}], "partial_sums": []})
 
 
 def traced_call(op: str, *arguments: Any) -> Call:
@@ -52,16 +64,20 @@ def make_map(pixels: int, channels: int) -> torch.Tensor:
     return torch.empty(1, pixels, channels, dtype=torch.half, device="meta").movedim(-1, 1)
 
 
-@pytest.mark.parametrize("pixels, channels, out", [(2100, 70, 48), (1100, 134, 16), (600, 64, 48)])
-def test_partial_sums_of_the_backward(simt: Any, pixels: int, channels: int, out: int) -> None:
+@pytest.mark.parametrize("multiprocessors", [1, 20, 132])
+@pytest.mark.parametrize("pixels, channels, out", [(2100, 70, 48), (1100, 134, 16), (30, 64, 48)])
+def test_partial_sums_of_the_backward(
+    simt: Any, pixels: int, channels: int, out: int, multiprocessors: int
+) -> None:
     x, grad_y = make_map(pixels, channels), make_map(pixels, out)
     vectors = torch.empty(3, channels, device="meta")
     weight = torch.empty(out, channels, dtype=torch.half, device="meta")
     flags = True, True, True
     call = traced_call("bottleneck_backward", [x], grad_y, *vectors, weight, [x.clone()], *flags, [])
-    expected = cuda_traffic.backward_partial_sums(pixels, channels, out)
-    assert cuda_traffic.count(simt, call).partial == expected
-    assert (expected == 0) == (pixels == 600)  # one block along the pixels needs none
+    expected = cuda_traffic.backward_partial_sums(call, multiprocessors)
+    assert cuda_traffic.count(simt, call, multiprocessors).partial == expected
+    # one block along the pixels needs none
+    assert (expected == 0) == (pixels == 30 or multiprocessors == 1)
 
 
 def test_a_kernel_that_leaves_something_out_is_found(simt: Any) -> None:
@@ -70,6 +86,7 @@ def test_a_kernel_that_leaves_something_out_is_found(simt: Any) -> None:
 
     class Lazy:
         forget, watch, watched, traffic = simt.forget, simt.watch, simt.watched, simt.traffic
+        override_multiprocessors = simt.override_multiprocessors
 
         def channel_statistics(self, features: list[torch.Tensor]) -> None:
             simt.channel_statistics([features[0][:, :2]])
@@ -151,7 +168,7 @@ def test_a_stage_moves_a_third(simt: Any, memory: str) -> None:
     ours = cuda_traffic.pytorch_bytes(calls)
     for call in calls:
         if call.space == "effdense":
-            counted = cuda_traffic.count(simt, call)
+            counted = cuda_traffic.count(simt, call, images * cuda_traffic.MULTIPROCESSORS_PER_IMAGE)
             ours += counted.floor + counted.partial
     pixels, theirs = images * size**2, Counter()
     for i in range(layers):
@@ -168,7 +185,7 @@ def test_the_command_line(
     status = cuda_traffic.main(["--images", "2", "--json", str(out)])
     shown, result = capsys.readouterr().out, json.loads(out.read_text())
     assert result.keys() == {"environment", "images", "image_sizes", "rows", "steps", "partial_sums"}
-    assert status == any(row["ratio"] > cuda_traffic.GATE for row in result["rows"])
+    assert status == cuda_traffic.is_too_much(result)
     for row in result["rows"]:
         assert row["op"] in shown and row["bytes"] == row["floor"] + row["again"] + row["partial"]
     assert [row["impl"] for row in result["steps"]] == ["naive", "checkpoint", *cuda_traffic.IMPLS]

@@ -52,6 +52,24 @@ WIDE = [
 CASES = [(a, s) for a in ARITHMETICS for s in ([*NARROW, *WIDE] if a in ("half", "tf32") else WIDE)]
 
 
+# For cards of so many multiprocessors each of the tiles is the first that fills one, in some of the cases: 128
+# pixels, 64, 32 and 16.
+CARDS = [1, 3, 5, 132]
+TILES = {
+    128: None,
+    64: 64,
+    32: 64,
+    16: 32,
+}  # pixels of a block: its out channels; of 128 as many as there are, up to 192
+
+
+@pytest.fixture
+def on_card(simt: Any) -> Iterator[Any]:
+    """Calls of it cut launches for a card of so many multiprocessors."""
+    yield simt.override_multiprocessors
+    simt.override_multiprocessors(0)
+
+
 @pytest.fixture
 def arithmetic(simt: Any, request: pytest.FixtureRequest) -> Arithmetic:
     """What `simt` computes in; the setting is taken back after every test."""
@@ -208,8 +226,73 @@ def check_statistics(y: Tensor, mean: Tensor, var: Tensor) -> None:
 
 
 @pytest.mark.parametrize("arithmetic, shape", CASES, indirect=["arithmetic"])
-def test_forward_in_every_tile(simt: Any, shape: tuple, arithmetic: Arithmetic) -> None:
+@pytest.mark.parametrize("multiprocessors", CARDS)
+def test_forward_in_every_tile(
+    simt: Any, on_card: Any, shape: tuple, arithmetic: Arithmetic, multiprocessors: int
+) -> None:
+    on_card(multiprocessors)
     check_forward(simt, shape, arithmetic, bias=False, norm=False, statistics=True)
+
+
+def launched(simt: Any, shape: Sequence[int], arithmetic: Arithmetic) -> dict[str, list[int]]:
+    """The grid of the first launch each way: (pixels, out channels), and (channels, pixels)."""
+    case = make_case(shape, arithmetic.dtype)
+    grids = {}
+    for way, run in (("forward", forward), ("backward", backward)):
+        simt.plan()
+        try:
+            run(simt, case, arithmetic)
+        finally:
+            grids[way] = list(simt.take_plan()[1:3])
+    return grids
+
+
+@pytest.mark.parametrize("arithmetic", ["half", "tf32", "double"], indirect=True)
+def test_the_largest_tile_that_fills_the_card_is_launched(
+    simt: Any, on_card: Any, arithmetic: Arithmetic
+) -> None:
+    seen = set()
+    for pixels, channels, out in [(shape[:3]) for shape in NARROW + WIDE] + [(784, 8, 128)]:
+        for multiprocessors in (1, 132) if arithmetic.dtype == F64 else (*CARDS, 20):
+            on_card(multiprocessors)
+            grid = launched(simt, (pixels, channels, out), arithmetic)["forward"]
+            grids = {
+                tile: [-(-pixels // tile), -(-out // (width or (64 if arithmetic.dtype == F64 else 192)))]
+                for tile, width in TILES.items()
+            }
+            if arithmetic.dtype == F64:
+                assert grid == grids[128]
+                continue
+            enough = [tile for tile, (x, y) in grids.items() if x * y >= -(-4 * multiprocessors // 5)]
+            chosen = max(enough, default=16)
+            assert grid == grids[chosen], (pixels, out, multiprocessors)
+            seen.add(chosen)
+    assert seen == (set() if arithmetic.dtype == F64 else set(TILES))
+
+
+@pytest.mark.parametrize("arithmetic", ["half", "tf32"], indirect=True)
+def test_the_backward_fills_the_card_where_pixels_suffice(
+    simt: Any, on_card: Any, arithmetic: Arithmetic
+) -> None:
+    """It takes no more blocks than that: 512 pixels each, where these fill the card."""
+    wide = 64 if arithmetic.dtype == torch.half else 32
+    for pixels, columns, multiprocessors in [
+        (784, 8, 132),
+        (784, 4, 132),
+        (40, 1, 132),
+        (20000, 1, 20),
+        (64, 1, 1),
+    ]:
+        on_card(multiprocessors)
+        case = pixels, columns * wide, 48
+        assert launched(simt, case, arithmetic)["backward"][0] == columns
+        blocks, tiles = launched(simt, case, arithmetic)["backward"][1], -(-pixels // 32)
+        enough = -(-4 * multiprocessors // 5)
+        assert blocks * columns >= min(enough, tiles * columns)
+        if pixels == 20000:  # two a multiprocessor, of 512 pixels and more: 625 tiles, 17 a block
+            assert blocks == 37
+        if pixels == 64:
+            assert blocks == 1
 
 
 @in_every_arithmetic
@@ -221,7 +304,11 @@ def test_epilogues(simt: Any, arithmetic: Arithmetic, bias: bool, norm: bool, st
 
 
 @pytest.mark.parametrize("arithmetic", ["half", "tf32", "double"], indirect=True)
-def test_statistics_survive_a_large_mean(simt: Any, arithmetic: Arithmetic) -> None:
+@pytest.mark.parametrize("multiprocessors", CARDS)
+def test_statistics_survive_a_large_mean(
+    simt: Any, on_card: Any, arithmetic: Arithmetic, multiprocessors: int
+) -> None:
+    on_card(multiprocessors)
     case = make_case((300, 24, 48), arithmetic.dtype)
     case["bias"] = torch.full_like(case["bias"], 1000.0)
     check_statistics(*forward(simt, case, arithmetic, bias=True))
@@ -314,7 +401,11 @@ def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **op
 
 @pytest.mark.parametrize("arithmetic, shape", CASES, indirect=["arithmetic"])
 @pytest.mark.parametrize("deferred", [0, 4, 6])
-def test_backward_in_every_tile(simt: Any, shape: tuple, deferred: int, arithmetic: Arithmetic) -> None:
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_backward_in_every_tile(
+    simt: Any, on_card: Any, shape: tuple, deferred: int, arithmetic: Arithmetic, multiprocessors: int
+) -> None:
+    on_card(multiprocessors)
     check_backward(simt, shape, arithmetic, deferred=deferred)
 
 
@@ -335,10 +426,12 @@ def test_backward_of_what_is_wanted(simt: Any, arithmetic: Arithmetic, options: 
 
 
 @in_every_arithmetic
+@pytest.mark.parametrize("multiprocessors", CARDS)
 def test_the_order_of_threads_and_blocks_changes_no_bit(
-    simt: Any, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+    simt: Any, on_card: Any, arithmetic: Arithmetic, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for shape in (WIDE[1], NARROW[4]):
+    on_card(multiprocessors)
+    for shape in (WIDE[1], NARROW[4]) if multiprocessors == 1 else (NARROW[2],):
         case = make_case(shape, arithmetic.dtype)
         outcomes = []
         for order in ORDERS:
@@ -386,12 +479,15 @@ def test_infinity_comes_through(simt: Any, arithmetic: Arithmetic) -> None:
 
 
 def check_traffic(simt: Any, shape: tuple, arithmetic: Arithmetic, launches: int) -> None:
-    """launches: of the backward, which walks over so many parts of the out channels."""
+    """launches: of the backward, which walks over so many parts of the out channels.
+
+    The forward reads x once for every tile of out channels.
+    """
     dtype = arithmetic.dtype
     case = make_case(shape, dtype)
     pixels, channels, out = shape[:3]
     of_x, of_y = pixels * channels * dtype.itemsize, pixels * out * dtype.itemsize
-    tiles = -(-out // 64) if dtype == F64 else 1  # double has narrow ones
+    tiles = launched(simt, shape, arithmetic)["forward"][1]
     columns = channels // (64 if dtype.itemsize == 2 else 32)
     forward(simt, case, arithmetic, shape[3:])
     assert simt.watched("x") == [of_x * tiles // 16, of_x * tiles, 0, 0]  # by pieces of 16 bytes
@@ -404,12 +500,17 @@ def check_traffic(simt: Any, shape: tuple, arithmetic: Arithmetic, launches: int
         assert [load_bytes, *stores] == [of_y * columns, 0, 0]
 
 
-TRAFFIC = [(256, 128, 48, 0, 0), (1024, 64, 128, 0, 16)]
+# A multiple of every depth of a stage: what lies beyond the channels would be counted as loads of no bytes.
+TRAFFIC = [(256, 128, 48, 0, 0), (1024, 128, 128, 0, 16)]
 
 
 @in_every_arithmetic
 @pytest.mark.parametrize("shape", TRAFFIC, ids=str)
-def test_each_element_moves_once(simt: Any, arithmetic: Arithmetic, shape: tuple) -> None:
+@pytest.mark.parametrize("multiprocessors", CARDS)
+def test_each_element_moves_once(
+    simt: Any, on_card: Any, arithmetic: Arithmetic, shape: tuple, multiprocessors: int
+) -> None:
+    on_card(multiprocessors)
     launches = -(-shape[2] // 64) if arithmetic.dtype == F64 else 1
     check_traffic(simt, shape, arithmetic, launches)
 

@@ -20,6 +20,7 @@ from tests.test_bottleneck import (  # noqa: F401
 )
 from tests.test_simt_bottleneck import (  # noqa: F401
     ARITHMETICS,
+    CARDS,
     TRAFFIC,
     WIDE,
     Arithmetic,
@@ -30,6 +31,7 @@ from tests.test_simt_bottleneck import (  # noqa: F401
     forward,
     in_every_arithmetic,
     make_case,
+    on_card,
     test_backward_in_every_tile,
     test_backward_of_what_is_wanted,
     test_epilogues,
@@ -50,8 +52,16 @@ def simt(simt75: Any) -> Any:
 
 @in_every_arithmetic
 @pytest.mark.parametrize("shape", TRAFFIC, ids=str)
-def test_each_element_moves_once_a_launch(simt: Any, arithmetic: Arithmetic, shape: tuple) -> None:  # noqa: F811
+@pytest.mark.parametrize("multiprocessors", CARDS)
+def test_each_element_moves_once_a_launch(
+    simt: Any,
+    on_card: Any,  # noqa: F811
+    arithmetic: Arithmetic,  # noqa: F811
+    shape: tuple,
+    multiprocessors: int,
+) -> None:
     """Of 32 bits too, 64 out channels are the most that a launch has room for."""
+    on_card(multiprocessors)
     launches = 1 if arithmetic.dtype.itemsize == 2 else -(-shape[2] // 64)
     check_traffic(simt, shape, arithmetic, launches)
 

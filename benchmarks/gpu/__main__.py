@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import processes, report
+from benchmarks.gpu import predicted, processes, report
 from benchmarks.gpu.runner import Run
 from benchmarks.gpu.stages import NAMES, PLAN
 
@@ -80,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(chosen, parsed.out, parsed.budget, parsed.device, parsed.dry_run)
     status = run.all()
     print(f"\n{report.table(run.document)}\n{parsed.out / 'report.md'}")
+    if parsed.dry_run:
+        for cells in predicted.without_a_card():
+            print("predicted, not measured: {}, {}: {} launches, {} ms".format(*cells))
     return status
 
 

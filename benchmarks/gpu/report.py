@@ -6,6 +6,9 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.gpu import predicted
+
+NOT_MEASURED = "from data sheets and assumptions, before anything had run on a GPU"
 BAD = ("failed", "timed out", "interrupted")
 MIB = 2**20
 
@@ -52,6 +55,10 @@ def markdown(document: dict[str, Any]) -> str:
     for row in document["stages"]:
         if body := _body(row):
             lines += ["", f"## {row['title']}", "", *body]
+            lines += _beside_predictions(row, card["name"] if card else "")
+    if (document["dry_run"] or not card) and (rows := predicted.without_a_card()):
+        lines += ["", "## Predicted", "", f"By benchmarks/cuda_model.py, {NOT_MEASURED}.", ""]
+        lines += _table(["card", "a training step", "launches", "ms"], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -64,6 +71,18 @@ def _body(row: dict[str, Any]) -> list[str]:
         return render(row["result"])
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         return [f"Its result is not whole ({type(error).__name__}: {error}); report.json has it."]
+
+
+def _beside_predictions(row: dict[str, Any], device: str) -> list[str]:
+    """What was measured beside what cuda_model predicted for this card, if it did."""
+    try:
+        rows = predicted.section(row, device)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        return ["", f"No comparison with predictions ({type(error).__name__}: {error})."]
+    if not rows:
+        return []
+    said = f"Predicted by benchmarks/cuda_model.py, {NOT_MEASURED}:"
+    return ["", said, "", *_table(["", "measured ms", "predicted ms", "measured / predicted"], rows)]
 
 
 def _short(command: Sequence[str]) -> list[str]:

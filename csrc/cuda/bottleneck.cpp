@@ -203,6 +203,12 @@ EFFDENSE_CUDA_LIBRARY(m) {
 
 // true or false: whether this thread's products may round to TF32, whatever PyTorch's settings say; None:
 // those
-EFFDENSE_CUDA_FRAGMENT(m) { m.def("override_tf32(bool? permitted) -> ()", override_tf32); }
+EFFDENSE_CUDA_FRAGMENT(m) {
+  m.def("override_tf32(bool? permitted) -> ()", override_tf32);
+  // for how many multiprocessors this thread's launches are cut, and so which tiles they take; 0: for those
+  // of the card
+  m.def("override_multiprocessors(int count) -> ()",
+        [](int64_t count) { kernels::assumed_multiprocessors = static_cast<int>(count); });
+}
 
 }  // namespace effdense

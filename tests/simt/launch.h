@@ -71,8 +71,25 @@ class Order {
 
 // ---- Launching
 
-// As many as an H100 has; they run one after the other.
-inline int multiprocessors() { return 132; }
+// What a launch may ask the card for: an H100 unless something else is set. Blocks run one after the other.
+struct Card {
+  int multiprocessors = 132;
+  int shared_bytes = 0;  // of a multiprocessor; 0: what the architecture has
+};
+SIMT_STATE Card card;
+inline int multiprocessors() { return card.multiprocessors; }
+// Files of one library are compiled for two architectures: hence not of external linkage.
+static inline int multiprocessor_shared_bytes() {
+  return card.shared_bytes > 0 ? card.shared_bytes : (EFFDENSE_SIMT_ARCHITECTURE < 800 ? 64 : 228) * 1024;
+}
+
+// While there is one, launches are noted in it and do not run.
+struct Planned {
+  const void* kernel;
+  dim3 grid, block;
+  size_t dynamic_shared_bytes;
+};
+SIMT_STATE std::vector<Planned>* plan = nullptr;
 
 inline std::string to_string(dim3 size) {
   return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
@@ -249,6 +266,10 @@ inline void run(const Job& job, dim3 grid, dim3 block, size_t dynamic_shared_byt
 template <Exit kExit = Exit::together, typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             cudaStream_t /*stream*/, Arguments&&... arguments) {
+  if (plan != nullptr) {
+    plan->push_back({reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared_bytes});
+    return;
+  }
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> parameters;

@@ -1,10 +1,13 @@
 // y = W relu(scale * x + shift) as a GEMM of [pixels, channels] by [channels, out channels].
 //
-// A block makes 128 pixels by kOut out channels, a warp 32 by 64 of them. x and W travel through shared
-// memory in tiles of 64 bytes of depth, by cp.async in a ring of three stages, with the two vectors of the
-// prologue, which is applied to the fragments: x as it was and z never exist but in registers. kOut is 64,
-// 128 or 192, so that up to 192 out channels x is read once. The statistics of y are taken from the
-// accumulators.
+// A block makes kPixels by kOut results. x and W travel through shared memory in tiles, by cp.async in a ring
+// of stages, with the two vectors of the prologue, which is applied to the fragments: x as it was and z never
+// exist but in registers. The statistics of y are taken from the accumulators.
+//
+// Where pixels suffice, kPixels is 128 and kOut 64, 128 or 192, so that up to 192 out channels x is read
+// once. With fewer pixels there are smaller tiles, for more blocks than multiprocessors: 64 x 64, 32 x 64, 16
+// x 32 (bottleneck.cu chooses). The smaller, the deeper a stage is, since a block has fewer of them on their
+// way.
 #pragma once
 
 #include "kernels/gemm_multiply.cuh"
@@ -12,17 +15,21 @@
 
 namespace effdense::kernels {
 
-template <typename Math, int kOut, Architecture kOn = kArchitecture>
+template <typename Math, int kOut, int kRows, Architecture kOn = kArchitecture>
 struct BottleneckTile {
   using E = typename Math::Element;
   using Sum = typename Math::Sum;
-  static constexpr int kColumns = kOut, kPixels = 128, kDepth = 64 / sizeof(E);
+  static constexpr int kColumns = kOut, kPixels = kRows;
+  static constexpr int kDepth = (kPixels >= 64 ? 64 : 4096 / kPixels) / sizeof(E);
   // Copies that are not asynchronous gain nothing by a third.
-  static constexpr int kStages = kOn == Architecture::turing ? 2 : 3;
-  static constexpr int kWarpRows = 32, kWarpColumns = 64, kRowWarps = kPixels / kWarpRows;
+  static constexpr int kStages = kOn == Architecture::turing ? 2 : kPixels == 64 ? 4 : 3;
+  static constexpr int kWarpRows = kPixels >= 64 ? 32 : 16;
+  static constexpr int kWarpColumns = kPixels >= 128 ? 64 : kPixels >= 32 ? 32 : 16;
+  static constexpr int kRowWarps = kPixels / kWarpRows;
   static constexpr int kWarps = kRowWarps * kOut / kWarpColumns, kThreads = 32 * kWarps;
   // On a multiprocessor: what shared memory has room for on most architectures.
-  static constexpr int kBlocks = sizeof(Sum) == 8                                     ? 2
+  static constexpr int kBlocks = kPixels < 128                                        ? 4
+                                 : sizeof(Sum) == 8                                   ? 2
                                  : kOut == 64                                         ? 3
                                  : kOut == 128 && !std::is_same_v<Math, Plain<float>> ? 2
                                                                                       : 1;
@@ -101,7 +108,7 @@ __device__ __forceinline__ void finish_y(
   }
 }
 
-// The mean of y - pivot over the first `rows` of the warp's 32, 1 / rows being `share`, of a lane's column.
+// The mean of y - pivot over the first `rows` of the warp's, 1 / rows being `share`, of a lane's column.
 template <typename Sum, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ Sum warp_mean(const Sum (&y)[kRowTiles][kColumnTiles][4], int column, int rows,
                                          Sum share, Sum pivot) {
@@ -114,7 +121,7 @@ __device__ __forceinline__ Sum warp_mean(const Sum (&y)[kRowTiles][kColumnTiles]
 }
 
 // With u = y - pivot: mean of u, and sum of squares about that mean, of every column's first `rows` of the
-// warp's 32 rows.
+// warp's rows.
 template <typename Sum, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void warp_statistics(const Sum (&y)[kRowTiles][kColumnTiles][4], int rows,
                                                 const Sum* pivots, Sum* means, Sum* m2s) {
@@ -141,8 +148,8 @@ __device__ __forceinline__ void warp_statistics(const Sum (&y)[kRowTiles][kColum
 
 // The block's statistics, into [block][3][out channels]: pivot, mean of u, M2. With n = sum n_w over the
 // warps, mean = sum n_w mean_w / n and M2 = sum M2_w + n_w (mean_w - mean)^2 (Chan, Golub and LeVeque). The
-// pivot, about the mean of the block's first 32 rows, keeps a mean far larger than the deviation from costing
-// digits; a single row could be far larger than the mean, and cost digits of that.
+// pivot, about the mean of the block's first warp of rows, keeps a mean far larger than the deviation from
+// costing digits; a single row could be far larger than the mean, and cost digits of that.
 template <typename Tile, typename Sum, typename Out>
 __device__ __forceinline__ void block_statistics(
     const Sum (&y)[Tile::kWarpRows / 16][Tile::kWarpColumns / 8][4], Out& out, int row_warp, int column,
@@ -175,11 +182,12 @@ __device__ __forceinline__ void block_statistics(
   store(to + 2 * columns, m2);
 }
 
-template <typename Asked, int kOut>
-__global__ void __launch_bounds__(BottleneckTile<Asked, kOut>::kThreads, BottleneckTile<Asked, kOut>::kBlocks)
+template <typename Asked, int kOut, int kPixels>
+__global__ void __launch_bounds__(BottleneckTile<Asked, kOut, kPixels>::kThreads,
+                                  BottleneckTile<Asked, kOut, kPixels>::kBlocks)
     bottleneck_kernel(const BottleneckArguments<typename Asked::Element, typename Asked::Sum> arguments) {
   using Math = Available<Asked>;
-  using Tile = BottleneckTile<Asked, kOut>;
+  using Tile = BottleneckTile<Asked, kOut, kPixels>;
   using Sum = typename Math::Sum;
   using Stage = typename Tile::Stage;
   constexpr int kDepth = Tile::kDepth, kRowTiles = Tile::kWarpRows / 16,
@@ -194,7 +202,7 @@ __global__ void __launch_bounds__(BottleneckTile<Asked, kOut>::kThreads, Bottlen
       const int first = tile * kDepth;
       copy_tile<Tile::kPixels, kDepth, Tile::kThreads>(stage.x, arguments.x, first_pixel, first);
       copy_tile<kOut, kDepth, Tile::kThreads>(stage.weight, arguments.weight, first_out, first);
-      if (const int k = static_cast<int>(threadIdx.x); k < kDepth) {
+      for (int k = static_cast<int>(threadIdx.x); k < kDepth; k += Tile::kThreads) {
         const int valid = first + k < channels ? static_cast<int>(sizeof(Sum)) : 0;
         const int from = valid > 0 ? first + k : 0;
         cp_async<sizeof(Sum)>(stage.scale + k, arguments.scale + from, valid);
@@ -232,14 +240,15 @@ __global__ void __launch_bounds__(BottleneckTile<Asked, kOut>::kThreads, Bottlen
   using Pair = Vec<typename Math::Element, 2>;
   const int g = lane_id() / 4, t = lane_id() % 4;
   auto& part = out.y[warp];
-  static_assert(kRowTiles == 2);
+  static_assert(kRowTiles <= 2);
 #pragma unroll 1
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < 2 * kColumnTiles; ++j) {
       const int e = j % 2 * 2;
-      const auto low = narrow<typename Math::Element>(i == 0 ? y[0][j / 2][e] : y[1][j / 2][e]);
-      const auto high = narrow<typename Math::Element>(i == 0 ? y[0][j / 2][e + 1] : y[1][j / 2][e + 1]);
+      constexpr int kLast = kRowTiles - 1;
+      const auto low = narrow<typename Math::Element>(i == 0 ? y[0][j / 2][e] : y[kLast][j / 2][e]);
+      const auto high = narrow<typename Math::Element>(i == 0 ? y[0][j / 2][e + 1] : y[kLast][j / 2][e + 1]);
       *reinterpret_cast<Pair*>(part + (g + j % 2 * 8) * Tile::kOutStep + j / 2 * 8 + 2 * t) =
           Pair{{low, high}};
     }

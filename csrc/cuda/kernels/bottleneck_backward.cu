@@ -1,7 +1,7 @@
 // Launches of the bottleneck's backward: which tile, how the pixels are cut, and the sum of the parts. A file
 // of its own, so that it is compiled beside the forward's.
 #include "kernels/bottleneck_backward.cuh"
-#include "kernels/bottleneck_launchers.h"
+#include "kernels/fill.cuh"
 
 namespace effdense::kernels {
 namespace {
@@ -10,28 +10,47 @@ namespace {
 template <typename T>
 struct BackwardCut {
   static constexpr int kPixels = sizeof(T) == 8 ? 16 : 32, kColumns = sizeof(T) == 2 ? 64 : 32;
-  // As many blocks as the card holds at a time, two on each multiprocessor: more would only be more parts of
-  // grad_weight to write and read again. But none with so few pixels that its part is much beside what it
-  // reads.
-  static constexpr int64_t kResident = 2, kLeastPixels = 512;
+  // A block with fewer pixels writes a part of grad_weight that is much beside what it reads.
+  static constexpr int64_t kLeastPixels = 512;
   int64_t width, tiles_per_block, blocks;  // blocks: along the pixels
   int64_t launches, out_per_launch;
 
+  // Along the pixels as many blocks of kLeastPixels as there can be, and as the card holds at a time: more
+  // would only be more parts of grad_weight to write and read again. Where these do not fill the card,
+  // smaller ones.
   BackwardCut(Size size, int64_t out_channels) {
     const int64_t columns = divide_up(size.channels, kColumns), tiles = divide_up(size.rows, kPixels);
     width = columns * kColumns;
-    const auto at_least_1 = [](int64_t count) { return std::max<int64_t>(count, 1); };
-    const int64_t resident = kResident * multiprocessors();
-    const int64_t most = std::min(tiles / (kLeastPixels / kPixels), resident / at_least_1(columns));
-    tiles_per_block = at_least_1(divide_up(tiles, at_least_1(most)));
-    blocks = divide_up(tiles, tiles_per_block);
     launches = divide_up(out_channels, most_out<T>(architecture()));
     out_per_launch = divide_up(divide_up(out_channels, launches), 16) * 16;  // keeps pieces of 16 bytes whole
+    const auto at_least_1 = [](int64_t count) { return std::max<int64_t>(count, 1); };
+    const int64_t across = at_least_1(columns);
+    const int64_t held = at_least_1(resident() * multiprocessors_to_fill() / across);
+    const int64_t large = at_least_1(std::min(tiles / (kLeastPixels / kPixels), held));
+    tiles_per_block = at_least_1(divide_up(tiles, large));
+    if (divide_up(tiles, tiles_per_block) * across < enough_blocks())
+      tiles_per_block =
+          at_least_1(std::max(tiles / divide_up(enough_blocks(), across), divide_up(tiles, held)));
+    blocks = divide_up(tiles, tiles_per_block);
   }
   // One block along the pixels has no partial results: it writes where the caller wants them.
   bool has_parts() const { return launches * blocks > 1; }
   int64_t weight_parts(int64_t out_channels) const { return has_parts() ? blocks * out_channels * width : 0; }
   int64_t sum_parts() const { return has_parts() ? launches * blocks * 2 * width : 0; }
+
+ private:
+  // Blocks on a multiprocessor.
+  int64_t resident() const {
+    constexpr int64_t kMost = 2;  // the kernel's launch bounds
+    const auto with_room_for = [](auto most) {
+      using Tile = BackwardTile<Plain<T>, decltype(most)::value, Architecture::ampere>;
+      using OnTuring = BackwardTile<Plain<T>, decltype(most)::value, Architecture::turing>;
+      return resident_blocks(architecture() == Architecture::turing ? OnTuring::kBytes : Tile::kBytes, kMost);
+    };
+    if (out_per_launch > 128) return with_room_for(std::integral_constant<int, 192>{});
+    if (out_per_launch > 64) return with_room_for(std::integral_constant<int, 128>{});
+    return with_room_for(std::integral_constant<int, 64>{});
+  }
 };
 
 template <typename Math, int kOut, typename Arguments>

@@ -7,6 +7,10 @@
 
 namespace effdense::kernels {
 
+// How many multiprocessors launches are cut for; 0: those of the card. Of the calling thread: checks set it,
+// for the tiles that only large maps would have.
+inline thread_local int assumed_multiprocessors = 0;
+
 // What may follow y = weight relu(...): + bias, then relu(scale * y + shift). Null: not wanted.
 template <typename A>
 struct Epilogue {

@@ -81,6 +81,11 @@ inline int multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount, "number of multiprocessors");
 }
 
+// Shared memory of a multiprocessor, for all of its blocks.
+inline int multiprocessor_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, "shared memory of a multiprocessor");
+}
+
 inline int compute_capability_major() {
   return device_attribute(cudaDevAttrComputeCapabilityMajor, "compute capability");
 }
@@ -271,6 +276,7 @@ using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
 using simt::load;
 using simt::mma_16x8x8_half;
+using simt::multiprocessor_shared_bytes;
 using simt::multiprocessors;
 using simt::store;
 
