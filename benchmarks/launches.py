@@ -168,7 +168,7 @@ def step_rows(simt: Any, name: str, size: int) -> list[dict[str, Any]]:
     return found
 
 
-STEPS = {"densenet_bc_100_12": 16, "densenet121": 64}  # and images so small that the harness takes a minute
+STEPS = {"densenet_bc_100_12": 8, "densenet121": 32}  # and images so small that the harness takes a minute
 
 
 def main() -> int:

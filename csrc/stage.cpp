@@ -191,15 +191,16 @@ class Forward {
     StatisticsTo statistics = statistics_of(own, static_cast<size_t>(layer.position) + 1);
     // Of what dropout leaves they are taken after it.
     const bool drops = layer.new_mask.defined();
-    StatisticsTo nowhere;
-    nowhere.counters = counters_;
-    StatisticsTo& to = drops ? nowhere : statistics;
+    StatisticsTo dropped;
+    dropped.counters = counters_;
+    StatisticsTo& to = drops ? dropped : statistics;
     if (layer.width == 0) {
       convolve_into(to, layer, earlier, &norm1, added);
     } else if (stage_.straight_to_z(layer)) {
       Tensor z = scratch_.map(earlier, layer.width);
       const Norm norm2 = stage_.norm2(layer);
-      bottleneck(nowhere, layer, norm1, earlier, &norm2, false, z);
+      StatisticsTo none;
+      bottleneck(none, layer, norm1, earlier, &norm2, false, z);
       convolve_into(to, layer, z, nullptr, added);
     } else {
       const Tensor y = make_y(layer, norm1, earlier);

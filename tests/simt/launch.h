@@ -148,6 +148,15 @@ struct Paused {
   bool is_new = true;
 };
 
+// As memcpy, over what lies between variables too.
+SIMT_UNINSTRUMENTED inline void copy_memory(char* to, const char* from, size_t count) {
+#ifdef __SANITIZE_ADDRESS__
+  for (size_t i = 0; i < count; ++i) static_cast<volatile char*>(to)[i] = from[i];
+#else
+  memcpy(to, from, count);
+#endif
+}
+
 // Starts the machine's block, or goes on with it, until all its threads have returned or it is left.
 inline void go_on(std::vector<Paused>& all, Paused& paused) {
   std::swap(static_cast<Resident&>(machine), paused.resident);
@@ -159,7 +168,7 @@ inline void go_on(std::vector<Paused>& all, Paused& paused) {
   } else {
     const char* from = paused.static_memory.data();
     for (const Range& range : static_shared) {
-      memcpy(range.begin, from, range.end - range.begin);
+      copy_memory(range.begin, from, range.end - range.begin);
       from += range.end - range.begin;
     }
   }
@@ -172,9 +181,14 @@ inline void go_on(std::vector<Paused>& all, Paused& paused) {
     throw Error(std::string("simt: ") + machine.message);
   }
   if (machine.live > 0) {
-    paused.static_memory.clear();
-    for (const Range& range : static_shared)
-      paused.static_memory.insert(paused.static_memory.end(), range.begin, range.end);
+    size_t used = 0;
+    for (const Range& range : static_shared) used += range.end - range.begin;
+    paused.static_memory.resize(used);
+    char* to = paused.static_memory.data();
+    for (const Range& range : static_shared) {
+      copy_memory(to, range.begin, range.end - range.begin);
+      to += range.end - range.begin;
+    }
   }
   std::swap(static_cast<Resident&>(machine), paused.resident);
 }
