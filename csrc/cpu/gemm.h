@@ -123,7 +123,9 @@ class Factor {
                          const GradientPass<T>& pass, Ahead next = {}) const {
     if constexpr (std::is_same_v<T, float>)
       if (const Products* own = products()) return own->multiply_backward(m, n_, k_, dy, right(), pass, next);
-    multiply(m, dy, dz);
+    if (own_products<A>() != nullptr) multiply(m, dy, dz);
+    for (int64_t p = 0; own_products<A>() == nullptr && p < k_; p += kTerms)
+      gemm(m, n_, std::min(kTerms, k_ - p), from_column(dy, p), {data_ + p * n_, n_}, dz, p > 0);
     loops.bottleneck_backward(m, n_, pass.x, pass.mean, pass.z, constant(dz), pass.scale, pass.grad,
                               pass.accumulate, pass.sum_d, pass.sum_dx);
   }

@@ -13,6 +13,10 @@ constexpr int64_t kPanel = 16;
 // tile.
 constexpr int64_t kPixels = 64;
 
+// The same for what a 3x3x3 convolution sends back to a pixel: so many terms at a time, a plane's of 32
+// channels.
+constexpr int64_t kTerms = 288;
+
 // What bottleneck_backward in rows.h does with a product dz: masks it by z, sums it, writes it to grad.
 template <typename T>
 struct GradientPass {
