@@ -100,3 +100,10 @@ def test_the_report(file: Path) -> None:
     assert "| `bottleneck`, s, TF32 | 0.600 | 0.500 | 1.20 |" in text and "## Predicted" not in text
     dry = report.markdown(document(dry_run=True, card=None))
     assert "| H100, float16 | densenet121, 64 | 7 | 2.00 |" in dry and report.NOT_MEASURED in dry
+
+
+def test_the_file_that_is_there_has_every_card() -> None:
+    found = predicted.load()
+    assert found["measured"] is False
+    assert {row["card"] for row in found["steps"]} == set(predicted.DEVICES)
+    assert {row["card"] for row in found["operators"]} == set(predicted.DEVICES)
