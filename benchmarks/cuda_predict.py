@@ -5,6 +5,7 @@ benchmarks.cuda_static writes it (--fill, --predict), for it has read the regist
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -20,7 +21,6 @@ from benchmarks.traced import Call
 
 MODELS = {"densenet121": 224, "densenet_bc_100_12": 32}  # and their images' size
 BATCHES = (16, 32, 64)
-MULTIPROCESSORS = 132
 ENOUGH = 0.8  # of them; the launchers' rule (kernels/fill.cuh)
 GEMMS = ("bottleneck_kernel", "bottleneck_backward_kernel")
 # Shared memory of a multiprocessor in KB, by architecture: cuda_static.LIMITS has the same.
@@ -41,7 +41,12 @@ class Residency(NamedTuple):
 
 def step(model: str, images: int, impl: str = "effdense-balanced") -> list[Call]:
     """The calls of one training step, in half precision."""
-    return traced.trace_model(model, impl, images, MODELS[model])
+    return _trace(model, images, impl, MODELS[model])
+
+
+@functools.cache
+def _trace(model: str, images: int, impl: str, size: int) -> list[Call]:
+    return traced.trace_model(model, impl, images, size)
 
 
 def plan(call: Call, card: Card, numbers: str = "float16") -> list[Launch]:
@@ -213,10 +218,10 @@ class Fill(NamedTuple):
     below: int  # layers with less than ENOUGH
 
 
-def fill_rows(card: Card, resident: Residency, models: Iterable[str] = MODELS) -> list[Fill]:
+def fill_rows(card: Card, resident: Residency) -> list[Fill]:
     """A row per net, batch, size of map and kernel, of the GEMMs, in half precision."""
     rows = []
-    for model in models:
+    for model in MODELS:
         for images in BATCHES:
             groups: dict[tuple[str, str], list[Launch]] = defaultdict(list)
             for call in step(model, images):
