@@ -107,7 +107,7 @@ void Warp::run() {
 // ---- A block
 
 Block::Block(const Launch& all)
-    : launch(all), ops(all.program.ops.data()), shared(kDynamicShared + all.dynamic_shared), shadow((shared.size() + 3) / 4) {
+    : launch(all), ops(all.program.ops.data()), shared(kDynamicShared + all.dynamic_shared), shadow(shared.size() / kGranule + 1) {
   const unsigned threads = all.block.count(), count = (threads + 31) / 32;
   local.resize(size_t{threads} * all.program.local_bytes);
   registers.resize(count * all.program.registers.size() + 64);

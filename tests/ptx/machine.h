@@ -79,11 +79,11 @@ struct Warp {
   void meet();
 };
 
-// Who was the last to write and to read four bytes of shared memory.
+// Who was the last to write and to read two bytes of shared memory.
+constexpr uint32_t kGranule = 2;
 struct Shadow {
   int write_phase = 0, write_sync = 0, writer = 0;
   int read_phase = 0, read_sync = 0, reader = 0, reading_warp = 0;  // -1: several
-  uint8_t written = 0, read = 0;                                    // which of the bytes
 };
 
 struct Stored {  // what a store to global memory found

@@ -65,20 +65,15 @@ uint8_t* Warp::shared(uint32_t address, unsigned bytes, const Op& op, int lane, 
                        (other < 0 ? "other threads have" : "thread " + std::to_string(other) + " has") + " " + what +
                        " without a barrier since");
   };
-  for (unsigned at = 0; at < bytes;) {
-    Shadow& shadow = block->shadow[(address + at) / 4];
-    const unsigned first = (address + at) % 4, count = std::min(4 - first, bytes - at);
-    const auto which = static_cast<uint8_t>(((1u << count) - 1) << first);
-    at += count;
-    if (shadow.write_phase == phase && shadow.writer != thread && (shadow.written & which) != 0 &&
+  for (uint32_t at = address / kGranule; at <= (address + bytes - 1) / kGranule; ++at) {
+    Shadow& shadow = block->shadow[at];
+    if (shadow.write_phase == phase && shadow.writer != thread &&
         (shadow.writer / 32 != index || shadow.write_sync == sync))
       meets(shadow.writer, "written");
     if (write) {
-      if (shadow.read_phase == phase && shadow.reader != thread && (shadow.read & which) != 0 &&
+      if (shadow.read_phase == phase && shadow.reader != thread &&
           (shadow.reading_warp != index || shadow.read_sync == sync))
         meets(shadow.reader, "read");
-      const bool same = shadow.write_phase == phase && shadow.writer == thread && shadow.write_sync == sync;
-      shadow.written = static_cast<uint8_t>(same ? shadow.written | which : which);
       shadow.write_phase = phase;
       shadow.write_sync = sync;
       shadow.writer = thread;
@@ -87,9 +82,7 @@ uint8_t* Warp::shared(uint32_t address, unsigned bytes, const Op& op, int lane, 
       shadow.read_sync = sync;
       shadow.reader = thread;
       shadow.reading_warp = index;
-      shadow.read = which;
     } else {
-      shadow.read |= which;
       if (shadow.reader != thread) shadow.reader = -1;
       if (shadow.reading_warp != index) shadow.reading_warp = -1;
     }
