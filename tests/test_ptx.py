@@ -60,7 +60,9 @@ MUTATIONS = {
         HALF_BACKWARD, OF_HALF_BACKWARD, MMA + r"(\{[^}]*\},\s*)\{(%\w+), (%\w+)\}", r"\1\2{\4, \3}"
     ),
     "two registers of TF32's A swapped": Mutation(TF32, OF_TF32, MMA + FOUR, r"\1{\2, \4, \3, \5}"),
-    "the registers of 7.5's A swapped": Mutation(HALF, OF_HALF, MMA + r"\{(%\w+), (%\w+)\}", r"\1{\3, \2}", 75),
+    "the registers of 7.5's A swapped": Mutation(
+        HALF, OF_HALF, MMA + r"\{(%\w+), (%\w+)\}", r"\1{\3, \2}", 75
+    ),
     "two sums of mma swapped": Mutation(
         HALF, OF_HALF, r"(mma\.sync\.\S+\s+)\{(%\w+),\s*(%\w+),", r"\1{\3, \2,"
     ),
@@ -73,8 +75,12 @@ MUTATIONS = {
         HALF, OF_HALF, r"(cp\.async\.cg\.shared\.global \[%\w+\], \[%\w+\], 16, )%\w+;", r"\g<1>16;"
     ),
     "a copy that nobody waits for": Mutation(HALF, OF_HALF, r"cp\.async\.wait_group \d;", ""),
-    "one group too many outstanding": Mutation(TF32, OF_TF32, r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;"),
-    "a shuffle with another lane": Mutation(HALF, OF_HALF, r"(shfl\.sync\.bfly\.b32\s+[^,]+, %\w+, )4,", r"\g<1>1,"),
+    "one group too many outstanding": Mutation(
+        TF32, OF_TF32, r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;"
+    ),
+    "a shuffle with another lane": Mutation(
+        HALF, OF_HALF, r"(shfl\.sync\.bfly\.b32\s+[^,]+, %\w+, )4,", r"\g<1>1,"
+    ),
     "a shuffle with half of the warp": Mutation(
         HALF, OF_HALF, r"(shfl\.sync\.bfly\.b32\s+[^;]+, )-1;", r"\g<1>65535;"
     ),
@@ -83,21 +89,31 @@ MUTATIONS = {
     ),
     "cvt without relu": Mutation(HALF, OF_HALF, r"cvt\.rn\.relu\.f16x2", "cvt.rn.f16x2"),
     "numbers that are not rounded to TF32": Mutation(TF32, OF_TF32, r"cvt\.rna\.tf32\.f32", "mov.b32"),
-    "rounding to zero": Mutation("rows_kernelI6__halfLi8", "rounding torch.float16", r"cvt\.rn\.f16\.f32", "cvt.rz.f16.f32"),
+    "rounding to zero": Mutation(
+        "rows_kernelI6__halfLi8", "rounding torch.float16", r"cvt\.rn\.f16\.f32", "cvt.rz.f16.f32"
+    ),
     "the first bar.sync left out": Mutation(HALF, OF_HALF, BARRIER, ""),
     "the last bar.sync left out": Mutation(HALF, OF_HALF, BARRIER, "", occurrence=-1),
     "bar.sync left out between the products": Mutation(
         HALF_BACKWARD, OF_HALF_BACKWARD, BARRIER, "", occurrence=1
     ),
-    "bar.sync left out of a sum": Mutation("merge_kernelIfNS0_7Moments", "statistics torch.float32", BARRIER, "", occurrence=0),
+    "bar.sync left out of a sum": Mutation(
+        "merge_kernelIfNS0_7Moments", "statistics torch.float32", BARRIER, "", occurrence=0
+    ),
     "bar.warp.sync left out": Mutation(HALF, OF_HALF, r"bar\.warp\.sync\s+[^;]+;", ""),
-    "a wrong offset of a load": Mutation(HALF, OF_HALF, r"(ld\.shared\.v2\.f32\s+[^;]*\[%\w+)\+(\d+)\]", r"\1+4]"),
+    "a wrong offset of a load": Mutation(
+        HALF, OF_HALF, r"(ld\.shared\.v2\.f32\s+[^;]*\[%\w+)\+(\d+)\]", r"\1+4]"
+    ),
     "a wrong offset of a parameter": Mutation(
         "channels_kernelINS1_4FoldIfE", "fold torch.float32", r"_param_0\+8\]", "_param_0+16]"
     ),
-    "a guard left out": Mutation("channels_kernelINS1_4FoldIfE", "fold torch.float32", r"@%p1 bra\s+\S+;", ""),
+    "a guard left out": Mutation(
+        "channels_kernelINS1_4FoldIfE", "fold torch.float32", r"@%p1 bra\s+\S+;", ""
+    ),
     "the opposite comparison": Mutation(HALF, OF_HALF, r"setp\.lt\.s32", "setp.ge.s32"),
-    "one channel too many": Mutation("channels_kernelINS1_4FoldIfE", "fold torch.float32", r"setp\.ge\.s64", "setp.gt.s64"),
+    "one channel too many": Mutation(
+        "channels_kernelINS1_4FoldIfE", "fold torch.float32", r"setp\.ge\.s64", "setp.gt.s64"
+    ),
 }
 
 

@@ -128,7 +128,9 @@ def maps() -> Iterator[Call]:
             for op, make in OF_MAPS.items():
                 if op == "bn_relu_backward" and shape is MAPS[1]:
                     continue  # nothing but rounding is left of the gradient of a batch of one value
-                yield from _as_exact(f"{op} {dtype} {shape}", functools.partial(make, (*shape, 1), dtype), dtype)
+                yield from _as_exact(
+                    f"{op} {dtype} {shape}", functools.partial(make, (*shape, 1), dtype), dtype
+                )
         yield Call(f"rounding {dtype}", functools.partial(check_rounding, dtype=dtype))
     for dtype in (torch.float64, torch.float32):
         for given in (None, dtype):

@@ -19,7 +19,7 @@ struct Size3 {
 
 // What a device may do one way or the other. Tests run both.
 struct Mode {
-  bool late = true;       // copies land when they are waited for, stores of a block when it has ended
+  bool late = true;        // copies land when they are waited for, stores of a block when it has ended
   bool backwards = false;  // the order of a block's warps, and of the blocks
 };
 
@@ -54,11 +54,11 @@ struct Warp {
   uint32_t live = 0;
   std::vector<Group> groups;
   bool at_barrier = false;
-  int barrier = 0, expected = 0;      // which, and how many threads
-  const Op* at = nullptr;             // of the barrier, which may have a result
-  uint32_t arrived = 0;               // with a true predicate
-  int sync = 1;                       // counts what orders the warp's own memory accesses
-  int open_group[32] = {};            // of copies
+  int barrier = 0, expected = 0;  // which, and how many threads
+  const Op* at = nullptr;         // of the barrier, which may have a result
+  uint32_t arrived = 0;           // with a true predicate
+  int sync = 1;                   // counts what orders the warp's own memory accesses
+  int open_group[32] = {};        // of copies
   std::vector<Copy> copies;
 
   template <typename T>
