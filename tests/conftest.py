@@ -51,6 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     for item in filter(asks_of_the_instruction_set, items):
         item.add_marker("isa")
     without = [item for item in items if FALLBACK and item.get_closest_marker("compiled")]
+    if config.option.markexpr != "ptx":
+        without += [item for item in items if item.get_closest_marker("ptx")]
     config.hook.pytest_deselected(items=without)
     items[:] = [item for item in items if item not in without]
 
@@ -69,6 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: what a GPU's owner runs to verify the card: pytest -m gpu")
     config.addinivalue_line(
         "markers", "tools: builds, benchmarks and `make gpu`, which are not run again beside another torch"
+    )
+    config.addinivalue_line(
+        "markers", "ptx: nvcc's PTX interpreted; compiles for minutes, so run by `pytest -m ptx` alone"
     )
     config.addinivalue_line(
         "markers", "isa: what depends on the instruction set (derived, tests/selection.py)"

@@ -39,13 +39,20 @@ void ternary(Warp& warp, const Op& op, uint32_t mask) {
 template <typename Body>
 Run for_integers(Type type, const Body& body) {
   switch (type) {
-    case Type::u16: return body(uint16_t{});
-    case Type::u32: return body(uint32_t{});
-    case Type::u64: return body(uint64_t{});
-    case Type::s16: return body(int16_t{});
-    case Type::s32: return body(int32_t{});
-    case Type::s64: return body(int64_t{});
-    default: throw Error("is unknown for its type");
+    case Type::u16:
+      return body(uint16_t{});
+    case Type::u32:
+      return body(uint32_t{});
+    case Type::u64:
+      return body(uint64_t{});
+    case Type::s16:
+      return body(int16_t{});
+    case Type::s32:
+      return body(int32_t{});
+    case Type::s64:
+      return body(int64_t{});
+    default:
+      throw Error("is unknown for its type");
   }
 }
 
@@ -91,10 +98,14 @@ auto wrapped(T value) {
 
 template <typename T>
 T divided(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return a / b;
-  else if (b == 0) return static_cast<T>(-1);
-  else if (std::is_signed_v<T> && static_cast<int64_t>(b) == -1) return static_cast<T>(0 - wrapped(a));
-  else return static_cast<T>(a / b);
+  if constexpr (std::is_floating_point_v<T>)
+    return a / b;
+  else if (b == 0)
+    return static_cast<T>(-1);
+  else if (std::is_signed_v<T> && static_cast<int64_t>(b) == -1)
+    return static_cast<T>(0 - wrapped(a));
+  else
+    return static_cast<T>(a / b);
 }
 
 template <typename T>
@@ -147,7 +158,8 @@ using Wide = std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signe
 template <typename T>
 T high(T a, T b) {
   if constexpr (sizeof(T) == 8)
-    return static_cast<T>((static_cast<std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>(a) * b) >> 64);
+    return static_cast<T>(
+        (static_cast<std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>(a) * b) >> 64);
   else
     return static_cast<T>((static_cast<Wide<T>>(a) * b) >> 8 * sizeof(T));
 }
@@ -222,8 +234,14 @@ Run comparison_named(const std::string& how, Type type) {
   if (how == "geu") return unordered(type, greater_equal);
   if (how == "equ") return unordered(type, equal);
   if (how == "neu") return unordered(type, not_equal);
-  if (how == "num") return for_floats(type, [](auto t) -> Run { return compare<decltype(t), decltype([](auto a, auto b) { return !std::isnan(a) && !std::isnan(b); })>; });
-  if (how == "nan") return for_floats(type, [](auto t) -> Run { return compare<decltype(t), decltype([](auto a, auto b) { return std::isnan(a) || std::isnan(b); })>; });
+  if (how == "num")
+    return for_floats(type, [](auto t) -> Run {
+      return compare<decltype(t), decltype([](auto a, auto b) { return !std::isnan(a) && !std::isnan(b); })>;
+    });
+  if (how == "nan")
+    return for_floats(type, [](auto t) -> Run {
+      return compare<decltype(t), decltype([](auto a, auto b) { return std::isnan(a) || std::isnan(b); })>;
+    });
   throw Error("compares in an unknown way");
 }
 
@@ -237,7 +255,8 @@ void of_predicates(Warp& warp, const Op& op, uint32_t mask) {
 
 uint32_t predicate(Builder& b, const Operand& operand) {
   if (operand.kind == Operand::Kind::number) return b.constant(operand.number != 0 ? ~0u : 0, 4);
-  if (operand.kind != Operand::Kind::reg || !operand.reg.predicate) throw Error("needs a predicate where " + operand.text + " is");
+  if (operand.kind != Operand::Kind::reg || !operand.reg.predicate)
+    throw Error("needs a predicate where " + operand.text + " is");
   if (!operand.negated) return operand.reg.at;
   const uint32_t opposite = b.new_register(1);
   using Not = decltype([](uint32_t a, uint32_t) { return ~a; });
@@ -247,7 +266,8 @@ uint32_t predicate(Builder& b, const Operand& operand) {
 
 uint32_t predicate_result(Builder& b, const Operand& operand) {
   if (operand.kind == Operand::Kind::sink) return b.new_register(1);
-  if (operand.kind != Operand::Kind::reg || !operand.reg.predicate) throw Error("needs a predicate where " + operand.text + " is");
+  if (operand.kind != Operand::Kind::reg || !operand.reg.predicate)
+    throw Error("needs a predicate where " + operand.text + " is");
   return operand.reg.at;
 }
 
@@ -279,10 +299,14 @@ void pieces(Warp& warp, const Op& op, uint32_t mask) {
 Run copy_of(int bytes) {
   using Same = decltype([](auto a) { return a; });
   switch (bytes) {
-    case 1: return unary<uint8_t, uint8_t, Same>;
-    case 2: return unary<uint16_t, uint16_t, Same>;
-    case 4: return unary<uint32_t, uint32_t, Same>;
-    default: return unary<uint64_t, uint64_t, Same>;
+    case 1:
+      return unary<uint8_t, uint8_t, Same>;
+    case 2:
+      return unary<uint16_t, uint16_t, Same>;
+    case 4:
+      return unary<uint32_t, uint32_t, Same>;
+    default:
+      return unary<uint64_t, uint64_t, Same>;
   }
 }
 
@@ -328,27 +352,43 @@ void decode_multiply(Builder& b, Statement& in, bool adds) {
   const uint32_t to = b.destination(in.operand(0), result);
   Run run;
   if (is_float(type)) {
-    run = adds ? for_floats(type, [](auto t) -> Run { using T = decltype(t); return ternary<T, T, T, T, decltype([](T p, T q, T r) { return std::fma(p, q, r); })>; })
+    run = adds ? for_floats(
+                     type,
+                     [](auto t) -> Run {
+                       using T = decltype(t);
+                       return ternary<T, T, T, T, decltype([](T p, T q, T r) { return std::fma(p, q, r); })>;
+                     })
                : binary_of_numbers(type, [](auto p, auto q) { return p * q; });
   } else if (wide) {
     run = for_integers(type, [&](auto t) -> Run {
       using T = decltype(t);
       using W = Wide<T>;
       using U = std::make_unsigned_t<W>;
-      if (adds) return ternary<W, T, T, W, decltype([](T p, T q, W r) { return static_cast<W>(static_cast<U>(static_cast<W>(p)) * static_cast<U>(static_cast<W>(q)) + static_cast<U>(r)); })>;
-      return binary<W, T, T, decltype([](T p, T q) { return static_cast<W>(static_cast<U>(static_cast<W>(p)) * static_cast<U>(static_cast<W>(q))); })>;
+      if (adds)
+        return ternary<W, T, T, W, decltype([](T p, T q, W r) {
+                         return static_cast<W>(static_cast<U>(static_cast<W>(p)) *
+                                                   static_cast<U>(static_cast<W>(q)) +
+                                               static_cast<U>(r));
+                       })>;
+      return binary<W, T, T, decltype([](T p, T q) {
+                      return static_cast<W>(static_cast<U>(static_cast<W>(p)) *
+                                            static_cast<U>(static_cast<W>(q)));
+                    })>;
     });
   } else if (part == "hi") {
     run = for_integers(type, [&](auto t) -> Run {
       using T = decltype(t);
-      if (adds) return ternary<T, T, T, T, decltype([](T p, T q, T r) { return wrapped(high(p, q)) + wrapped(r); })>;
+      if (adds)
+        return ternary<T, T, T, T, decltype([](T p, T q, T r) { return wrapped(high(p, q)) + wrapped(r); })>;
       return binary<T, T, T, decltype([](T p, T q) { return high(p, q); })>;
     });
   } else {
     if (part.empty()) throw Error("does not say which half");
     run = for_integers(type, [&](auto t) -> Run {
       using T = decltype(t);
-      if (adds) return ternary<T, T, T, T, decltype([](T p, T q, T r) { return wrapped(p) * wrapped(q) + wrapped(r); })>;
+      if (adds)
+        return ternary<T, T, T, T,
+                       decltype([](T p, T q, T r) { return wrapped(p) * wrapped(q) + wrapped(r); })>;
       return binary<T, T, T, decltype([](T p, T q) { return wrapped(p) * wrapped(q); })>;
     });
   }
@@ -358,7 +398,8 @@ void decode_multiply(Builder& b, Statement& in, bool adds) {
 Run shift_run(const std::string& name, Type type) {
   return for_integers(type, [&](auto t) -> Run {
     using T = decltype(t);
-    if (name == "shl") return binary<T, T, uint32_t, decltype([](T p, uint32_t q) { return shifted<T, true>(p, q); })>;
+    if (name == "shl")
+      return binary<T, T, uint32_t, decltype([](T p, uint32_t q) { return shifted<T, true>(p, q); })>;
     return binary<T, T, uint32_t, decltype([](T p, uint32_t q) { return shifted<T, false>(p, q); })>;
   });
 }
@@ -370,11 +411,16 @@ void decode_two(Builder& b, Statement& in) {
   if (name == "div" && in.take("approx")) throw Error("is unknown: only exact division");
   const Type type = in.type();
   if (type == Type::pred) {
-    const uint32_t x = predicate(b, in.operand(1)), y = predicate(b, in.operand(2)), to = predicate_result(b, in.operand(0));
-    if (name == "and") b.emit(of_predicates<decltype([](uint32_t p, uint32_t q) { return p & q; })>, {to, x, y});
-    else if (name == "or") b.emit(of_predicates<decltype([](uint32_t p, uint32_t q) { return p | q; })>, {to, x, y});
-    else if (name == "xor") b.emit(of_predicates<decltype([](uint32_t p, uint32_t q) { return p ^ q; })>, {to, x, y});
-    else throw Error("is unknown for predicates");
+    const uint32_t x = predicate(b, in.operand(1)), y = predicate(b, in.operand(2)),
+                   to = predicate_result(b, in.operand(0));
+    if (name == "and")
+      b.emit(of_predicates<decltype([](uint32_t p, uint32_t q) { return p & q; })>, {to, x, y});
+    else if (name == "or")
+      b.emit(of_predicates<decltype([](uint32_t p, uint32_t q) { return p | q; })>, {to, x, y});
+    else if (name == "xor")
+      b.emit(of_predicates<decltype([](uint32_t p, uint32_t q) { return p ^ q; })>, {to, x, y});
+    else
+      throw Error("is unknown for predicates");
     return;
   }
   const uint32_t x = b.source(in.operand(1), type);
@@ -382,19 +428,41 @@ void decode_two(Builder& b, Statement& in) {
   const uint32_t y = shifts ? b.source(in.operand(2), 4) : b.source(in.operand(2), type);
   const uint32_t to = b.destination(in.operand(0), bytes_of(type));
   Run run = nullptr;
-  if (shifts) run = shift_run(name, type);
-  else if (name == "add") run = binary_of_numbers(type, [](auto p, auto q) { return wrapped(p) + wrapped(q); });
-  else if (name == "sub") run = binary_of_numbers(type, [](auto p, auto q) { return wrapped(p) - wrapped(q); });
-  else if (name == "div") run = binary_of_numbers(type, [](auto p, auto q) { return divided(p, q); });
-  else if (name == "rem") run = binary_of_integers(type, [](auto p, auto q) { return remainder_of(p, q); });
-  else if (name == "min" && nan) run = for_floats(type, [](auto t) -> Run { using T = decltype(t); return binary<T, T, T, OrNaN<Least>>; });
-  else if (name == "max" && nan) run = for_floats(type, [](auto t) -> Run { using T = decltype(t); return binary<T, T, T, OrNaN<Most>>; });
-  else if (name == "min") run = binary_of_numbers(type, Least{});
-  else if (name == "max") run = binary_of_numbers(type, Most{});
-  else if (name == "and") run = binary_of_integers(type, [](auto p, auto q) { return p & q; });
-  else if (name == "or") run = binary_of_integers(type, [](auto p, auto q) { return p | q; });
-  else if (name == "xor") run = binary_of_integers(type, [](auto p, auto q) { return p ^ q; });
-  else if (name == "copysign") run = for_floats(type, [](auto t) -> Run { using T = decltype(t); return binary<T, T, T, decltype([](T p, T q) { return std::copysign(q, p); })>; });
+  if (shifts)
+    run = shift_run(name, type);
+  else if (name == "add")
+    run = binary_of_numbers(type, [](auto p, auto q) { return wrapped(p) + wrapped(q); });
+  else if (name == "sub")
+    run = binary_of_numbers(type, [](auto p, auto q) { return wrapped(p) - wrapped(q); });
+  else if (name == "div")
+    run = binary_of_numbers(type, [](auto p, auto q) { return divided(p, q); });
+  else if (name == "rem")
+    run = binary_of_integers(type, [](auto p, auto q) { return remainder_of(p, q); });
+  else if (name == "min" && nan)
+    run = for_floats(type, [](auto t) -> Run {
+      using T = decltype(t);
+      return binary<T, T, T, OrNaN<Least>>;
+    });
+  else if (name == "max" && nan)
+    run = for_floats(type, [](auto t) -> Run {
+      using T = decltype(t);
+      return binary<T, T, T, OrNaN<Most>>;
+    });
+  else if (name == "min")
+    run = binary_of_numbers(type, Least{});
+  else if (name == "max")
+    run = binary_of_numbers(type, Most{});
+  else if (name == "and")
+    run = binary_of_integers(type, [](auto p, auto q) { return p & q; });
+  else if (name == "or")
+    run = binary_of_integers(type, [](auto p, auto q) { return p | q; });
+  else if (name == "xor")
+    run = binary_of_integers(type, [](auto p, auto q) { return p ^ q; });
+  else if (name == "copysign")
+    run = for_floats(type, [](auto t) -> Run {
+      using T = decltype(t);
+      return binary<T, T, T, decltype([](T p, T q) { return std::copysign(q, p); })>;
+    });
   b.emit(run, {to, x, y});
 }
 
@@ -407,25 +475,50 @@ void decode_one(Builder& b, Statement& in) {
   if (type == Type::pred) {
     const uint32_t x = predicate(b, in.operand(1));
     if (name != "not") throw Error("is unknown for predicates");
-    b.emit(of_predicates<decltype([](uint32_t p, uint32_t) { return ~p; })>, {predicate_result(b, in.operand(0)), x, x});
+    b.emit(of_predicates<decltype([](uint32_t p, uint32_t) { return ~p; })>,
+           {predicate_result(b, in.operand(0)), x, x});
     return;
   }
   const uint32_t x = b.source(in.operand(1), type);
   const int bytes = name == "popc" || name == "clz" || name == "bfind" ? 4 : bytes_of(type);
   const uint32_t to = b.destination(in.operand(0), bytes);
   Run run = nullptr;
-  if (name == "neg") run = unary_of_numbers(type, [](auto p) { if constexpr (std::is_floating_point_v<decltype(p)>) return -p; else return 0 - wrapped(p); });
-  else if (name == "abs") run = unary_of_numbers(type, [](auto p) { if constexpr (std::is_floating_point_v<decltype(p)>) return std::fabs(p); else return p < 0 ? 0 - wrapped(p) : wrapped(p); });
-  else if (name == "not") run = for_integers(type, [](auto t) -> Run { using T = decltype(t); return unary<T, T, decltype([](T p) { return ~p; })>; });
-  else if (name == "rcp") run = unary_of_floats(type, [](auto p) { return 1 / p; });
-  else if (name == "sqrt") run = unary_of_floats(type, [](auto p) { return std::sqrt(p); });
-  else if (name == "rsqrt") run = unary_of_floats(type, [](auto p) { return 1 / std::sqrt(p); });
+  if (name == "neg")
+    run = unary_of_numbers(type, [](auto p) {
+      if constexpr (std::is_floating_point_v<decltype(p)>)
+        return -p;
+      else
+        return 0 - wrapped(p);
+    });
+  else if (name == "abs")
+    run = unary_of_numbers(type, [](auto p) {
+      if constexpr (std::is_floating_point_v<decltype(p)>)
+        return std::fabs(p);
+      else
+        return p < 0 ? 0 - wrapped(p) : wrapped(p);
+    });
+  else if (name == "not")
+    run = for_integers(type, [](auto t) -> Run {
+      using T = decltype(t);
+      return unary<T, T, decltype([](T p) { return ~p; })>;
+    });
+  else if (name == "rcp")
+    run = unary_of_floats(type, [](auto p) { return 1 / p; });
+  else if (name == "sqrt")
+    run = unary_of_floats(type, [](auto p) { return std::sqrt(p); });
+  else if (name == "rsqrt")
+    run = unary_of_floats(type, [](auto p) { return 1 / std::sqrt(p); });
   else if (name == "popc" || name == "clz" || name == "brev") {
     run = for_integers(type, [&](auto t) -> Run {
       using U = std::make_unsigned_t<decltype(t)>;
       if (name == "popc") return unary<uint32_t, U, decltype([](U p) { return std::popcount(p); })>;
       if (name == "clz") return unary<uint32_t, U, decltype([](U p) { return std::countl_zero(p); })>;
-      return unary<U, U, decltype([](U p) { U r = 0; for (unsigned i = 0; i < 8 * sizeof(U); ++i) r = static_cast<U>(r | (p >> i & 1) << (8 * sizeof(U) - 1 - i)); return r; })>;
+      return unary<U, U, decltype([](U p) {
+                     U r = 0;
+                     for (unsigned i = 0; i < 8 * sizeof(U); ++i)
+                       r = static_cast<U>(r | (p >> i & 1) << (8 * sizeof(U) - 1 - i));
+                     return r;
+                   })>;
     });
   }
   b.emit(run, {to, x});
@@ -448,7 +541,8 @@ T field(T a, uint32_t first, uint32_t count) {
 }
 
 template <typename T>
-void insert(Warp& warp, const Op& op, uint32_t mask) {  // [0] result, [1] bits, [2] into, [3] first, [4] count
+void insert(Warp& warp, const Op& op,
+            uint32_t mask) {  // [0] result, [1] bits, [2] into, [3] first, [4] count
   T* const d = warp.lanes<T>(op.r[0]);
   const T *const a = warp.lanes<T>(op.r[1]), *const b = warp.lanes<T>(op.r[2]);
   const auto *const c = warp.lanes<uint32_t>(op.r[3]), *const e = warp.lanes<uint32_t>(op.r[4]);
@@ -463,11 +557,13 @@ void insert(Warp& warp, const Op& op, uint32_t mask) {  // [0] result, [1] bits,
 
 void logic(Warp& warp, const Op& op, uint32_t mask) {  // lop3: imm is the table
   auto* const d = warp.lanes<uint32_t>(op.r[0]);
-  const uint32_t *const a = warp.lanes<uint32_t>(op.r[1]), *const b = warp.lanes<uint32_t>(op.r[2]), *const c = warp.lanes<uint32_t>(op.r[3]);
+  const uint32_t *const a = warp.lanes<uint32_t>(op.r[1]), *const b = warp.lanes<uint32_t>(op.r[2]),
+                        *const c = warp.lanes<uint32_t>(op.r[3]);
   for_lanes(mask, [&](int i) {
     uint32_t result = 0;
     for (int row = 0; row < 8; ++row)
-      if (op.imm >> row & 1) result |= (row & 4 ? a[i] : ~a[i]) & (row & 2 ? b[i] : ~b[i]) & (row & 1 ? c[i] : ~c[i]);
+      if (op.imm >> row & 1)
+        result |= (row & 4 ? a[i] : ~a[i]) & (row & 2 ? b[i] : ~b[i]) & (row & 1 ? c[i] : ~c[i]);
     d[i] = result;
   });
 }
@@ -486,34 +582,50 @@ void decode_bits(Builder& b, Statement& in) {
   const Type type = in.type();
   const uint32_t x = b.source(in.operand(1), type);
   if (name == "bfi") {
-    const uint32_t y = b.source(in.operand(2), type), z = b.source(in.operand(3), 4), w = b.source(in.operand(4), 4);
-    b.emit(bytes_of(type) == 4 ? insert<uint32_t> : insert<uint64_t>, {b.destination(in.operand(0), bytes_of(type)), x, y, z, w});
+    const uint32_t y = b.source(in.operand(2), type), z = b.source(in.operand(3), 4),
+                   w = b.source(in.operand(4), 4);
+    b.emit(bytes_of(type) == 4 ? insert<uint32_t> : insert<uint64_t>,
+           {b.destination(in.operand(0), bytes_of(type)), x, y, z, w});
     return;
   }
   const uint32_t y = b.source(in.operand(2), 4), z = b.source(in.operand(3), 4);
   const uint32_t to = b.destination(in.operand(0), bytes_of(type));
   using U = uint32_t;
   Run run = nullptr;
-  if (name == "bfe") run = for_integers(type, [](auto t) -> Run { using T = decltype(t); return ternary<T, T, U, U, decltype([](T p, U q, U r) { return field(p, q, r); })>; });
-  else if (name == "prmt") run = ternary<U, U, U, U, decltype([](U p, U q, U r) { return permuted(p, q, r); })>;
-  else if (name == "lop3") run = logic;
-  else if (left) run = wraps ? ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<true, true>(p, q, r); })> : ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<true, false>(p, q, r); })>;
-  else run = wraps ? ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<false, true>(p, q, r); })> : ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<false, false>(p, q, r); })>;
+  if (name == "bfe")
+    run = for_integers(type, [](auto t) -> Run {
+      using T = decltype(t);
+      return ternary<T, T, U, U, decltype([](T p, U q, U r) { return field(p, q, r); })>;
+    });
+  else if (name == "prmt")
+    run = ternary<U, U, U, U, decltype([](U p, U q, U r) { return permuted(p, q, r); })>;
+  else if (name == "lop3")
+    run = logic;
+  else if (left)
+    run = wraps ? ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<true, true>(p, q, r); })>
+                : ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<true, false>(p, q, r); })>;
+  else
+    run = wraps ? ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<false, true>(p, q, r); })>
+                : ternary<U, U, U, U, decltype([](U p, U q, U r) { return funnel<false, false>(p, q, r); })>;
   Op& op = b.emit(run, {to, x, y, z});
   if (name == "lop3") op.imm = static_cast<int64_t>(in.operand(4).number);
 }
 
 void decode_compare(Builder& b, Statement& in) {
-  const auto how = in.take_one({"lt", "le", "gt", "ge", "eq", "ne", "lo", "ls", "hi", "hs", "ltu", "leu", "gtu", "geu", "equ", "neu", "num", "nan"});
+  const auto how = in.take_one({"lt", "le", "gt", "ge", "eq", "ne", "lo", "ls", "hi", "hs", "ltu", "leu",
+                                "gtu", "geu", "equ", "neu", "num", "nan"});
   const auto with = in.take_one({"and", "or", "xor"});
   const Type type = in.type();
   // setp.lt.s32 p|q, a, b, c: the second result and c are optional
   const size_t results = in.operands.size() - (with.empty() ? 2 : 3);
   if (results != 1 && results != 2) throw Error("has another number of operands");
   Run run = nullptr;
-  if (how == "ne" && is_float(type)) run = comparison_named(how, type);
-  else if (how == "ne") run = comparison(type, [](auto p, auto q) { return p != q; });
-  else run = comparison_named(how, type);
+  if (how == "ne" && is_float(type))
+    run = comparison_named(how, type);
+  else if (how == "ne")
+    run = comparison(type, [](auto p, auto q) { return p != q; });
+  else
+    run = comparison_named(how, type);
   const uint32_t x = b.source(in.operand(results), type), y = b.source(in.operand(results + 1), type);
   const uint32_t c = with.empty() ? b.constant(0, 4) : predicate(b, in.operand(results + 2));
   const uint32_t first = predicate_result(b, in.operand(0));
@@ -525,10 +637,14 @@ void decode_compare(Builder& b, Statement& in) {
 }  // namespace
 
 bool decode_arithmetic(Builder& b, Statement& in) {
-  static const std::initializer_list<const char*> kTwo{"add", "sub", "div", "rem", "min", "max", "and", "or", "xor", "shl", "shr", "copysign"};
-  static const std::initializer_list<const char*> kOne{"neg", "abs", "not", "rcp", "sqrt", "rsqrt", "popc", "clz", "brev"};
+  static const std::initializer_list<const char*> kTwo{"add", "sub", "div", "rem", "min", "max",
+                                                       "and", "or",  "xor", "shl", "shr", "copysign"};
+  static const std::initializer_list<const char*> kOne{"neg",   "abs",  "not", "rcp", "sqrt",
+                                                       "rsqrt", "popc", "clz", "brev"};
   static const std::initializer_list<const char*> kBits{"bfe", "bfi", "prmt", "lop3", "shf"};
-  const auto is_in = [&](const auto& names) { return std::find(names.begin(), names.end(), in.name) != names.end(); };
+  const auto is_in = [&](const auto& names) {
+    return std::find(names.begin(), names.end(), in.name) != names.end();
+  };
   if (is_in(kTwo)) {
     decode_two(b, in);
   } else if (is_in(kOne)) {
@@ -542,8 +658,12 @@ bool decode_arithmetic(Builder& b, Statement& in) {
   } else if (in.name == "selp") {
     const Type type = in.type();
     const int bytes = bytes_of(type);
-    const uint32_t x = b.source(in.operand(1), type), y = b.source(in.operand(2), type), p = predicate(b, in.operand(3));
-    b.emit(bytes == 2 ? select<uint16_t> : bytes == 4 ? select<uint32_t> : select<uint64_t>, {b.destination(in.operand(0), bytes), x, y, p});
+    const uint32_t x = b.source(in.operand(1), type), y = b.source(in.operand(2), type),
+                   p = predicate(b, in.operand(3));
+    b.emit(bytes == 2   ? select<uint16_t>
+           : bytes == 4 ? select<uint32_t>
+                        : select<uint64_t>,
+           {b.destination(in.operand(0), bytes), x, y, p});
   } else if (in.name == "mov") {
     decode_move(b, in);
   } else {

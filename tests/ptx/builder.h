@@ -12,7 +12,24 @@
 
 namespace ptx {
 
-enum class Type : uint8_t { pred, u8, u16, u32, u64, s8, s16, s32, s64, f16, bf16, f32, f64, f16x2, bf16x2, tf32 };
+enum class Type : uint8_t {
+  pred,
+  u8,
+  u16,
+  u32,
+  u64,
+  s8,
+  s16,
+  s32,
+  s64,
+  f16,
+  bf16,
+  f32,
+  f64,
+  f16x2,
+  bf16x2,
+  tf32
+};
 
 constexpr int bytes_of(Type type) {
   constexpr int kBytes[] = {4, 1, 2, 4, 8, 1, 2, 4, 8, 2, 2, 4, 8, 4, 4, 4};
@@ -29,9 +46,9 @@ struct Operand {
   enum class Kind : uint8_t { reg, number, symbol, vector, address, sink } kind;
   std::string text;
   Register reg{};
-  bool negated = false;       // of a predicate
-  uint64_t number = 0;        // bits; of an address or symbol, what is added
-  int float_bytes = 0;        // of a number that is written as 0f or 0d
+  bool negated = false;        // of a predicate
+  uint64_t number = 0;         // bits; of an address or symbol, what is added
+  int float_bytes = 0;         // of a number that is written as 0f or 0d
   std::vector<Operand> parts;  // of a vector; of an address its base, if it has one
 };
 

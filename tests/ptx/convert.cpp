@@ -19,13 +19,24 @@ double round_to(double value, Format format, Rounding rounding) {
   const double scaled = value / unit;  // exact: a power of two
   double whole = 0;
   switch (rounding) {
-    case Rounding::nearest: whole = std::nearbyint(scaled); break;  // ties to even
-    case Rounding::away: whole = std::round(scaled); break;
-    case Rounding::zero: whole = std::trunc(scaled); break;
-    case Rounding::down: whole = std::floor(scaled); break;
-    case Rounding::up: whole = std::ceil(scaled); break;
+    case Rounding::nearest:
+      whole = std::nearbyint(scaled);
+      break;  // ties to even
+    case Rounding::away:
+      whole = std::round(scaled);
+      break;
+    case Rounding::zero:
+      whole = std::trunc(scaled);
+      break;
+    case Rounding::down:
+      whole = std::floor(scaled);
+      break;
+    case Rounding::up:
+      whole = std::ceil(scaled);
+      break;
   }
-  const double result = whole * unit, largest = (2 - std::ldexp(1.0, 1 - format.digits)) * std::ldexp(1.0, format.most_exponent);
+  const double result = whole * unit,
+               largest = (2 - std::ldexp(1.0, 1 - format.digits)) * std::ldexp(1.0, format.most_exponent);
   if (std::fabs(result) <= largest) return result;
   const bool to_zero = rounding == Rounding::zero || rounding == (value > 0 ? Rounding::down : Rounding::up);
   return std::copysign(to_zero ? largest : std::numeric_limits<double>::infinity(), value);
@@ -38,7 +49,8 @@ uint16_t bits_of_half(double value) {
   if (std::isinf(value)) return sign | 0x7C00;
   if (value < 0x1p-14) return static_cast<uint16_t>(sign | static_cast<int>(value * 0x1p24));
   const int exponent = std::ilogb(value);
-  return static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + static_cast<int>(std::ldexp(value, 10 - exponent))));
+  return static_cast<uint16_t>(sign |
+                               ((exponent + 14) * 1024 + static_cast<int>(std::ldexp(value, 10 - exponent))));
   // the leading 1 adds one to the exponent
 }
 
@@ -52,7 +64,7 @@ float half_of_bits(uint16_t bits) {
     auto* const table = new float[65536];
     for (int i = 0; i < 65536; ++i) {
       const int exponent = i >> 10 & 31, mantissa = i & 1023;
-      const float value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+      const float value = exponent == 31  ? (mantissa ? NAN : INFINITY)
                           : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
                                           : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
       table[i] = i & 0x8000 ? -value : value;
@@ -84,11 +96,16 @@ T value_of(T x) {
 
 double round_whole(double value, Rounding rounding) {
   switch (rounding) {
-    case Rounding::nearest: return std::nearbyint(value);
-    case Rounding::zero: return std::trunc(value);
-    case Rounding::down: return std::floor(value);
-    case Rounding::up: return std::ceil(value);
-    default: return std::round(value);
+    case Rounding::nearest:
+      return std::nearbyint(value);
+    case Rounding::zero:
+      return std::trunc(value);
+    case Rounding::down:
+      return std::floor(value);
+    case Rounding::up:
+      return std::ceil(value);
+    default:
+      return std::round(value);
   }
 }
 
@@ -105,7 +122,8 @@ D converted(S from, Rounding rounding) {
   } else if constexpr (std::is_same_v<D, Bfloat16>) {
     return {bits_of_bfloat16(round_to(static_cast<double>(value_of(from)), kBfloat16, rounding))};
   } else if constexpr (std::is_same_v<D, Tf32>) {
-    return {std::bit_cast<uint32_t>(static_cast<float>(round_to(static_cast<double>(value_of(from)), kTf32, rounding)))};
+    return {std::bit_cast<uint32_t>(
+        static_cast<float>(round_to(static_cast<double>(value_of(from)), kTf32, rounding)))};
   } else if constexpr (is_small(S{})) {
     return converted<D>(value_of(from), rounding);
   } else if constexpr (std::is_floating_point_v<D>) {
@@ -114,7 +132,9 @@ D converted(S from, Rounding rounding) {
     }
     if constexpr (std::is_integral_v<S>) {
       const int before = std::fegetround();
-      std::fesetround(rounding == Rounding::zero ? FE_TOWARDZERO : rounding == Rounding::up ? FE_UPWARD : FE_DOWNWARD);
+      std::fesetround(rounding == Rounding::zero ? FE_TOWARDZERO
+                      : rounding == Rounding::up ? FE_UPWARD
+                                                 : FE_DOWNWARD);
       volatile S same = from;
       volatile D result = static_cast<D>(same);
       std::fesetround(before);
@@ -125,8 +145,11 @@ D converted(S from, Rounding rounding) {
   } else if constexpr (std::is_floating_point_v<S>) {
     const double whole = round_whole(static_cast<double>(from), rounding);
     if (std::isnan(whole)) return 0;
-    const auto least = static_cast<double>(std::numeric_limits<D>::min()), most = static_cast<double>(std::numeric_limits<D>::max());
-    return whole <= least ? std::numeric_limits<D>::min() : whole >= most ? std::numeric_limits<D>::max() : static_cast<D>(whole);
+    const auto least = static_cast<double>(std::numeric_limits<D>::min()),
+               most = static_cast<double>(std::numeric_limits<D>::max());
+    return whole <= least  ? std::numeric_limits<D>::min()
+           : whole >= most ? std::numeric_limits<D>::max()
+                           : static_cast<D>(whole);
   } else {
     return static_cast<D>(from);
   }
@@ -170,20 +193,34 @@ void round_in_place(Warp& warp, const Op& op, uint32_t mask) {
 template <typename Body>
 Run with_type(Type type, const Body& body) {
   switch (type) {
-    case Type::u8: return body(uint8_t{});
-    case Type::u16: return body(uint16_t{});
-    case Type::u32: return body(uint32_t{});
-    case Type::u64: return body(uint64_t{});
-    case Type::s8: return body(int8_t{});
-    case Type::s16: return body(int16_t{});
-    case Type::s32: return body(int32_t{});
-    case Type::s64: return body(int64_t{});
-    case Type::f16: return body(Half{});
-    case Type::bf16: return body(Bfloat16{});
-    case Type::f32: return body(float{});
-    case Type::f64: return body(double{});
-    case Type::tf32: return body(Tf32{});
-    default: throw Error("is unknown for its types");
+    case Type::u8:
+      return body(uint8_t{});
+    case Type::u16:
+      return body(uint16_t{});
+    case Type::u32:
+      return body(uint32_t{});
+    case Type::u64:
+      return body(uint64_t{});
+    case Type::s8:
+      return body(int8_t{});
+    case Type::s16:
+      return body(int16_t{});
+    case Type::s32:
+      return body(int32_t{});
+    case Type::s64:
+      return body(int64_t{});
+    case Type::f16:
+      return body(Half{});
+    case Type::bf16:
+      return body(Bfloat16{});
+    case Type::f32:
+      return body(float{});
+    case Type::f64:
+      return body(double{});
+    case Type::tf32:
+      return body(Tf32{});
+    default:
+      throw Error("is unknown for its types");
   }
 }
 
@@ -238,7 +275,9 @@ template <bool kToGeneric>
 void convert_address(Warp& warp, const Op& op, uint32_t mask) {
   auto* const d = warp.lanes<uint64_t>(op.r[0]);
   const auto* const a = warp.lanes<uint64_t>(op.r[1]);
-  const uint64_t window = op.space == Space::shared ? kSharedWindow : op.space == Space::local ? kLocalWindow : 0;
+  const uint64_t window = op.space == Space::shared  ? kSharedWindow
+                          : op.space == Space::local ? kLocalWindow
+                                                     : 0;
   for_lanes(mask, [&](int i) { d[i] = kToGeneric ? a[i] + window : a[i] - window; });
 }
 
@@ -248,14 +287,19 @@ void decode_cvta(Builder& b, Statement& in) {
   if (space.empty() || in.type() != Type::u64) throw Error("is unknown");
   const uint32_t a = b.source(in.operand(1), 8);
   b.emit(to ? convert_address<false> : convert_address<true>, {b.destination(in.operand(0), 8), a}).space =
-      space == "global" ? Space::global : space == "shared" ? Space::shared : Space::local;
+      space == "global"   ? Space::global
+      : space == "shared" ? Space::shared
+                          : Space::local;
 }
 
 }  // namespace
 
 Run resize(int from_bytes, int to_bytes, bool sign) {
-  constexpr Type kSigned[] = {Type::s8, Type::s16, Type::s32, Type::s64}, kUnsigned[] = {Type::u8, Type::u16, Type::u32, Type::u64};
-  const auto type = [&](int bytes) { return (sign ? kSigned : kUnsigned)[std::countr_zero(static_cast<unsigned>(bytes))]; };
+  constexpr Type kSigned[] = {Type::s8, Type::s16, Type::s32, Type::s64},
+                 kUnsigned[] = {Type::u8, Type::u16, Type::u32, Type::u64};
+  const auto type = [&](int bytes) {
+    return (sign ? kSigned : kUnsigned)[std::countr_zero(static_cast<unsigned>(bytes))];
+  };
   return with_type(type(to_bytes), [&](auto d) -> Run {
     return with_type(type(from_bytes), [&](auto s) -> Run { return convert<decltype(d), decltype(s)>; });
   });

@@ -7,13 +7,15 @@ namespace ptx {
 
 uint64_t executed = 0;
 
-// ---- A warp. Of its groups the one that is furthest behind runs, as far as the next one: so they meet again.
+// ---- A warp. Of its groups the one that is furthest behind runs, as far as the next one: so they meet
+// again.
 
 void Warp::fail(const Op& op, int lane, const std::string& what) const {
   const Program& program = block->launch.program;
-  const std::string text = static_cast<size_t>(op.line) <= program.lines.size() && op.line > 0 ? program.lines[op.line - 1] : "";
-  throw Error("kernel " + program.name + ", " + block->where(index, lane) + ", line " + std::to_string(op.line) +
-              " \"" + text + "\": " + what);
+  const std::string text =
+      static_cast<size_t>(op.line) <= program.lines.size() && op.line > 0 ? program.lines[op.line - 1] : "";
+  throw Error("kernel " + program.name + ", " + block->where(index, lane) + ", line " +
+              std::to_string(op.line) + " \"" + text + "\": " + what);
 }
 
 void Warp::branch(size_t group, const Op& op, uint32_t taken) {
@@ -53,8 +55,9 @@ void Warp::run() {
       if (groups.size() > 1)
         others = ", while others wait at line " + std::to_string(block->ops[groups[1].pc].line);
       fail(op, std::countr_zero(groups[0].lanes),
-           "needs lanes of the warp that do not come here (here are " + std::to_string(std::popcount(groups[0].lanes)) +
-               " of " + std::to_string(std::popcount(live)) + others + ")");
+           "needs lanes of the warp that do not come here (here are " +
+               std::to_string(std::popcount(groups[0].lanes)) + " of " + std::to_string(std::popcount(live)) +
+               others + ")");
     }
     // Up to the next group, which would then be part of this one.
     const int next = first + 1 < groups.size() ? groups[first + 1].pc : INT32_MAX;
@@ -83,9 +86,10 @@ void Warp::run() {
         for (Group& other : groups) other.waits = false;  // perhaps for these lanes
         break;
       }
-      const uint32_t needed = op.flow == Flow::gather_of ? lanes<uint32_t>(op.r[15])[std::countr_zero(group.lanes)]
-                              : op.flow == Flow::gather  ? ~0u
-                                                         : live;
+      const uint32_t needed = op.flow == Flow::gather_of
+                                  ? lanes<uint32_t>(op.r[15])[std::countr_zero(group.lanes)]
+                              : op.flow == Flow::gather ? ~0u
+                                                        : live;
       if (mask != group.lanes) fail(op, std::countr_zero(group.lanes), "is executed by some lanes only");
       if (mask != needed) {
         if ((mask & ~needed) != 0) fail(op, std::countr_zero(mask & ~needed), "is not in the mask");
@@ -107,7 +111,10 @@ void Warp::run() {
 // ---- A block
 
 Block::Block(const Launch& all)
-    : launch(all), ops(all.program.ops.data()), shared(kDynamicShared + all.dynamic_shared), shadow((shared.size() + 3) / 4) {
+    : launch(all),
+      ops(all.program.ops.data()),
+      shared(kDynamicShared + all.dynamic_shared),
+      shadow(shared.size() / kGranule + 1) {
   const unsigned threads = all.block.count(), count = (threads + 31) / 32;
   local.resize(size_t{threads} * all.program.local_bytes);
   registers.resize(count * all.program.registers.size() + 64);
@@ -131,7 +138,8 @@ void Block::run(Size3 at) {
   const Program& program = launch.program;
   const unsigned threads = launch.block.count();
   const size_t bytes = program.registers.size();
-  auto* const base = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(registers.data()) + 63) / 64 * 64);
+  auto* const base =
+      reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(registers.data()) + 63) / 64 * 64);
   const unsigned x = launch.block.size[0], y = launch.block.size[1];
   for (size_t w = 0; w < warps.size(); ++w) {
     Warp& warp = warps[w];
@@ -151,13 +159,27 @@ void Block::run(Size3 at) {
         const unsigned thread = static_cast<unsigned>(w) * 32 + lane;
         const unsigned tid[3] = {thread % x, thread / x % y, thread / x / y};
         switch (special.kind) {
-          case Special::tid: to[lane] = tid[special.axis]; break;
-          case Special::ntid: to[lane] = launch.block.size[special.axis]; break;
-          case Special::ctaid: to[lane] = index.size[special.axis]; break;
-          case Special::nctaid: to[lane] = launch.grid.size[special.axis]; break;
-          case Special::laneid: to[lane] = lane; break;
-          case Special::warpid: to[lane] = static_cast<uint32_t>(w); break;
-          case Special::lanemask: to[lane] = (1u << lane) - 1; break;
+          case Special::tid:
+            to[lane] = tid[special.axis];
+            break;
+          case Special::ntid:
+            to[lane] = launch.block.size[special.axis];
+            break;
+          case Special::ctaid:
+            to[lane] = index.size[special.axis];
+            break;
+          case Special::nctaid:
+            to[lane] = launch.grid.size[special.axis];
+            break;
+          case Special::laneid:
+            to[lane] = lane;
+            break;
+          case Special::warpid:
+            to[lane] = static_cast<uint32_t>(w);
+            break;
+          case Special::lanemask:
+            to[lane] = (1u << lane) - 1;
+            break;
         }
       }
     }
@@ -179,8 +201,9 @@ bool Block::release() {
     if (!warp.at_barrier) continue;
     if (first == nullptr) first = &warp;
     if (warp.barrier != first->barrier)
-      warp.fail(*warp.at, 0, "barrier " + std::to_string(warp.barrier) + ", while others are at barrier " +
-                                 std::to_string(first->barrier));
+      warp.fail(*warp.at, 0,
+                "barrier " + std::to_string(warp.barrier) + ", while others are at barrier " +
+                    std::to_string(first->barrier));
     const int here = std::popcount(warp.live);
     count += std::popcount(warp.arrived);
     any_of = any_of || warp.arrived != 0;
@@ -190,7 +213,8 @@ bool Block::release() {
   int there = 0;
   for (const Warp& warp : warps) there += std::popcount(warp.live);
   if (first->expected != 0 && first->expected != there)
-    first->fail(*first->at, 0, "is for " + std::to_string(first->expected) + " threads of " + std::to_string(there));
+    first->fail(*first->at, 0,
+                "is for " + std::to_string(first->expected) + " threads of " + std::to_string(there));
   ++phase;
   for (Warp& warp : warps) {
     if (!warp.at_barrier) continue;

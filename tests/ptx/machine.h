@@ -19,7 +19,7 @@ struct Size3 {
 
 // What a device may do one way or the other. Tests run both.
 struct Mode {
-  bool late = true;       // copies land when they are waited for, stores of a block when it has ended
+  bool late = true;        // copies land when they are waited for, stores of a block when it has ended
   bool backwards = false;  // the order of a block's warps, and of the blocks
 };
 
@@ -54,11 +54,11 @@ struct Warp {
   uint32_t live = 0;
   std::vector<Group> groups;
   bool at_barrier = false;
-  int barrier = 0, expected = 0;      // which, and how many threads
-  const Op* at = nullptr;             // of the barrier, which may have a result
-  uint32_t arrived = 0;               // with a true predicate
-  int sync = 1;                       // counts what orders the warp's own memory accesses
-  int open_group[32] = {};            // of copies
+  int barrier = 0, expected = 0;  // which, and how many threads
+  const Op* at = nullptr;         // of the barrier, which may have a result
+  uint32_t arrived = 0;           // with a true predicate
+  int sync = 1;                   // counts what orders the warp's own memory accesses
+  int open_group[32] = {};        // of copies
   std::vector<Copy> copies;
 
   template <typename T>
@@ -79,11 +79,11 @@ struct Warp {
   void meet();
 };
 
-// Who was the last to write and to read four bytes of shared memory.
+// Who was the last to write and to read two bytes of shared memory.
+constexpr uint32_t kGranule = 2;
 struct Shadow {
   int write_phase = 0, write_sync = 0, writer = 0;
   int read_phase = 0, read_sync = 0, reader = 0, reading_warp = 0;  // -1: several
-  uint8_t written = 0, read = 0;                                    // which of the bytes
 };
 
 struct Stored {  // what a store to global memory found

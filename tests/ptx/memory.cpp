@@ -11,10 +11,12 @@ namespace ptx {
 
 uint8_t* Warp::memory(Space space, uint64_t address, unsigned bytes, const Op& op, int lane, bool write) {
   const auto outside = [&](const char* what, uint64_t size) {
-    fail(op, lane, std::to_string(bytes) + " bytes at " + std::to_string(address) + " are outside of " + what + " of " +
-                       std::to_string(size) + " bytes");
+    fail(op, lane,
+         std::to_string(bytes) + " bytes at " + std::to_string(address) + " are outside of " + what + " of " +
+             std::to_string(size) + " bytes");
   };
-  if (address % bytes != 0) fail(op, lane, "address " + std::to_string(address) + " is no multiple of " + std::to_string(bytes));
+  if (address % bytes != 0)
+    fail(op, lane, "address " + std::to_string(address) + " is no multiple of " + std::to_string(bytes));
   if (space == Space::generic) {
     space = address >= kLocalWindow ? Space::local : address >= kSharedWindow ? Space::shared : Space::global;
     if (space != Space::global) address &= 0xFFFF'FFFF;
@@ -30,20 +32,24 @@ uint8_t* Warp::memory(Space space, uint64_t address, unsigned bytes, const Op& o
     }
     case Space::param: {
       const auto& parameters = block->launch.parameters;
-      if (address > parameters.size() || parameters.size() - address < bytes) outside("the parameters", parameters.size());
+      if (address > parameters.size() || parameters.size() - address < bytes)
+        outside("the parameters", parameters.size());
       if (write) fail(op, lane, "parameters cannot be written");
       return const_cast<uint8_t*>(&parameters[address]);
     }
-    default: break;
+    default:
+      break;
   }
   if (address - op.region.begin >= op.region.size || op.region.begin + op.region.size - address < bytes) {
     const auto& all = block->launch.memory;
-    auto next = std::upper_bound(all.begin(), all.end(), address, [](uint64_t a, const Region& r) { return a < r.begin; });
+    auto next = std::upper_bound(all.begin(), all.end(), address,
+                                 [](uint64_t a, const Region& r) { return a < r.begin; });
     const Region none{0, 0}, &before = next == all.begin() ? none : *(next - 1);
     if (address - before.begin >= before.size || before.begin + before.size - address < bytes)
-      fail(op, lane, std::to_string(bytes) + " bytes at " + std::to_string(address) + ", " +
-                         std::to_string(address - before.begin) + " bytes behind the beginning of a buffer of " +
-                         std::to_string(before.size) + ", are in no buffer");
+      fail(op, lane,
+           std::to_string(bytes) + " bytes at " + std::to_string(address) + ", " +
+               std::to_string(address - before.begin) + " bytes behind the beginning of a buffer of " +
+               std::to_string(before.size) + ", are in no buffer");
     op.region = before;
   }
   return reinterpret_cast<uint8_t*>(address);
@@ -57,28 +63,25 @@ uint8_t* Warp::shared(uint32_t address, unsigned bytes, const Op& op, int lane, 
   const uint64_t offset = dynamic ? address - kDynamicShared : address;
   const uint64_t size = dynamic ? block->launch.dynamic_shared : fixed;
   if (offset > size || size - offset < bytes)
-    fail(op, lane, std::to_string(bytes) + " bytes at " + std::to_string(offset) + " are outside of " +
-                       (dynamic ? "dynamic" : "static") + " shared memory of " + std::to_string(size) + " bytes");
+    fail(op, lane,
+         std::to_string(bytes) + " bytes at " + std::to_string(offset) + " are outside of " +
+             (dynamic ? "dynamic" : "static") + " shared memory of " + std::to_string(size) + " bytes");
   const int thread = index * 32 + lane, phase = block->phase;
   const auto meets = [&](int other, const char* what) {
-    fail(op, lane, std::string(write ? "writes" : "reads") + " shared memory at " + std::to_string(offset) + " that " +
-                       (other < 0 ? "other threads have" : "thread " + std::to_string(other) + " has") + " " + what +
-                       " without a barrier since");
+    fail(op, lane,
+         std::string(write ? "writes" : "reads") + " shared memory at " + std::to_string(offset) + " that " +
+             (other < 0 ? "other threads have" : "thread " + std::to_string(other) + " has") + " " + what +
+             " without a barrier since");
   };
-  for (unsigned at = 0; at < bytes;) {
-    Shadow& shadow = block->shadow[(address + at) / 4];
-    const unsigned first = (address + at) % 4, count = std::min(4 - first, bytes - at);
-    const auto which = static_cast<uint8_t>(((1u << count) - 1) << first);
-    at += count;
-    if (shadow.write_phase == phase && shadow.writer != thread && (shadow.written & which) != 0 &&
+  for (uint32_t at = address / kGranule; at <= (address + bytes - 1) / kGranule; ++at) {
+    Shadow& shadow = block->shadow[at];
+    if (shadow.write_phase == phase && shadow.writer != thread &&
         (shadow.writer / 32 != index || shadow.write_sync == sync))
       meets(shadow.writer, "written");
     if (write) {
-      if (shadow.read_phase == phase && shadow.reader != thread && (shadow.read & which) != 0 &&
+      if (shadow.read_phase == phase && shadow.reader != thread &&
           (shadow.reading_warp != index || shadow.read_sync == sync))
         meets(shadow.reader, "read");
-      const bool same = shadow.write_phase == phase && shadow.writer == thread && shadow.write_sync == sync;
-      shadow.written = static_cast<uint8_t>(same ? shadow.written | which : which);
       shadow.write_phase = phase;
       shadow.write_sync = sync;
       shadow.writer = thread;
@@ -87,9 +90,7 @@ uint8_t* Warp::shared(uint32_t address, unsigned bytes, const Op& op, int lane, 
       shadow.read_sync = sync;
       shadow.reader = thread;
       shadow.reading_warp = index;
-      shadow.read = which;
     } else {
-      shadow.read |= which;
       if (shadow.reader != thread) shadow.reader = -1;
       if (shadow.reading_warp != index) shadow.reading_warp = -1;
     }
@@ -111,7 +112,8 @@ template <typename Element, typename Stored>
 void load(Warp& warp, const Op& op, uint32_t mask) {
   const auto* const address = warp.lanes<uint64_t>(op.r[15]);
   for_lanes(mask, [&](int i) {
-    const uint8_t* const from = warp.memory(op.space, address[i] + op.imm, sizeof(Element) * op.count, op, i, false);
+    const uint8_t* const from =
+        warp.memory(op.space, address[i] + op.imm, sizeof(Element) * op.count, op, i, false);
     for (int e = 0; e < op.count; ++e) {
       Element value;
       std::memcpy(&value, from + e * sizeof(Element), sizeof(Element));
@@ -138,25 +140,37 @@ void store(Warp& warp, const Op& op, uint32_t mask) {
 template <typename Element>
 Run access(bool loads, int stored) {
   switch (stored) {
-    case 1: return loads ? load<Element, uint8_t> : store<Element, uint8_t>;
-    case 2: return loads ? load<Element, uint16_t> : store<Element, uint16_t>;
-    case 4: return loads ? load<Element, uint32_t> : store<Element, uint32_t>;
-    default: return loads ? load<Element, uint64_t> : store<Element, uint64_t>;
+    case 1:
+      return loads ? load<Element, uint8_t> : store<Element, uint8_t>;
+    case 2:
+      return loads ? load<Element, uint16_t> : store<Element, uint16_t>;
+    case 4:
+      return loads ? load<Element, uint32_t> : store<Element, uint32_t>;
+    default:
+      return loads ? load<Element, uint64_t> : store<Element, uint64_t>;
   }
 }
 
 Run access(Type type, bool loads, int stored) {
   switch (type) {
-    case Type::u8: return access<uint8_t>(loads, stored);
-    case Type::s8: return access<int8_t>(loads, stored);
-    case Type::s16: return access<int16_t>(loads, stored);
-    case Type::s32: return access<int32_t>(loads, stored);
-    default: break;
+    case Type::u8:
+      return access<uint8_t>(loads, stored);
+    case Type::s8:
+      return access<int8_t>(loads, stored);
+    case Type::s16:
+      return access<int16_t>(loads, stored);
+    case Type::s32:
+      return access<int32_t>(loads, stored);
+    default:
+      break;
   }
   switch (bytes_of(type)) {
-    case 2: return access<uint16_t>(loads, stored);
-    case 4: return access<uint32_t>(loads, stored);
-    default: return access<uint64_t>(loads, stored);
+    case 2:
+      return access<uint16_t>(loads, stored);
+    case 4:
+      return access<uint32_t>(loads, stored);
+    default:
+      return access<uint64_t>(loads, stored);
   }
 }
 
@@ -195,13 +209,16 @@ bool orders(Statement& in, const char* how) {
 void decode_access(Builder& b, Statement& in, bool loads) {
   const Space space = take_space(in);
   const bool releases = !loads && orders(in, "release");
-  in.ignore({"volatile", "relaxed", "acquire", "weak", "nc", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "gpu", "cta", "sys"});
-  std::erase_if(in.modifiers, [](const std::string& m) { return m.starts_with("L1::") || m.starts_with("L2::"); });
+  in.ignore({"volatile", "relaxed", "acquire", "weak", "nc", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "gpu",
+             "cta", "sys"});
+  std::erase_if(in.modifiers,
+                [](const std::string& m) { return m.starts_with("L1::") || m.starts_with("L2::"); });
   const auto vector = in.take_one({"v2", "v4", "v8"});
   const Type type = in.type();
   const Operand& data = in.operand(loads ? 0 : 1);
   const auto& elements = data.kind == Operand::Kind::vector ? data.parts : std::vector<Operand>{data};
-  if (elements.size() != (vector.empty() ? 1u : static_cast<size_t>(vector[1] - '0'))) throw Error("has another number of elements");
+  if (elements.size() != (vector.empty() ? 1u : static_cast<size_t>(vector[1] - '0')))
+    throw Error("has another number of elements");
   if (releases) b.emit(fence);
   Op op;
   op.r[15] = address_of(b, in.operand(loads ? 1 : 0), op.imm);
@@ -294,9 +311,12 @@ void copy(Warp& warp, const Op& op, uint32_t mask) {
   for_lanes(mask, [&](int i) {
     const auto place = static_cast<uint32_t>(to[i] + op.target);
     const uint64_t source = from[i] + op.imm;
-    if (valid[i] > bytes) warp.fail(op, i, "src-size " + std::to_string(valid[i]) + " is more than " + std::to_string(bytes));
-    if (place % bytes != 0) warp.fail(op, i, "address " + std::to_string(place) + " is no multiple of " + std::to_string(bytes));
-    if (source % bytes != 0) warp.fail(op, i, "address " + std::to_string(source) + " is no multiple of " + std::to_string(bytes));
+    if (valid[i] > bytes)
+      warp.fail(op, i, "src-size " + std::to_string(valid[i]) + " is more than " + std::to_string(bytes));
+    if (place % bytes != 0)
+      warp.fail(op, i, "address " + std::to_string(place) + " is no multiple of " + std::to_string(bytes));
+    if (source % bytes != 0)
+      warp.fail(op, i, "address " + std::to_string(source) + " is no multiple of " + std::to_string(bytes));
     // Read as bytes, as many as are asked for; where none is, from anywhere.
     const uint8_t* at = nullptr;
     if (valid[i] > 0) {
@@ -339,9 +359,11 @@ void decode_copy(Builder& b, Statement& in) {
     if (!in.take("shared") || !in.take("global")) throw Error("is unknown");
     std::erase_if(in.modifiers, [](const std::string& m) { return m.starts_with("L2::"); });
     const uint64_t bytes = in.operand(2).number;
-    if (bypasses ? bytes != 16 : bytes != 4 && bytes != 8 && bytes != 16) throw Error("copies that many bytes never");
+    if (bypasses ? bytes != 16 : bytes != 4 && bytes != 8 && bytes != 16)
+      throw Error("copies that many bytes never");
     int64_t to_added = 0, from_added = 0;
-    const uint32_t to = address_of(b, in.operand(0), to_added), from = address_of(b, in.operand(1), from_added);
+    const uint32_t to = address_of(b, in.operand(0), to_added),
+                   from = address_of(b, in.operand(1), from_added);
     const uint32_t valid = in.operands.size() > 3 ? b.source(in.operand(3), 4) : b.constant(bytes, 4);
     Op& op = b.emit(copy, {to, from, valid});
     op.imm = from_added;

@@ -21,6 +21,8 @@ uint16_t bits_of_half(double value);
 uint16_t bits_of_bfloat16(double value);
 
 float half_of_bits(uint16_t bits);
-inline float bfloat16_of_bits(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+inline float bfloat16_of_bits(uint16_t bits) {
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 
 }  // namespace ptx

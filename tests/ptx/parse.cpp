@@ -33,12 +33,15 @@ std::vector<std::string> split(const std::string& text, char at) {
   return parts;
 }
 
-bool is_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%'; }
+bool is_name(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%';
+}
 
 int bytes_of_declared(const Builder& builder, const std::string& type) {
-  static const std::map<std::string, int> kBytes{
-      {".b8", 1},  {".u8", 1},  {".s8", 1},  {".b16", 2}, {".u16", 2}, {".s16", 2}, {".f16", 2}, {".b32", 4},
-      {".u32", 4}, {".s32", 4}, {".f32", 4}, {".b64", 8}, {".u64", 8}, {".s64", 8}, {".f64", 8}, {".pred", 4}};
+  static const std::map<std::string, int> kBytes{{".b8", 1},  {".u8", 1},  {".s8", 1},  {".b16", 2},
+                                                 {".u16", 2}, {".s16", 2}, {".f16", 2}, {".b32", 4},
+                                                 {".u32", 4}, {".s32", 4}, {".f32", 4}, {".b64", 8},
+                                                 {".u64", 8}, {".s64", 8}, {".f64", 8}, {".pred", 4}};
   const auto found = kBytes.find(type);
   if (found == kBytes.end()) builder.fail("a declaration has the unknown type " + type);
   return found->second;
@@ -73,7 +76,8 @@ void declare(Builder& builder, const std::string& text) {
       } else {
         const int count = std::stoi(name.substr(bracket + 1));
         for (int i = 0; i < count; ++i)
-          builder.declare_register(name.substr(0, bracket) + std::to_string(i), bytes, words.back() == ".pred");
+          builder.declare_register(name.substr(0, bracket) + std::to_string(i), bytes,
+                                   words.back() == ".pred");
       }
     }
     return;
@@ -81,7 +85,9 @@ void declare(Builder& builder, const std::string& text) {
   const auto align = std::find(words.begin(), words.end(), ".align");
   const uint32_t unit = align == words.end() ? bytes : std::stoi(*(align + 1));
   const auto [name, count] = sized(text.substr(at));
-  const auto has = [&](const char* word) { return std::find(words.begin(), words.end(), word) != words.end(); };
+  const auto has = [&](const char* word) {
+    return std::find(words.begin(), words.end(), word) != words.end();
+  };
   const auto place = [&](uint32_t& used, Space space) {
     used = (used + unit - 1) / unit * unit;
     builder.declare_symbol(name, space, used);
@@ -141,10 +147,10 @@ void Statement::ignore(std::initializer_list<const char*> any) {
 
 std::optional<Type> Statement::take_type() {
   static const std::map<std::string, Type> kTypes{
-      {"pred", Type::pred}, {"u8", Type::u8},     {"b8", Type::u8},         {"u16", Type::u16},
-      {"b16", Type::u16},   {"u32", Type::u32},   {"b32", Type::u32},       {"u64", Type::u64},
-      {"b64", Type::u64},   {"s8", Type::s8},     {"s16", Type::s16},       {"s32", Type::s32},
-      {"s64", Type::s64},   {"f16", Type::f16},   {"bf16", Type::bf16},     {"f32", Type::f32},
+      {"pred", Type::pred}, {"u8", Type::u8},       {"b8", Type::u8},         {"u16", Type::u16},
+      {"b16", Type::u16},   {"u32", Type::u32},     {"b32", Type::u32},       {"u64", Type::u64},
+      {"b64", Type::u64},   {"s8", Type::s8},       {"s16", Type::s16},       {"s32", Type::s32},
+      {"s64", Type::s64},   {"f16", Type::f16},     {"bf16", Type::bf16},     {"f32", Type::f32},
       {"f64", Type::f64},   {"f16x2", Type::f16x2}, {"bf16x2", Type::bf16x2}, {"tf32", Type::tf32}};
   for (auto modifier = modifiers.begin(); modifier != modifiers.end(); ++modifier) {
     const auto found = kTypes.find(*modifier);
@@ -204,7 +210,9 @@ void Builder::declare_register(const std::string& name, int bytes, bool predicat
   scopes_.back()[name] = {new_register(predicate ? 1 : bytes), bytes, predicate};
 }
 
-void Builder::declare_symbol(const std::string& name, Space space, uint64_t at) { symbols_[name] = {space, at}; }
+void Builder::declare_symbol(const std::string& name, Space space, uint64_t at) {
+  symbols_[name] = {space, at};
+}
 
 void Builder::close_scope() {
   if (scopes_.size() == 1) fail("a } too many");
@@ -219,8 +227,12 @@ std::pair<Space, uint64_t> Builder::symbol(const std::string& name) const {
 
 Operand Builder::operand(std::string text) const {
   static const std::map<std::string, std::pair<Special, int>> kSpecials{
-      {"%tid", {Special::tid, 0}},       {"%ntid", {Special::ntid, 0}},     {"%ctaid", {Special::ctaid, 0}},
-      {"%nctaid", {Special::nctaid, 0}}, {"%laneid", {Special::laneid, 0}}, {"%warpid", {Special::warpid, 0}},
+      {"%tid", {Special::tid, 0}},
+      {"%ntid", {Special::ntid, 0}},
+      {"%ctaid", {Special::ctaid, 0}},
+      {"%nctaid", {Special::nctaid, 0}},
+      {"%laneid", {Special::laneid, 0}},
+      {"%warpid", {Special::warpid, 0}},
       {"%lanemask_lt", {Special::lanemask, 0}}};
   Operand result{};
   result.text = text = trimmed(text);
@@ -229,7 +241,8 @@ Operand Builder::operand(std::string text) const {
     result.kind = Operand::Kind::sink;
   } else if (text.front() == '{') {
     result.kind = Operand::Kind::vector;
-    for (const auto& part : split(text.substr(1, text.size() - 2), ',')) result.parts.push_back(operand(part));
+    for (const auto& part : split(text.substr(1, text.size() - 2), ','))
+      result.parts.push_back(operand(part));
   } else if (text.front() == '[') {
     result.kind = Operand::Kind::address;
     text = trimmed(text.substr(1, text.size() - 2));
@@ -240,7 +253,8 @@ Operand Builder::operand(std::string text) const {
       int64_t number = std::strtoll(offset.c_str(), nullptr, 0);
       result.number = static_cast<uint64_t>(text[sign] == '-' ? -number : number);
     }
-  } else if (text.front() == '!' || !is_name(text.front()) || std::isdigit(static_cast<unsigned char>(text.front()))) {
+  } else if (text.front() == '!' || !is_name(text.front()) ||
+             std::isdigit(static_cast<unsigned char>(text.front()))) {
     if (text.front() == '!') {
       result = operand(text.substr(1));
       result.negated = true;
@@ -286,7 +300,8 @@ Operand Builder::operand(std::string text) const {
 uint32_t Builder::source(const Operand& from, int bytes) {
   switch (from.kind) {
     case Operand::Kind::number:
-      if (from.float_bytes != 0 && from.float_bytes != bytes) fail("number " + from.text + " of another type");
+      if (from.float_bytes != 0 && from.float_bytes != bytes)
+        fail("number " + from.text + " of another type");
       return constant(from.number & (bytes == 8 ? ~uint64_t{0} : (uint64_t{1} << 8 * bytes) - 1), bytes);
     case Operand::Kind::symbol: {
       const auto [space, at] = symbol(from.text);
@@ -330,7 +345,8 @@ uint32_t Builder::destination(const Operand& to, int bytes, bool sign) {
 void Builder::begin(const std::optional<Operand>& guard) {
   guard_ = -1;
   if (!guard) return;
-  if (guard->kind != Operand::Kind::reg || !guard->reg.predicate) fail("guard " + guard->text + " is no predicate");
+  if (guard->kind != Operand::Kind::reg || !guard->reg.predicate)
+    fail("guard " + guard->text + " is no predicate");
   guard_ = static_cast<int>(guard->reg.at);
   negated_ = guard->negated;
 }
@@ -435,13 +451,14 @@ Program parse(const std::string& name, const std::string& text) {
   std::vector<std::pair<size_t, std::string>> branches;
   for (reader.skip_space(); text.compare(reader.at, 6, ".entry") != 0; reader.skip_space())
     declare(builder, trimmed(reader.until(";")));
-  reader.until("(");
+  reader.until("(");  // the name
   const std::string parameters = reader.until(")");
   for (const auto& parameter : split(parameters, ',')) declare(builder, parameter);
   const std::string bounds = reader.until("{");
   if (const auto at = bounds.find(".maxntid"); at != std::string::npos) {
     program.most_threads = 1;
-    for (const auto& size : split(bounds.substr(at + 8, bounds.find('\n', at) - at - 8), ',')) program.most_threads *= std::stoi(size);
+    for (const auto& size : split(bounds.substr(at + 8, bounds.find('\n', at) - at - 8), ','))
+      program.most_threads *= std::stoi(size);
   }
   int depth = 1;
   while (depth > 0) {

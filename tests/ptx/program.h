@@ -34,7 +34,8 @@ struct Region {
 
 struct Op {
   Run run = nullptr;
-  // Where in a warp's registers the operands begin: 32 lanes of one size side by side, a predicate is 32 bits.
+  // Where in a warp's registers the operands begin: 32 lanes of one size side by side, a predicate is 32
+  // bits.
   uint32_t r[16] = {};
   int64_t imm = 0;
   int guard = -1;  // a predicate's place

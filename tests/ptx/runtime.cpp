@@ -1,5 +1,5 @@
-// Stands in for the CUDA runtime beneath the objects that nvcc makes: what they register and launch runs here.
-// Objects carry their PTX, for every architecture that they were compiled for.
+// Stands in for the CUDA runtime beneath the objects that nvcc makes: what they register and launch runs
+// here. Objects carry their PTX, for every architecture that they were compiled for.
 #include "ptx/runtime.h"
 
 #include <cuda_runtime_api.h>
@@ -23,7 +23,7 @@ struct State {
   std::recursive_mutex mutex;
   Settings settings;
   std::map<const void*, std::map<int, std::string_view>> modules;  // texts, by architecture
-  std::map<const void*, Kernel> kernels;                          // by the host's function
+  std::map<const void*, Kernel> kernels;                           // by the host's function
   std::map<std::pair<std::string, int>, std::unique_ptr<Program>> programs;
   std::map<std::string, std::string> replaced;
   std::map<uint64_t, uint64_t> memory;
@@ -96,11 +96,13 @@ cudaError_t start(const void* host, dim3 grid, dim3 block, void** arguments, siz
   const Kernel& kernel = found->second;
   try {
     const Program& program = program_of(kernel);
-    Launch launch{program, {{grid.x, grid.y, grid.z}}, {{block.x, block.y, block.z}}, dynamic_shared, {}, {}, state().settings.mode};
+    Launch launch{program, {{grid.x, grid.y, grid.z}}, {{block.x, block.y, block.z}}, dynamic_shared, {},
+                  {},      state().settings.mode};
     if (launch.grid.count() == 0 || launch.block.count() == 0 || grid.y > 65535 || grid.z > 65535)
       return refuse("the grid or the block has no such size");
     if (program.most_threads != 0 && launch.block.count() > program.most_threads)
-      return refuse("more threads than the " + std::to_string(program.most_threads) + " of its launch bounds");
+      return refuse("more threads than the " + std::to_string(program.most_threads) +
+                    " of its launch bounds");
     if (program.shared_bytes + dynamic_shared > 48 * 1024 && dynamic_shared > kernel.most_dynamic)
       return refuse("more dynamic shared memory than was asked for");
     launch.parameters.resize(program.parameter_bytes);
@@ -173,7 +175,8 @@ void** __cudaRegisterFatBinary(void* binary) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void** module, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void** module, const char* host, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
   ptx::state().kernels[host] = {name, module};
 }
 char __cudaInitModule(void**) { return 1; }
@@ -183,7 +186,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   *kernel = static_cast<cudaKernel_t>(const_cast<void*>(host));
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
   return ptx::start(kernel, grid, block, arguments, shared);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
@@ -204,7 +208,8 @@ cudaError_t cudaFuncGetName(const char** name, const void* host) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchFailure ? ptx::state().message.c_str() : "an error of the stand-in for CUDA's runtime";
+  return error == cudaErrorLaunchFailure ? ptx::state().message.c_str()
+                                         : "an error of the stand-in for CUDA's runtime";
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -212,10 +217,17 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 132; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = ptx::settings().architecture / 10; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = ptx::settings().architecture % 10; return cudaSuccess;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 132;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = ptx::settings().architecture / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = ptx::settings().architecture % 10;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {

@@ -1,5 +1,5 @@
-// What stands in for the CUDA runtime knows: kernels and their PTX, the memory that they may touch, and how to
-// run them.
+// What stands in for the CUDA runtime knows: kernels and their PTX, the memory that they may touch, and how
+// to run them.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// What a warp does together: barriers, shuffles, votes, matrix fragments. Fragments are laid out as the PTX ISA
-// manual has them ("Warp Level Matrix Instructions"), written down from there and not from the kernels.
+// What a warp does together: barriers, shuffles, votes, matrix fragments. Fragments are laid out as the PTX
+// ISA manual has them ("Warp Level Matrix Instructions"), written down from there and not from the kernels.
 #include <algorithm>
 
 #include "ptx/builder.h"
@@ -40,12 +40,14 @@ void decode_barrier(Builder& b, Statement& in) {
     const bool counts = in.take_type() == Type::u32;
     if (counts != (how == "popc")) throw Error("is unknown");
     const Operand& last = in.operands.back();
-    if (last.kind != Operand::Kind::reg || !last.reg.predicate || last.negated) throw Error("needs a predicate at the end");
+    if (last.kind != Operand::Kind::reg || !last.reg.predicate || last.negated)
+      throw Error("needs a predicate at the end");
     input = last.reg.at;
     result = counts ? b.destination(in.operand(0), 4) : in.operand(0).reg.at;
   }
   const size_t numbers = in.operands.size() - (reduces ? 2 : 0);
-  Op& op = b.emit(barrier, {result, input, number(in.operand(first)), numbers > 1 ? number(in.operand(first + 1)) : 0});
+  Op& op = b.emit(
+      barrier, {result, input, number(in.operand(first)), numbers > 1 ? number(in.operand(first + 1)) : 0});
   op.imm = how == "popc" ? 1 : how == "and" ? 2 : how == "or" ? 3 : 0;
   op.flow = Flow::barrier;
 }
@@ -56,11 +58,13 @@ enum class Shuffle { up, down, bfly, idx };
 
 template <Shuffle kHow>
 void shuffle(Warp& warp, const Op& op, uint32_t mask) {
-  const auto *const a = warp.lanes<uint32_t>(op.r[2]), *const b = warp.lanes<uint32_t>(op.r[3]), *const c = warp.lanes<uint32_t>(op.r[4]);
+  const auto *const a = warp.lanes<uint32_t>(op.r[2]), *const b = warp.lanes<uint32_t>(op.r[3]),
+                    *const c = warp.lanes<uint32_t>(op.r[4]);
   uint32_t result[32] = {}, valid = 0;
   for_lanes(mask, [&](int lane) {
     const uint32_t by = b[lane] & 31, clamp = c[lane] & 31, segment = c[lane] >> 8 & 31;
-    const auto most = static_cast<int>((lane & segment) | (clamp & ~segment)), least = static_cast<int>(lane & segment);
+    const auto most = static_cast<int>((lane & segment) | (clamp & ~segment)),
+               least = static_cast<int>(lane & segment);
     int from = 0;
     bool inside = false;
     if constexpr (kHow == Shuffle::up) inside = (from = lane - static_cast<int>(by)) >= most;
@@ -68,7 +72,8 @@ void shuffle(Warp& warp, const Op& op, uint32_t mask) {
     if constexpr (kHow == Shuffle::bfly) inside = (from = lane ^ static_cast<int>(by)) <= most;
     if constexpr (kHow == Shuffle::idx) inside = (from = least | static_cast<int>(by & ~segment)) <= most;
     if (!inside) from = lane;
-    if ((mask >> from & 1) == 0) warp.fail(op, lane, "takes a value from lane " + std::to_string(from) + ", which is not in the mask");
+    if ((mask >> from & 1) == 0)
+      warp.fail(op, lane, "takes a value from lane " + std::to_string(from) + ", which is not in the mask");
     result[lane] = a[from];
     valid |= static_cast<uint32_t>(inside) << lane;
   });
@@ -152,7 +157,8 @@ void load_matrix(Warp& warp, const Op& op, uint32_t) {
 void decode_load_matrix(Builder& b, Statement& in) {
   const auto count = in.take_one({"x1", "x2", "x4"});
   const bool transposed = in.take("trans");
-  if (!in.take("sync") || !in.take("aligned") || !in.take("m8n8") || !in.take("shared") || in.type() != Type::u16 || count.empty())
+  if (!in.take("sync") || !in.take("aligned") || !in.take("m8n8") || !in.take("shared") ||
+      in.type() != Type::u16 || count.empty())
     throw Error("is unknown");
   const Operand &to = in.operand(0), &from = in.operand(1);
   const auto& results = to.kind == Operand::Kind::vector ? to.parts : std::vector<Operand>{to};
@@ -162,7 +168,8 @@ void decode_load_matrix(Builder& b, Statement& in) {
   op.r[15] = base.kind == Operand::Kind::symbol ? b.constant(b.symbol(base.text).second, 8)
              : base.reg.bytes == 8              ? base.reg.at
                                                 : b.new_register(8);
-  if (base.kind == Operand::Kind::reg && base.reg.bytes != 8) b.emit(resize(base.reg.bytes, 8, false), {op.r[15], base.reg.at});
+  if (base.kind == Operand::Kind::reg && base.reg.bytes != 8)
+    b.emit(resize(base.reg.bytes, 8, false), {op.r[15], base.reg.at});
   for (size_t m = 0; m < results.size(); ++m) op.r[m] = b.destination(results[m], 4);
   Op& emitted = b.emit(transposed ? load_matrix<true> : load_matrix<false>);
   std::copy(op.r, op.r + 16, emitted.r);
@@ -185,7 +192,9 @@ void move_matrix(Warp& warp, const Op& op, uint32_t) {
 }
 
 void decode_move_matrix(Builder& b, Statement& in) {
-  if (!in.take("sync") || !in.take("aligned") || !in.take("m8n8") || !in.take("trans") || in.type() != Type::u16) throw Error("is unknown");
+  if (!in.take("sync") || !in.take("aligned") || !in.take("m8n8") || !in.take("trans") ||
+      in.type() != Type::u16)
+    throw Error("is unknown");
   const uint32_t a = b.source(in.operand(1), 4);
   b.emit(move_matrix, {b.destination(in.operand(0), 4), a}).flow = Flow::gather;
 }
@@ -204,15 +213,18 @@ void multiply(Warp& warp, const Op& op, uint32_t) {
   double a[16][kDepth], b[kDepth][8];
   const auto value = [&](uint32_t bits, int e, int lane) -> double {
     if constexpr (kElements == Elements::half) return half_of_bits(static_cast<uint16_t>(bits >> 16 * e));
-    if constexpr (kElements == Elements::bfloat16) return bfloat16_of_bits(static_cast<uint16_t>(bits >> 16 * e));
-    if ((bits & 0x1FFF) != 0 && (bits & 0x7F800000) != 0x7F800000) warp.fail(op, lane, "has an operand that is not rounded to TF32");
+    if constexpr (kElements == Elements::bfloat16)
+      return bfloat16_of_bits(static_cast<uint16_t>(bits >> 16 * e));
+    if ((bits & 0x1FFF) != 0 && (bits & 0x7F800000) != 0x7F800000)
+      warp.fail(op, lane, "has an operand that is not rounded to TF32");
     return std::bit_cast<float>(bits);
   };
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < kAs; ++i)
       for (int e = 0; e < kEach; ++e)
-        a[g + 8 * (i % 2)][i / 2 * 4 * kEach + t * kEach + e] = value(warp.lanes<uint32_t>(op.r[4 + i])[lane], e, lane);
+        a[g + 8 * (i % 2)][i / 2 * 4 * kEach + t * kEach + e] =
+            value(warp.lanes<uint32_t>(op.r[4 + i])[lane], e, lane);
     for (int i = 0; i < kBs; ++i)
       for (int e = 0; e < kEach; ++e)
         b[i * 4 * kEach + t * kEach + e][g] = value(warp.lanes<uint32_t>(op.r[4 + kAs + i])[lane], e, lane);
@@ -234,7 +246,8 @@ void multiply(Warp& warp, const Op& op, uint32_t) {
 
 void decode_multiply_matrices(Builder& b, Statement& in) {
   const auto shape = in.take_one({"m16n8k4", "m16n8k8", "m16n8k16"});
-  if (!in.take("sync") || !in.take("aligned") || !in.take("row") || !in.take("col") || shape.empty()) throw Error("is unknown");
+  if (!in.take("sync") || !in.take("aligned") || !in.take("row") || !in.take("col") || shape.empty())
+    throw Error("is unknown");
   const int depth = std::stoi(shape.substr(6));
   const Type d = in.type(), type = in.type(), other = in.type(), c = in.type();
   if (d != Type::f32 || c != Type::f32 || type != other) throw Error("is unknown for its types");
@@ -251,8 +264,10 @@ void decode_multiply_matrices(Builder& b, Statement& in) {
   int at = 0;
   for (const auto& [i, count] : {std::pair{0, 4}, {1, 2 * bs}, {2, bs}, {3, 4}}) {
     const Operand& fragment = in.operand(i);
-    const auto& registers = fragment.kind == Operand::Kind::vector ? fragment.parts : std::vector<Operand>{fragment};
-    if (registers.size() != static_cast<size_t>(count)) throw Error("has a fragment of another size: " + fragment.text);
+    const auto& registers =
+        fragment.kind == Operand::Kind::vector ? fragment.parts : std::vector<Operand>{fragment};
+    if (registers.size() != static_cast<size_t>(count))
+      throw Error("has a fragment of another size: " + fragment.text);
     for (const Operand& one : registers) op.r[at++] = i == 0 ? b.destination(one, 4) : b.source(one, 4);
   }
   Op& emitted = b.emit(run);
@@ -283,7 +298,8 @@ bool decode_warp(Builder& b, Statement& in) {
 }
 
 void decode(Builder& b, Statement& in) {
-  if (!decode_arithmetic(b, in) && !decode_convert(b, in) && !decode_memory(b, in) && !decode_warp(b, in)) throw Error("is unknown");
+  if (!decode_arithmetic(b, in) && !decode_convert(b, in) && !decode_memory(b, in) && !decode_warp(b, in))
+    throw Error("is unknown");
   if (!in.modifiers.empty()) throw Error("has the unknown modifier ." + in.modifiers.front());
 }
 
