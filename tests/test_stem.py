@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -198,7 +199,7 @@ def test_compiled_it_keeps_no_map_either() -> None:
     assert size not in saved_sizes(compiled, x)
 
 
-def test_statistics_of_a_user_who_changes_the_image_are_not_wrong_silently() -> None:
+def test_an_image_changed_in_place_before_the_backward_is_an_error() -> None:
     ours, x = net("minimal"), images(2, torch.float32)
     y = ours(x)
     x.mul_(2)
@@ -208,7 +209,7 @@ def test_statistics_of_a_user_who_changes_the_image_are_not_wrong_silently() -> 
 
 def test_an_image_of_other_channels_is_refused_as_by_pytorch() -> None:
     ours, x = net("minimal"), torch.randn(2, 4, 33, 33)
-    features = effdense.nn.DenseFeatures(ours.features._modules)
+    features = effdense.nn.DenseFeatures(OrderedDict(ours.features._modules))
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 4 channels instead"):
         features(x)
 
