@@ -351,7 +351,8 @@ def dense_layer(
     )
     with without_autocast(x):
         mean1, var1 = statistics(features, norm1)
-        own = LayerParameters(norm1.weight, norm1.bias, *convs[:2], norm2.weight, norm2.bias, *convs[2:])
+        first = norm1.weight, norm1.bias, convs[0], convs[1]
+        own = LayerParameters(*first, norm2.weight, norm2.bias, convs[2], convs[3])
         known = (None, None) if norm2.batch_statistics else norm2.running(x.dtype)
         new, mean2, var2, _ = DenseLayerNode.apply(tuple(settings), mean1, var1, *known, *own, *features)
     return new if result is None else new.to(result), (mean1, var1), (mean2, var2)

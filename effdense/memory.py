@@ -73,7 +73,7 @@ _TILES = 2**19
 _TILED = {f"effdense::{name}{way}" for name in ("bottleneck", "bn_relu_conv3x3") for way in ("", "_backward")}
 
 # A stem's operators: what they do, and how many of their arguments come before the settings.
-_STEM = {
+_STEM: dict[Any, tuple[Callable[..., Any], int]] = {
     torch.ops.effdense.stem.default: (stem.forward, stem.FORWARD_TENSORS),
     torch.ops.effdense.stem_backward.default: (stem.backward, stem.BACKWARD_TENSORS),
 }

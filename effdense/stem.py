@@ -100,10 +100,11 @@ def forward(
 
     `tensors`: the parameters, then the running mean and variance.
     """
-    own, running = Parameters(*tensors[:-2]), tensors[-2:]
+    *parameters, running_mean, running_var = tensors
+    own = Parameters(*parameters)
     y = _convolve(settings, x, own.conv_weight, own.conv_bias)
     s = settings
-    norm = Norm(own.norm_weight, own.norm_bias, *running, s.eps, s.batch_statistics, s.group)
+    norm = Norm(own.norm_weight, own.norm_bias, running_mean, running_var, s.eps, s.batch_statistics, s.group)
     check_norm("stem", _NAMES, norm, y.shape[1], y)
     mean, var = statistics([y], norm)
     folded = fold(mean, var, s.eps, norm.weight, norm.bias, s.batch_statistics, s.group)
@@ -182,11 +183,12 @@ def _to_map_in_place(
     """The same into y, through scratch for half of the channels; whole vectors in each, so that no bit changes."""
     channels = y.shape[1]
     half, sums = -(-channels // 32) * 16, []
-    for first in range(0, channels, half):
-        of = slice(first, min(first + half, channels))
-        vectors = {name: getattr(norm, name)[of] for name in ("mean", "rstd", "scale", "shift")}
-        with workspace.lease(y.device, workspace.size_of(y, [half])) as scratch:
-            out = scratch.channels_last(y, of.stop - first)
+    # Not kept: oneDNN takes memory of its own for the weight's gradient, which comes next.
+    with workspace.lease(y.device, workspace.size_of(y, [half]), keep=False) as scratch:
+        for first in range(0, channels, half):
+            of = slice(first, min(first + half, channels))
+            vectors = {name: getattr(norm, name)[of] for name in ("mean", "rstd", "scale", "shift")}
+            out = workspace.Lease(scratch.block).channels_last(y, of.stop - first)
             part = grad[:, of], where[:, of], y[:, of], norm._replace(**vectors)
             sums.append(_to_map(ops, settings, *part, out))
             y[:, of] = out

@@ -102,8 +102,8 @@ def size_of(like: Tensor, channels: Sequence[int]) -> int:
 
 
 @contextlib.contextmanager
-def lease(device: torch.device, size: int) -> Iterator[Lease]:
-    """Lends `size` bytes for the length of the `with` block."""
+def lease(device: torch.device, size: int, *, keep: bool = True) -> Iterator[Lease]:
+    """Lends `size` bytes for the length of the `with` block; `keep`: whether they stay for the next lease, or are freed."""
     if device.type != "cpu":
         yield Lease(torch.empty(size, dtype=torch.uint8, device=device))
         return
@@ -112,7 +112,8 @@ def lease(device: torch.device, size: int) -> Iterator[Lease]:
     try:
         yield Lease(block)
     finally:
-        pool.give_back(block, emptied)
+        if keep:
+            pool.give_back(block, emptied)
 
 
 def empty_cache() -> None:

@@ -116,8 +116,10 @@ class DenseFeatures(nn.Sequential):
     def _step(self, x: Tensor, modules: list[Any]) -> tuple[int, Tensor]:
         """Runs the first module, or the first few together; returns how many."""
         first = modules[0]
-        if (after_conv := stem_of(modules)) is not None and takes(x, after_conv.dimensions):
-            return after_conv.modules, through(x, lambda x: _run_stem(first, after_conv.windows, x))
+        after_conv = stem_of(modules)
+        if after_conv is not None and takes(x, after_conv.dimensions):
+            windows = after_conv.windows
+            return after_conv.modules, through(x, lambda x: _run_stem(first, windows, x))
         if len(modules) > 1 and _is_part(first, _BLOCKS):
             pooled = _step_of_block(x, modules)
             if pooled is not None:
