@@ -64,7 +64,7 @@ SHAPES = [
     (3, (2, 2, 2), 40, 32),
     (2, (1, 3, 5), 5, 16),
     (2, (5, 1, 1), 16, 3),
-    (1, (4, 3, 1), 3, 33),
+    (1, (4, 3, 1), 16, 33),
     (1, (1,), 2, 3),
     (3, (2,), 16, 12),
     (2, (11,), 13, 17),
@@ -369,7 +369,7 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
 OF_BOTH: list[Mistake] = [
     ("x", lambda x: x[0, 0], ValueError, r"must be \[N, C, \*spatial\].*, got shape \[5, 7\]"),
     ("x", lambda x: x[:, :0], ValueError, r"must have at least one channel, got shape \[2, 0, 5, 7\]"),
-    ("x", lambda x: x[..., None, None], ValueError, r"must be \[N, C, L\], .* got shape \[2, 12, 5, 7, 1, 1\]"),
+    ("x", lambda x: x[..., None, None], ValueError, r"must be \[N, C, \*spatial\] with 1 to 3 spatial dimensions, got shape \[2, 12, 5, 7, 1, 1\]"),
     ("weight", lambda w: w[..., None], ValueError, r"must be \[out_channels, 12, 3, 3\] .*, got shape \[17, 12, 3, 3, 1\]"),
     *(
         ("weight", change, ValueError, rf"must be \[out_channels, 12, 3, 3\] \(x's channels and dimensions\), got shape {got}")
