@@ -39,6 +39,10 @@ void declare(Builder& builder, const std::string& text) {
     at = text.find_first_not_of(" \t\n", end);
     if (at == std::string::npos) builder.fail("cannot read the declaration " + text);
   }
+  // ".param .u64 .ptr .align 1 name" says how its target is aligned.
+  if (const auto pointer = std::find(words.begin(), words.end(), ".ptr"); pointer != words.end())
+    words.erase(pointer, words.end());
+  if (words.empty()) builder.fail("cannot read the declaration " + text);
   const int bytes = bytes_of_declared(builder, words.back());
   if (words.front() == ".reg") {
     for (const auto& name : split(text.substr(at), ',')) {
