@@ -53,7 +53,7 @@ HALF_BACKWARD = "bottleneck_backward_kernelINS0_10TensorCoreI6__halfEELi64"
 OF_HALF, OF_HALF_BACKWARD, OF_TF32 = r"bottleneck half", r"bottleneck_backward half", r"bottleneck tf32"
 FOUR = r"\{(%\w+), (%\w+), (%\w+), (%\w+)\}"
 MMA = r"(mma\.sync\.\S+\s+\{[^}]*\},\s*)"
-SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+\S+ %\w+, )"
+SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+[^,]+, [^,]+, )"
 BARRIER = r"bar\.sync\s+0;"
 MUTATIONS = {
     "the second and third register of A swapped": Mutation(HALF, OF_HALF, MMA + FOUR, r"\1{\2, \4, \3, \5}"),
@@ -80,10 +80,10 @@ MUTATIONS = {
         TF32, OF_TF32, r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;"
     ),
     "a shuffle with another lane": Mutation(
-        HALF, OF_HALF, SHUFFLE + r"%\w+, (%\w+, %\w+);", r"\g<1>1, \2;", occurrence=-1
+        HALF_BACKWARD, OF_HALF_BACKWARD, SHUFFLE + r"[^,]+, ([^,]+, [^,;]+);", r"\g<1>1, \2;"
     ),
     "a shuffle with half of the warp": Mutation(
-        HALF, OF_HALF, SHUFFLE + r"(%\w+, %\w+), %\w+;", r"\1\2, 65535;"
+        HALF, OF_HALF, SHUFFLE + r"([^,]+, [^,]+), [^,;]+;", r"\1\2, 65535;"
     ),
     "the halves of cvt swapped": Mutation(
         HALF, OF_HALF, r"(cvt\.rn\.relu\.f16x2\.f32 %\w+, )(%\w+), (%\w+);", r"\1\3, \2;"

@@ -109,13 +109,24 @@ class Builder {
   bool negated_ = false;
 };
 
+std::string trimmed(const std::string& text);
+// At the character, where it is outside of brackets.
+std::vector<std::string> split(const std::string& text, char at);
+// Whether names have such a character.
+bool is_name(char c);
+
 // Adds the operations of one statement to the program.
 void decode(Builder& builder, Statement& statement);
 // The parts of it: whether the instruction was one of theirs.
 bool decode_arithmetic(Builder& builder, Statement& statement);
+bool decode_bits(Builder& builder, Statement& statement);
+bool decode_choice(Builder& builder, Statement& statement);
 bool decode_convert(Builder& builder, Statement& statement);
 bool decode_memory(Builder& builder, Statement& statement);
 bool decode_warp(Builder& builder, Statement& statement);
+
+// and, or, xor, not of predicates
+void decode_predicates(Builder& builder, Statement& statement);
 
 // An operation that copies elements into ones of another size, with or without sign.
 Run resize(int from_bytes, int to_bytes, bool sign);

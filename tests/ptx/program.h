@@ -1,5 +1,6 @@
-// A kernel of PTX text as a list of operations over a warp's registers. parse.cpp splits the text, decode.cpp
-// says which instruction is which operation, machine.cpp runs them.
+// A kernel of PTX text as a list of operations over a warp's registers. parse.cpp splits the text,
+// memory.cpp, warp.cpp, arithmetic.cpp and their like say which instruction is which operation, machine.cpp
+// runs them.
 #pragma once
 
 #include <cstdint>

@@ -298,7 +298,8 @@ bool decode_warp(Builder& b, Statement& in) {
 }
 
 void decode(Builder& b, Statement& in) {
-  if (!decode_arithmetic(b, in) && !decode_convert(b, in) && !decode_memory(b, in) && !decode_warp(b, in))
+  if (!decode_arithmetic(b, in) && !decode_bits(b, in) && !decode_choice(b, in) && !decode_convert(b, in) &&
+      !decode_memory(b, in) && !decode_warp(b, in))
     throw Error("is unknown");
   if (!in.modifiers.empty()) throw Error("has the unknown modifier ." + in.modifiers.front());
 }
