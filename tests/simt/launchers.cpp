@@ -85,11 +85,11 @@ void run_maps(Size size, int64_t step, int64_t first) {
                      shift.data(),
                      {},
                      {}};
-  append_features<T>(size, x.read(), out.matrix,
-                     {of_norm.mean.data() + 2, of_norm.rstd.data() + 2, then, 2}, scratch, nullptr);
+  append_features<T>(size, x.read(), out.matrix, {of_norm.mean.data() + 2, of_norm.rstd.data() + 2, then, 2},
+                     scratch, nullptr);
   const SumsOut<A> sums{one.data(), two.data()};
-  const SumsOut<A> deferred{one.data(),     two.data(), v.rstd.data(), v.scale.data(),
-                            a.data(), b.data(), false,         A(0.25)};
+  const SumsOut<A> deferred{one.data(), two.data(), v.rstd.data(), v.scale.data(),
+                            a.data(),   b.data(),   false,         A(0.25)};
   take_gradient(size, x.read(), v.mean.data(), v.a.data(), v.b.data(), grad.read(), out.matrix, nullptr);
   bn_relu(size, x.read(), v.norm(), out.matrix, nullptr);
   for (const bool batch_statistics : {false, true})
@@ -175,17 +175,9 @@ void run_vectors(int64_t channels) {
   Vectors<A> v(channels);
   Memory<A> rstd(channels), scale(channels), shift(channels);
   std::vector<Fold<A>> folds(30);  // more than one launch has
-  folds[0] = folds[29] = {channels,
-                          v.mean.data(),
-                          v.rstd.data(),
-                          parameter(v.scale),
-                          parameter(v.shift),
-                          A(0.1),
-                          rstd.data(),
-                          scale.data(),
-                          shift.data(),
-                          parameter(v.a),
-                          parameter(v.b)};
+  folds[0] =
+      folds[29] = {channels,    v.mean.data(), v.rstd.data(), parameter(v.scale), parameter(v.shift), A(0.1),
+                   rstd.data(), scale.data(),  shift.data(),  parameter(v.a),     parameter(v.b)};
   fold(folds.data(), static_cast<int64_t>(folds.size()), nullptr);
   defer(channels, v.mean.data(), v.shift.data(), v.rstd.data(), v.scale.data(), 7, v.a.data(), v.b.data(),
         nullptr);
