@@ -54,6 +54,28 @@ inline void check_same_images(const char* op, const std::string& name, const Ten
 
 // [N, C, *spatial] with one to three spatial dimensions and at least one channel.
 inline void check_map(const char* op, const std::string& name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 3 && x.dim() <= 5, op, ": ", name,
+                    " must be [N, C, *spatial] with 1 to 3 spatial dimensions, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) > 0, op, ": ", name, " must have at least one channel, got shape ", x.sizes());
+}
+
+inline void check_features(const char* op, TensorList features) {
+  TORCH_CHECK_VALUE(!features.empty(), op, ": features must hold at least one tensor, got an empty list");
+  for (size_t i = 0; i < features.size(); ++i) {
+    const std::string name = "features[" + std::to_string(i) + "]";
+    check_map(op, name, features[i]);
+    if (i > 0) check_same_images(op, name, features[i], features[0]);
+  }
+}
+
+inline int64_t count_channels(TensorList features) {
+  int64_t channels = 0;
+  for (const Tensor& feature : features) channels += feature.size(1);
+  return channels;
+}
+
+// The matrix of a 1x1 convolution, [out_channels, channels].
+inline void check_weight(const char* op, const Tensor& weight, const Tensor& like, int64_t channels) {
   check_device(op, "weight", weight, like.device());
   check_type(op, "weight", weight, like.scalar_type(), "the features' type");
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == channels, op,
