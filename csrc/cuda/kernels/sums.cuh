@@ -160,7 +160,7 @@ __host__ __device__ constexpr bool last_block_merges(int64_t parts, int64_t tile
 constexpr int kMerged = 8;
 
 template <typename A, typename Result>
-__global__ void __launch_bounds__(kThreads) merge_kernel(Result result, int64_t parts, const A* partial) {
+__global__ void __launch_bounds__(kThreads, 4) merge_kernel(Result result, int64_t parts, const A* partial) {
   __shared__ double shared[2][kThreads];
   const int64_t first = int64_t{blockIdx.x} * kMerged;
   if (blockIdx.x == 0) result.rest();
