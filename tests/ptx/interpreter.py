@@ -76,6 +76,9 @@ MAPS = [
     (1, (20, 15), (20,)),
     (1, (4, 4), (150, 150)),
 ]
+# Of so many pixels, dense, that the sums of the blocks are added by a kernel of its own (rows.cuh, sums.cuh).
+LONG = [(torch.half, (1, (8200,), (136,))), (torch.float64, (1, (32900,), (52,)))]
+WITH_SUMS = ("channel_statistics", "bn_relu_accumulate", "bn_relu_backward")
 # images, spatial sizes, channels, kernel size
 AVERAGES = [
     (2, (5, 7), 10, (2, 2)),
@@ -102,6 +105,10 @@ PRODUCTS = [
     (50, 36, 200, 0, 0),
     (1100, 8, 12, 0, 4),
 ]
+# Cards of so few multiprocessors that larger tiles than the smallest fill them, and products: all tiles with these.
+CARDS = [(1, 2), (1, 3), (1, 4), (1, 5), (3, 2), (5, 2)]
+# The same of a product's statistics.
+LONG_PRODUCTS = {"half": (2100, 8, 12, 0, 4), "double": (33000, 2, 3, 0, 0)}
 # What may be wanted or not, of the forward: bias, norm, statistics; and of the backward.
 EPILOGUES = [(False, False, True), (True, True, False), (True, True, True)]
 WANTED: list[dict[str, Any]] = [
@@ -133,6 +140,12 @@ def maps() -> Iterator[Call]:
                     f"{op} {dtype} {shape}", functools.partial(make, (*shape, 1), dtype), dtype
                 )
         yield Call(f"rounding {dtype}", functools.partial(check_rounding, dtype=dtype))
+    for dtype, shape in LONG:
+        for op in WITH_SUMS:
+            *_, dense = _as_exact(
+                f"{op} {dtype} {shape}", functools.partial(OF_MAPS[op], (*shape, 1), dtype), dtype
+            )
+            yield dense
     for dtype in (torch.float64, torch.float32):
         for given in (None, dtype):
             yield from _as_exact(f"fold {dtype} {given}", functools.partial(run_fold, given, given), dtype)
@@ -169,6 +182,17 @@ def products() -> Iterator[Call]:
             for wanted in WANTED if i in (2, 6) else WANTED[:3]:
                 backward = functools.partial(check_backward, shape=shape, arithmetic=arithmetic, **wanted)
                 yield _product(f"bottleneck_backward {name} {shape} {wanted}", backward, name)
+        if (long := LONG_PRODUCTS.get(name)) is not None:
+            form = {"shape": long, "arithmetic": arithmetic}
+            forward = functools.partial(check_forward, **form, bias=False, norm=False, statistics=True)
+            yield _product(f"long bottleneck {name}", forward, name)
+        for card, i in CARDS:
+            form = {"shape": PRODUCTS[i], "arithmetic": arithmetic}
+            forward = functools.partial(check_forward, **form, bias=False, norm=False, statistics=True)
+            on_card = f"{name} {PRODUCTS[i]} on {card} multiprocessors"
+            yield _product(f"bottleneck {on_card}", forward, name, card)
+            backward = functools.partial(check_backward, **form, **WANTED[2])
+            yield _product(f"bottleneck_backward {on_card}", backward, name, card)
 
 
 def check_rounding(ops: Any, dtype: torch.dtype) -> None:
@@ -201,12 +225,14 @@ def _as_exact(name: str, make: Callable[[], Any], dtype: torch.dtype) -> Iterato
     yield Call(f"{name} dense", functools.partial(run, placed=_dense))
 
 
-def _product(name: str, check: Callable[..., None], arithmetic: str) -> Call:
+def _product(name: str, check: Callable[..., None], arithmetic: str, card: int = 0) -> Call:
     def run(ops: Any) -> None:
         set_back = permit_tf32(CONVOLUTIONS, arithmetic == "tf32")
+        ops.override_multiprocessors(card)
         try:
             check(ops)
         finally:
+            ops.override_multiprocessors(0)
             set_back()
 
     return Call(name, run)

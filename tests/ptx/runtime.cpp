@@ -226,6 +226,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMinor:
       *value = ptx::settings().architecture % 10;
       return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: {  // CUDA's programming guide, technical specifications
+      const int number = ptx::settings().architecture;
+      *value = 1024 * (number < 80 ? 64 : number == 80 ? 164 : number < 90 || number >= 120 ? 100 : 228);
+      return cudaSuccess;
+    }
     default:
       return cudaErrorInvalidValue;
   }
