@@ -78,7 +78,12 @@ def shadowed(module: nn.Module) -> list[str]:
     names: frozenset[str] | None = type(module).__dict__.get("_effdense_names")
     if names is None or (names.isdisjoint(module.__dict__) and names.isdisjoint(module._modules)):
         return []
-    return sorted(names & {*module.__dict__, *module._modules})
+    values = {**module._modules, **module.__dict__}
+    # effdense.summary puts a function of its own there.
+    own = (
+        n for n in names & values.keys() if str(getattr(values[n], "__module__", "")) != "effdense.summary"
+    )
+    return sorted(own)
 
 
 _METHODS = ("forward", "_conv_forward", "_check_input_dim")  # that a module could have of its own
