@@ -143,6 +143,7 @@ def _kept(model: Any, shape: Sequence[int], memory: str) -> list[int]:
             kept.row = places[children[done]] if done < len(children) else kept.row  # where a head may begin
             return count, x
 
+        watched.effdense_may_fuse = True  # type: ignore[attr-defined]  # see obstacles.shadowed
         model.features.__dict__["_step"] = watched
         model.classifier.register_forward_pre_hook(kept.enter(places[model.classifier]))
     with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):

@@ -79,11 +79,8 @@ def shadowed(module: nn.Module) -> list[str]:
     if names is None or (names.isdisjoint(module.__dict__) and names.isdisjoint(module._modules)):
         return []
     values = {**module._modules, **module.__dict__}
-    # effdense.summary puts a function of its own there.
-    own = (
-        n for n in names & values.keys() if str(getattr(values[n], "__module__", "")) != "effdense.summary"
-    )
-    return sorted(own)
+    may_fuse = (n for n, v in values.items() if getattr(v, "effdense_may_fuse", False) is True)
+    return sorted((names & values.keys()).difference(may_fuse))
 
 
 _METHODS = ("forward", "_conv_forward", "_check_input_dim")  # that a module could have of its own
