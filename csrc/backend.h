@@ -4,8 +4,10 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace effdense {
 
@@ -28,6 +30,27 @@ struct FoldOf {
   double eps;
   Tensor rstd, scale, shift;
   Tensor running_mean{}, running_var{};
+};
+
+// What a gradient grad_y still misses: -a - b * (y - mean), [C] each, and before that the backward of
+// relu(scale * y + shift) where those are defined. Nothing without y. As the schemas have it: a list of 0, 4
+// or 6.
+struct Correction {
+  Tensor y, mean, a, b, scale, shift;
+
+  static Correction of(TensorList list) {
+    Correction correction;
+    const std::array<Tensor*, 6> all{&correction.y, &correction.mean,  &correction.a,
+                                     &correction.b, &correction.scale, &correction.shift};
+    for (size_t i = 0; i < list.size(); ++i) *all.at(i) = list[i];
+    return correction;
+  }
+  bool any() const { return y.defined(); }
+  bool masks() const { return scale.defined(); }
+  std::vector<Tensor> tensors() const {
+    if (!any()) return {};
+    return masks() ? std::vector<Tensor>{y, mean, a, b, scale, shift} : std::vector<Tensor>{y, mean, a, b};
+  }
 };
 
 // Where an operator puts the statistics of what it makes: new vectors where mean and var are undefined. What

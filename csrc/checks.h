@@ -107,8 +107,7 @@ inline void check_channels(const char* op, const char* name, const Tensor& tenso
                     "), got shape ", tensor.sizes());
 }
 
-// What is missing of grad_y, -a - b * (y - mean): y, mean, a, b, and scale, shift where the mask is missing
-// too, or nothing.
+// The list of a Correction (backend.h), or an empty one.
 inline void check_deferred(const char* op, TensorList deferred, const Tensor& grad_y) {
   if (deferred.empty()) return;
   TORCH_CHECK_VALUE(deferred.size() == 4 || deferred.size() == 6, op,

@@ -462,12 +462,12 @@ class Backward {
     grads.norm2_weight = of_norm2.sum_dx;
     grads.norm2_bias = of_norm2.sum_d;
     if (!need_y) return;
-    const std::vector<Tensor> deferred = grad_of_y(layer, after, of_norm2, y, norm2, defers);
+    const Correction missing = grad_of_y(layer, after, of_norm2, y, norm2, defers);
     if (needs.conv1_bias) grads.conv1_bias = sum_per_channel(after.x);
     grads.conv1_weight =
         ops_.bottleneck_backward(of_norm1, {earlier}, after.x, norm1.scale, norm1.shift, norm1.mean,
                                  matrix(layer.parameters.conv1_weight), {grad_earlier}, true, need_features,
-                                 needs.conv1_weight, deferred);
+                                 needs.conv1_weight, missing.tensors());
     grads.norm1_weight = of_norm1.sum_dx;
     grads.norm1_bias = of_norm1.sum_d;
   }
@@ -535,21 +535,21 @@ class Backward {
   }
 
   // Makes y's gradient of what came through conv2; returns what bottleneck_backward is to do of that.
-  std::vector<Tensor> grad_of_y(const Layer& layer, AfterConvolution& after, const SumsTo& sums,
-                                const Tensor& y, const Norm& norm2, bool defers) {
-    std::vector<Tensor> deferred;
+  Correction grad_of_y(const Layer& layer, AfterConvolution& after, const SumsTo& sums, const Tensor& y,
+                       const Norm& norm2, bool defers) {
+    Correction missing;
     if (norm2.batch_statistics) {
-      deferred = {y, norm2.mean, sums.a, sums.b};
+      missing = {y, norm2.mean, sums.a, sums.b, {}, {}};
     } else if (!after.masked) {
       const Tensor nothing = at::zeros_like(norm2.mean);
-      deferred = {y, norm2.mean, nothing, nothing};
+      missing = {y, norm2.mean, nothing, nothing, {}, {}};
     }
     if (!after.masked) {
-      deferred.push_back(norm2.scale);
-      deferred.push_back(norm2.shift);
+      missing.scale = norm2.scale;
+      missing.shift = norm2.shift;
     }
-    if (defers) return deferred;
-    if (!deferred.empty()) ops_.take_gradient(y, norm2.mean, deferred[2], deferred[3], after.x, after.x);
+    if (defers) return missing;
+    if (missing.any()) ops_.take_gradient(y, missing.mean, missing.a, missing.b, after.x, after.x);
     drop_(after.x, layer.y_mask, layer.y_keep);
     return {};
   }

@@ -347,7 +347,7 @@ def layer_backward(
         else:
             grads["norm2_weight"], grads["norm2_bias"] = _affine(norm, conv2.sums)
             if need_y:
-                grad_y, deferred = _grad_y(ops, layer, conv2, source, norm, defers)
+                grad_y, missing = _grad_y(ops, layer, conv2, source, norm, defers)
                 grads["conv1_bias"] = sum_per_channel(grad_y) if needs.conv1_bias else None
                 grads["conv1_weight"], *sums = ops.bottleneck_backward(
                     reads.features,
@@ -360,7 +360,7 @@ def layer_backward(
                     reads.accumulate,
                     need_features,
                     needs.conv1_weight,
-                    deferred,
+                    missing.tensors() if missing else [],
                 )
     return LayerParameters(**grads), sums
 
@@ -381,25 +381,40 @@ def _y(
     return _drop_(y, layer.masks[0], layer.keep[0])
 
 
+class Correction(NamedTuple):
+    """What a gradient still misses: -a - b * (y - mean), and before that the backward of relu(scale * y + shift), if those are given."""
+
+    y: Tensor
+    mean: Tensor
+    a: Tensor
+    b: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """As the operators take it: 4 or 6 tensors."""
+        return [tensor for tensor in self if tensor is not None]
+
+
 def _grad_y(
     ops: Any, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, defers: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of y, and what is deferred of it."""
+) -> tuple[Tensor, Correction | None]:
+    """The gradient of y, and what it misses."""
     assert conv2.x is not None and conv2.sums is not None
-    deferred: list[Tensor] = []
+    missing: Correction | None = None
     if norm2.batch_statistics:
         count = y.shape[0] * y.shape[2:].numel()
-        deferred = [y, norm2.mean, *norm2.deferred(conv2.sums[0], conv2.sums[1], count)]
+        missing = Correction(y, norm2.mean, *norm2.deferred(conv2.sums[0], conv2.sums[1], count))
     elif not conv2.masked:
         nothing = torch.zeros_like(norm2.mean)
-        deferred = [y, norm2.mean, nothing, nothing]
-    if not conv2.masked:
-        deferred += [norm2.scale, norm2.shift]
+        missing = Correction(y, norm2.mean, nothing, nothing)
+    if missing is not None and not conv2.masked:
+        missing = missing._replace(scale=norm2.scale, shift=norm2.shift)
     if defers:
-        return conv2.x, deferred
-    if deferred:
-        ops.take_gradient(*deferred, conv2.x, conv2.x)
-    return _drop_(conv2.x, layer.masks[0], layer.keep[0]), []
+        return conv2.x, missing
+    if missing is not None:
+        ops.take_gradient(y, missing.mean, missing.a, missing.b, conv2.x, conv2.x)
+    return _drop_(conv2.x, layer.masks[0], layer.keep[0]), None
 
 
 def _affine(norm: Folded, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

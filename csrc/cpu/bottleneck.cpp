@@ -96,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
                                                        TensorList deferred) {
   constexpr const char* op = "bottleneck_backward";
   check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, deferred);
+  const Correction missing = Correction::of(deferred);
   const Tensor& first = features[0];
   const int64_t channels = scale.numel(), out_channels = weight.size(0);
 
@@ -111,9 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
     const Rows<T>& loops = rows<T>();
     const Rows<A>& wide = rows<A>();
     const Features<T> x(features), dy(grad_y);
-    const std::optional<Features<T>> y =
-        deferred.empty() ? std::nullopt : std::optional<Features<T>>(deferred[0]);
-    const auto deferred_data = [&](size_t i) { return deferred[i].const_data_ptr<A>(); };
+    const std::optional<Features<T>> y = missing.any() ? std::optional<Features<T>>(missing.y) : std::nullopt;
     std::vector<Block<T>> grads;
     for (size_t i = 0; i < grad_features.size(); ++i) {
       const std::string name = "grad_features[" + std::to_string(i) + "]";
@@ -148,13 +147,14 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
       if (y) {
         const Block<A> corrected{dy_scratch, out_channels};
         const Block<const A> tile_y = y->template read<A>(loops, tile, dy_scratch + 2 * step * out_channels);
-        if (deferred.size() > 4) {  // relu's backward too
+        const A *y_mean = missing.mean.const_data_ptr<A>(), *a = missing.a.const_data_ptr<A>(),
+                *b = missing.b.const_data_ptr<A>();
+        if (missing.masks()) {  // relu's backward too
           if (tile_dy.data != corrected.data) wide.copy(tile.rows(), out_channels, tile_dy, corrected);
-          wide.bn_relu_backward(tile.rows(), out_channels, tile_y, deferred_data(4), deferred_data(5),
-                                deferred_data(1), deferred_data(2), deferred_data(3), corrected);
+          wide.bn_relu_backward(tile.rows(), out_channels, tile_y, missing.scale.const_data_ptr<A>(),
+                                missing.shift.const_data_ptr<A>(), y_mean, a, b, corrected);
         } else {
-          wide.take_gradient(tile.rows(), out_channels, tile_y, deferred_data(1), deferred_data(2),
-                             deferred_data(3), tile_dy, corrected);
+          wide.take_gradient(tile.rows(), out_channels, tile_y, y_mean, a, b, tile_dy, corrected);
         }
         tile_dy = constant(corrected);
       }

@@ -137,6 +137,7 @@ Tensor bottleneck_backward(SumsTo& to, TensorList features, const Tensor& grad_y
                            TensorList deferred) {
   constexpr const char* op = "bottleneck_backward";
   check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, deferred);
+  const Correction missing = Correction::of(deferred);
   const OnDevice device(grad_y);
   const int64_t out_channels = weight.size(0), channels = scale.numel();
   const bool nothing = grad_y.numel() == 0;
@@ -160,13 +161,13 @@ Tensor bottleneck_backward(SumsTo& to, TensorList features, const Tensor& grad_y
     const Tensor grad_x = !wanted ? Tensor() : together.defined() ? together : empty_map(grad_y, channels);
     kernels::Deferred<T> correction;
     std::optional<ReadableMatrix<T>> y;
-    if (!deferred.empty()) {
-      y.emplace(deferred[0]);
-      correction = {y->matrix, deferred[1].const_data_ptr<A>(), deferred[2].const_data_ptr<A>(),
-                    deferred[3].const_data_ptr<A>()};
-      if (deferred.size() > 4) {
-        correction.scale = deferred[4].const_data_ptr<A>();
-        correction.shift = deferred[5].const_data_ptr<A>();
+    if (missing.any()) {
+      y.emplace(missing.y);
+      correction = {y->matrix, missing.mean.const_data_ptr<A>(), missing.a.const_data_ptr<A>(),
+                    missing.b.const_data_ptr<A>()};
+      if (missing.masks()) {
+        correction.scale = missing.scale.const_data_ptr<A>();
+        correction.shift = missing.shift.const_data_ptr<A>();
       }
     }
     const kernels::Size size = size_of(x.dense);
