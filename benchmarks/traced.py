@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
-from effdense import batch_norm, check, dense_block, operators
+from effdense import batch_norm, check, dense_block, operators, stem
 
 # The calls that are operators for torch.compile's sake: what is in them counts.
 OPAQUE: dict[str, Callable[..., Any]] = {
@@ -27,6 +27,8 @@ OPAQUE: dict[str, Callable[..., Any]] = {
     "update_running_statistics": batch_norm._update,
     "update_from_vectors": batch_norm._update_from_vectors,
     "count_batches": batch_norm._count,
+    "stem": stem._stem,
+    "stem_backward": stem._stem_backward,
 }
 
 
