@@ -22,7 +22,7 @@ from torch import Tensor
 import effdense
 from benchmarks import compare, devices, isa, measure
 from benchmarks.program import reports_missing_packages
-from effdense.reference import accumulate_dtype
+from effdense.ops.reference import accumulate_dtype
 from effdense.workspace import on_large_pages
 
 if TYPE_CHECKING:  # measuring does without

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import compare, cuda_traffic, models
-from effdense import convert, operators
+from effdense import convert
+from effdense.ops import dispatch
 
 IMPLS = ("naive", "checkpoint", "balanced", "minimal")
 # What computes nothing: views, allocations, what asks for something.
@@ -98,7 +99,7 @@ def _is_free(event: Any) -> bool:
 def on_harness(simt: Any) -> Iterator[None]:
     """Makes the CPU run the CUDA operators."""
     types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    with mock.patch.dict(operators._COMPILED, {"cpu": (simt, types)}):
+    with mock.patch.dict(dispatch._COMPILED, {"cpu": (simt, types)}):
         yield
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
-from effdense import batch_norm, check, dense_block, operators
+from effdense import batch_norm, dense_block
+from effdense.ops import dispatch, self_test
 
 # The calls that are operators for torch.compile's sake: what is in them counts.
 OPAQUE: dict[str, Callable[..., Any]] = {
@@ -118,9 +119,9 @@ def _in_cudnns_layout(result: Any, inputs: Sequence[Tensor]) -> Any:
 @contextlib.contextmanager
 def _as_on_cuda() -> Iterator[None]:
     """Meta tensors take the operators that CUDA has."""
-    names = [name for name in check.OPERATORS if name not in check.ON_CPU_ALONE]
+    names = [name for name in self_test.OPERATORS if name not in self_test.ON_CPU_ALONE]
     cuda = SimpleNamespace(**{name: getattr(torch.ops.effdense, name) for name in names})
-    with mock.patch.dict(operators._COMPILED, {"meta": (cuda, (torch.half, torch.float32))}):
+    with mock.patch.dict(dispatch._COMPILED, {"meta": (cuda, (torch.half, torch.float32))}):
         yield
 
 

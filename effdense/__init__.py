@@ -3,8 +3,11 @@
 `convert(model)` makes an existing model run fused; `nn` has the modules, `functional` the operator.
 """
 
-# _extension first: it refuses a torch on which the others may not even load.
-from effdense import _extension, functional, models, nn
+# First: it refuses a torch on which the others may not even load.
+from effdense.ops import extension as _extension
+
+# isort: split
+from effdense import functional, models, nn
 from effdense.convert import convert, report, revert
 from effdense.memory import plan
 from effdense.summary import summary

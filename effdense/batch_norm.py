@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense.operators import operators
-from effdense.reference import accumulate_dtype
+from effdense.ops.dispatch import operators
+from effdense.ops.reference import accumulate_dtype
 from effdense.synchronize import group_of, join_coefficients, joint_count
 
 

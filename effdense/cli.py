@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import cuda, extras, files, reference
-from effdense._extension import build_info
-from effdense.check import check
+from effdense import extras, files
 from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
 from effdense.models import build, load_checkpoint
 from effdense.nn.obstacles import CONVS
-from effdense.operators import operators
+from effdense.ops import gpu_check, reference
+from effdense.ops.dispatch import operators
+from effdense.ops.extension import build_info
+from effdense.ops.self_test import check
 from effdense.reuse import feature_reuse
 from effdense.summary import summary
 from effdense.train import command as train
@@ -45,7 +46,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"{key}: {value}")
     if x.device.type != "cuda":
         ops = operators(x)
-    elif reason := cuda.why_unsupported(x.device.index):
+    elif reason := gpu_check.why_unsupported(x.device.index):
         print(f"\nno kernels for this card, because {reason}")
         ops = reference
     else:  # without asking whether they are right, which is to be seen

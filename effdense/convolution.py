@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effdense.autograd import sum_per_channel, vector
 from effdense.batch_norm import Folded, plain_bn_relu
-from effdense.reference import accumulate_dtype, channels_last
+from effdense.ops.reference import accumulate_dtype, channels_last
 from effdense.workspace import Lease
 
 

@@ -24,9 +24,9 @@ from effdense.autograd import (
 from effdense.batch_norm import plain_bn_relu, refuse_group
 from effdense.convolution import convolve, plain_bn_relu_convolve
 from effdense.engine import backward, empty_buffer, forward
-from effdense.operators import operators
+from effdense.ops.dispatch import operators
+from effdense.ops.reference import accumulate_dtype
 from effdense.pool import plain_avg_pool
-from effdense.reference import accumulate_dtype
 from effdense.stage import Parameters, PoolParameters, Settings, Stage
 
 _SETTINGS = (

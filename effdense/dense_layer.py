@@ -33,8 +33,8 @@ from effdense.autograd import (
 from effdense.batch_norm import Folded, Norm, fold, refuse_group
 from effdense.checks import check_conv_weight, check_norm, check_vector
 from effdense.convolution import plain_bn_relu_convolve
-from effdense.operators import operators
-from effdense.reference import channels_last
+from effdense.ops.dispatch import operators
+from effdense.ops.reference import channels_last
 from effdense.stage import LayerParameters, Settings, Stage, Vectors
 from effdense.synchronize import join_statistics
 

@@ -38,7 +38,7 @@ from effdense.convolution import (
     convolve,
     convolve_backward,
 )
-from effdense.reference import accumulate_dtype, channels_last
+from effdense.ops.reference import accumulate_dtype, channels_last
 from effdense.stage import (
     Layer,
     LayerParameters,

@@ -22,11 +22,12 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effdense import engine, operators, stem
+from effdense import engine, stem
 from effdense.convert import convert, report
 from effdense.modules import kind_of
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.plain import CHECKPOINTED
+from effdense.ops import dispatch
 from effdense.stage import Settings
 
 MEMORY = ("naive", "checkpoint", "balanced", "minimal")
@@ -178,7 +179,7 @@ class _Timeline(TorchDispatchMode):
         self._in_stage = True
         try:
             with torch.no_grad(), self:
-                result = way(operators.operators(tensors[0]), settings, *tensors)
+                result = way(dispatch.operators(tensors[0]), settings, *tensors)
         finally:
             self._in_stage = False
         return [t for t in result if t is not None]
@@ -187,11 +188,11 @@ class _Timeline(TorchDispatchMode):
 @contextmanager
 def _compiled_on_meta() -> Iterator[None]:
     """Meta tensors take the way of the compiled operators, whose fakes know what those allocate."""
-    operators._COMPILED["meta"] = operators._COMPILED["cpu"]
+    dispatch._COMPILED["meta"] = dispatch._COMPILED["cpu"]
     try:
         yield
     finally:
-        operators._COMPILED.pop("meta", None)
+        dispatch._COMPILED.pop("meta", None)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

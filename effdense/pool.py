@@ -17,7 +17,7 @@ from effdense.autograd import empty_channels_last, gradients, prepare, shaped, w
 from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
 from effdense.checks import check_norm
 from effdense.dense_layer import statistics
-from effdense.operators import operators
+from effdense.ops.dispatch import operators
 
 Windows = tuple[Sequence[int], Sequence[int], Sequence[int]]  # of a max pool: kernel size, stride, padding
 

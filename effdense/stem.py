@@ -20,9 +20,9 @@ from effdense.autograd import autocast_enabled, empty_channels_last, gradients, 
 from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
 from effdense.checks import check_norm
 from effdense.dense_layer import statistics
-from effdense.operators import operators
+from effdense.ops.dispatch import operators
+from effdense.ops.reference import accumulate_dtype, channels_last
 from effdense.pool import Windows, plain_max_pool
-from effdense.reference import accumulate_dtype, channels_last
 
 
 class Settings(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from effdense._extension import extension
+from effdense.ops.extension import extension
 
 _ALIGNMENT = 64  # bytes: a cache line
 _LARGE = 4 * 2**20  # bytes: two of Linux's large pages

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import effdense
-from effdense import operators, reference
+from effdense.ops import dispatch, reference
 from tests.cases import BACKENDS
 from tests.on_device import OnDevice
 from tests.selection import asks_of_the_instruction_set
@@ -147,7 +147,7 @@ def runs_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """What effdense runs on in a test: its CPU kernels, its CUDA kernels on the CPU, a GPU (where tensors are then made), or none."""
     if request.param in SIMT:
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        monkeypatch.setitem(operators._COMPILED, "cpu", (request.getfixturevalue(request.param), dtypes))
+        monkeypatch.setitem(dispatch._COMPILED, "cpu", (request.getfixturevalue(request.param), dtypes))
     with torch.device("cuda" if request.param == "cuda" else "cpu"):
         yield request.param
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense import check, cli, reference
+from effdense import cli
+from effdense.ops import reference, self_test
 
 
 @pytest.mark.core
 def test_everything_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check"]) == 0
     out = capsys.readouterr().out
-    assert f"{len(check.OPERATORS) * len(check.NUMBERS['cpu'])} passed, 0 failed" in out
+    assert f"{len(self_test.OPERATORS) * len(self_test.NUMBERS['cpu'])} passed, 0 failed" in out
     assert "compiled operators on cpu" in out
 
 
@@ -28,7 +29,7 @@ def test_every_operator_is_checked() -> None:
     schemas = Path(__file__).parents[1] / "csrc" / "schemas.h"
     registered = set(re.findall(r'm\.def\(\s*"(\w+)\(', schemas.read_text()))
     assert all(hasattr(torch.ops.effdense, name) for name in registered)
-    assert set(check.OPERATORS) == registered
+    assert set(self_test.OPERATORS) == registered
     assert all(hasattr(reference, name) for name in registered)
 
 
@@ -37,7 +38,7 @@ def test_a_wrong_operator_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         mean, var = reference.channel_statistics(features)
         return mean.roll(1), var
 
-    every = {name: getattr(torch.ops.effdense, name) for name in check.OPERATORS}
+    every = {name: getattr(torch.ops.effdense, name) for name in self_test.OPERATORS}
     ops = SimpleNamespace(**{**every, "channel_statistics": wrong})
     monkeypatch.setattr(cli, "operators", lambda x: ops)
     assert cli.main(["check"]) == 1

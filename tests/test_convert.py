@@ -16,8 +16,8 @@ from torch.nn.utils import prune
 
 import effdense
 from benchmarks import models
-from effdense import reference
 from effdense.nn import DenseBlock, DenseLayer, Transition
+from effdense.ops import reference
 from tests.conversions import COPIES, copied
 
 MEMORY = ["balanced", "minimal"]

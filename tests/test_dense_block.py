@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from effdense import dense_block, engine, reference
-from effdense.operators import operators
+from effdense import dense_block, engine
+from effdense.ops import reference
+from effdense.ops.dispatch import operators
 from tests.stages import (
     CHANNELS,
     GROWTH,

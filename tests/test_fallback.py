@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import peak_bytes
-from effdense import models, operators, reference
+from effdense import models
+from effdense.ops import dispatch, reference
 from tests.simt.compiler import ROOT, compile_fake_device
 from tests.stages import MEMORY, kept_tensors
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.core
 
 @pytest.fixture
 def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(operators, "_COMPILED", {})
+    return lambda: monkeypatch.setattr(dispatch, "_COMPILED", {})
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -33,7 +34,7 @@ def test_the_same_is_kept_for_the_backward(memory: str, plain: bool, twin: Calla
         tensors, _ = kept_tensors(model, torch.randn(2, 3, 40, 37))
         kept.append([(t.shape, t.stride(), t.dtype) for t in tensors])
         twin()
-        assert operators.operators(tensors[0]) is reference
+        assert dispatch.operators(tensors[0]) is reference
     assert kept[0] == kept[1]
 
 

@@ -33,7 +33,7 @@ from effdense.nn.obstacles import (
 )
 from effdense.nn.stage_run import dimensions_of, run_stage
 from effdense.nn.structure import DROPOUTS, Chain
-from effdense.reference import channels_last
+from effdense.ops.reference import channels_last
 
 _BLOCKS = (DenseBlock, ForeignBlock)
 _TRANSITIONS = (Transition, ForeignTransition)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from effdense import files
-from effdense._extension import build_info
+from effdense.ops.extension import build_info
 from effdense.train.settings import Settings
 
 

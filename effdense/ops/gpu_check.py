@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from effdense._extension import REINSTALL, build_info
-from effdense.check import Shape, check
+from effdense.ops.extension import REINSTALL, build_info
+from effdense.ops.self_test import Shape, check
 
 LEAST_CAPABILITY = (7, 5)  # of a card, for any kernels to be built for it
 SELF_CHECK = "EFFDENSE_SELF_CHECK"  # environment variable: 0 switches the check off

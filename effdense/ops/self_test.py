@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense import reference
-from effdense.reference import channels_last
+from effdense.ops import reference
+from effdense.ops.reference import channels_last
 
 # The operators that only the CPU has: elsewhere cuDNN's convolutions are hard to beat.
 ON_CPU_ALONE = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdense import cuda, reference
-from effdense._extension import extension
+from effdense.ops import gpu_check, reference
+from effdense.ops.extension import extension
 
 # device -> the compiled operators, and the dtypes of maps that they take
 _COMPILED: dict[str, tuple[Any, tuple[torch.dtype, ...]]] = {}
@@ -26,7 +26,7 @@ if extension is not None:
 def operators(x: Tensor) -> Any:
     """The namespace whose operators take tensors like `x` (a map; the vectors that go with it have the device alone)."""
     compiled, dtypes = _COMPILED.get(x.device.type, (reference, ()))
-    if x.dtype not in dtypes or (x.device.type == "cuda" and not cuda.usable(x.device.index)):
+    if x.dtype not in dtypes or (x.device.type == "cuda" and not gpu_check.usable(x.device.index)):
         return reference
     return compiled
 
