@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
-from effdense import batch_norm, dense_block
+from effdense.engine import batch_norm, node
 from effdense.ops import dispatch, self_test
 
 # The calls that are operators for torch.compile's sake: what is in them counts.
 OPAQUE: dict[str, Callable[..., Any]] = {
-    "dense_stage": dense_block._dense_stage,
-    "dense_stage_backward": dense_block._dense_stage_backward,
+    "dense_stage": node._dense_stage,
+    "dense_stage_backward": node._dense_stage_backward,
     "move_running_statistics": batch_norm._move,
     "update_running_statistics": batch_norm._update,
     "update_from_vectors": batch_norm._update_from_vectors,

@@ -9,9 +9,9 @@ from effdense.ops import extension as _extension
 # isort: split
 from effdense import functional, models, nn
 from effdense.convert import convert, report, revert
+from effdense.engine.workspace import empty_cache
 from effdense.memory import plan
 from effdense.summary import summary
-from effdense.workspace import empty_cache
 
 build_info = _extension.build_info
 __version__ = "0.1.0"

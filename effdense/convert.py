@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from effdense.checks import check_memory
+from effdense.engine.validation import check_memory
 from effdense.examine import Examiner
 from effdense.modules import named, walk
 from effdense.nn.classes import OURS, Foreign, Form, adopt, give_back, is_fused_kind

@@ -22,13 +22,13 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effdense import engine, stem
 from effdense.convert import convert, report
+from effdense.engine import passes, stem
+from effdense.engine.stage import Settings
 from effdense.modules import kind_of
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.plain import CHECKPOINTED
 from effdense.ops import dispatch
-from effdense.stage import Settings
 
 MEMORY = ("naive", "checkpoint", "balanced", "minimal")
 CATEGORIES = ("features", "bottlenecks", "scratch", "stem", "activations", "gradients", "other")
@@ -144,12 +144,12 @@ class _Timeline(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.effdense.dense_stage.default:
             self._after_stem = True
-            stage: list[Tensor] = self._inside(engine.forward, args[:4], Settings(*args[4:]))
+            stage: list[Tensor] = self._inside(passes.forward, args[:4], Settings(*args[4:]))
             for tensor, category in zip(stage, ("other", "features", "bottlenecks", "other"), strict=True):
                 self._live[id(tensor.untyped_storage())].category = category
             return tuple(stage)
         if func is torch.ops.effdense.dense_stage_backward.default:
-            return self._inside(engine.backward, args[:8], Settings(*args[8:]))
+            return self._inside(passes.backward, args[:8], Settings(*args[8:]))
         if func in _STEM:
             way, count = _STEM[func]
             self._in_stem = True

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense import dense_block, models
+from effdense import models
+from effdense.engine import node
 from effdense.nn.plain import run_plain
 from tests.stages import assert_close
 
@@ -28,7 +29,7 @@ def step(name: str, checkpointed: bool | None) -> tuple[list[Tensor], int]:
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     if checkpointed is not None:
         run_plain(model, checkpointed)
-    with mock.patch.object(dense_block, "run", wraps=dense_block.run) as run:
+    with mock.patch.object(node, "run", wraps=node.run) as run:
         out = model(x)
         out.square().sum().backward()
     return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], run.call_count

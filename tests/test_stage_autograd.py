@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effdense import batch_norm, dense_block
+from effdense.engine import batch_norm, node
 from tests.stages import (
     CHANNELS,
     MEMORY,
@@ -309,8 +309,8 @@ def test_operators_are_what_their_schemas_say(
 ) -> None:
     ours = converted(make_naive(plain, tail, drop_rate=0.3), "minimal")
     calls: list[Any] = []
-    run = dense_block.run
-    monkeypatch.setattr(dense_block, "run", lambda *a: calls.append(a) or run(*a))
+    run = node.run
+    monkeypatch.setattr(node, "run", lambda *a: calls.append(a) or run(*a))
     ours(make_input((4, 5), 2))
     settings, x, parameters, running, masks = calls[0]
     settings = settings._replace(memory=memory)

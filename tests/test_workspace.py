@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from effdense import dense_block, workspace
+from effdense.engine import node, workspace
 from effdense.ops import dispatch
 from tests.stages import (
     MEMORY,
@@ -120,7 +120,7 @@ def test_a_failing_layer_gives_the_block_back(monkeypatch: pytest.MonkeyPatch) -
         stage_backward=fail,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(dense_block, "operators", lambda _: failing)
+        patch.setattr(node, "operators", lambda _: failing)
         for call in (lambda: ours(make_input()), lambda: y.sum().backward()):
             with pytest.raises(MemoryError):
                 call()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effdense import nn as dense
-from effdense.checks import check_memory, check_number, check_spatial_dims
+from effdense.engine.validation import check_memory, check_number, check_spatial_dims
 from effdense.models.weights import load_published
 from effdense.nn.obstacles import AVG_POOLS, CONVS, MAX_POOLS, NORMS
 

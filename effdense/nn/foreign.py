@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdense.code import Reads, code_of_classes, counts, is_function
-from effdense.inputs import takes
+from effdense.engine.inputs import takes
+from effdense.engine.pool import plain_avg_pool
 from effdense.modules import original, walk
 from effdense.nn.layers import fits, run_transition, run_unpooled
 from effdense.nn.looks import look
@@ -31,7 +32,6 @@ from effdense.nn.structure import (
     read_transition,
 )
 from effdense.outside import frozen, same
-from effdense.pool import plain_avg_pool
 
 
 class Head(NamedTuple):

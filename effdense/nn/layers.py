@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense import dense_layer, pool
-from effdense.autograd import dropout_scale
-from effdense.batch_norm import read_module, update_modules
-from effdense.checks import (
+from effdense.engine import pool, single_layer
+from effdense.engine.autograd import dropout_scale
+from effdense.engine.batch_norm import read_module, update_modules
+from effdense.engine.inputs import takes, through
+from effdense.engine.validation import (
     check_memory,
     check_spatial_dims,
 )
-from effdense.inputs import takes, through
 from effdense.modules import kind_of
 from effdense.nn.looks import look
 from effdense.nn.obstacles import (
@@ -150,7 +150,7 @@ class DenseLayer(_Layer):
         return through(features, self._on_plain)
 
     def _on_plain(self, features: list[Tensor]) -> Tensor:
-        new, statistics1, statistics2 = dense_layer.dense_layer(
+        new, statistics1, statistics2 = single_layer.dense_layer(
             self._memory, features, read_module(self.norm1), self.conv1, read_module(self.norm2), self.conv2
         )
         count = new.numel() // new.shape[1]
@@ -362,7 +362,7 @@ def run_unpooled(x: Tensor, norm: Any, conv: Any) -> Tensor:
 
     def fused(x: Tensor) -> Tensor:
         weights = conv.weight, conv.bias
-        y, mean, var = dense_layer.bottleneck("Transition", NAMES, [x], read_module(norm), *weights)
+        y, mean, var = single_layer.bottleneck("Transition", NAMES, [x], read_module(norm), *weights)
         update_modules([(norm, mean, var)], x.numel() // x.shape[1])
         return y
 

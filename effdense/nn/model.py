@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense import dense_block, pool, stem
-from effdense.autograd import in_its_layout
-from effdense.batch_norm import read_module, update_modules
 from effdense.code import code_of, counts
-from effdense.inputs import takes, through
+from effdense.engine import node, pool, stem
+from effdense.engine.autograd import in_its_layout
+from effdense.engine.batch_norm import read_module, update_modules
+from effdense.engine.inputs import takes, through
 from effdense.modules import kind_of, walk
 from effdense.nn.foreign import ForeignBlock, ForeignTransition, Head, Noted
 from effdense.nn.layers import DenseBlock, Transition
@@ -244,7 +244,7 @@ def _apart(module: Any, x: Tensor) -> Tensor:
         return x  # which sees to it
     while isinstance(module, nn.Sequential) and (inside := _not_idle(module._modules.values())):
         module = inside[0]
-    if getattr(module, "inplace", False) is not True or not dense_block.is_kept(x):
+    if getattr(module, "inplace", False) is not True or not node.is_kept(x):
         return x
     # Contiguous, so that on the CPU dropout draws what it would have drawn.
     drops = isinstance(module, DROPOUTS)

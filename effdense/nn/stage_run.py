@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense import dense_block
-from effdense.autograd import autocast_enabled, prepare, without_autocast
-from effdense.batch_norm import Norm, StageUpdate, read_module
-from effdense.checks import check_conv_weight, check_norm, check_vector
-from effdense.inputs import through
+from effdense.engine import node
+from effdense.engine.autograd import autocast_enabled, prepare, without_autocast
+from effdense.engine.batch_norm import Norm, StageUpdate, read_module
+from effdense.engine.inputs import through
+from effdense.engine.stage import Settings, Stage
+from effdense.engine.validation import check_conv_weight, check_norm, check_vector
 from effdense.nn.looks import State, can_keep
 from effdense.nn.structure import Chain, Drop
-from effdense.stage import Settings, Stage
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -120,7 +120,7 @@ def _run_stage(
     drop, masks = _masks(chains, x)
     settings = run.settings._replace(drop=drop) if drop else run.settings
     with without_autocast(x):
-        out, vectors = dense_block.run(settings, x, run.parameters, run.running, masks)
+        out, vectors = node.run(settings, x, run.parameters, run.running, masks)
     run.update(vectors, values)
     if run.returned is not None:
         out = out[:, run.returned]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdense import engine, workspace
-from effdense.autograd import (
+from effdense.engine import passes, workspace
+from effdense.engine.autograd import (
     empty_channels_last,
     gradients,
     matrix,
@@ -30,13 +30,13 @@ from effdense.autograd import (
     vector,
     without_autocast,
 )
-from effdense.batch_norm import Folded, Norm, fold, refuse_group
-from effdense.checks import check_conv_weight, check_norm, check_vector
-from effdense.convolution import plain_bn_relu_convolve
+from effdense.engine.batch_norm import Folded, Norm, fold, refuse_group
+from effdense.engine.convolution import plain_bn_relu_convolve
+from effdense.engine.stage import LayerParameters, Settings, Stage, Vectors
+from effdense.engine.synchronize import join_statistics
+from effdense.engine.validation import check_conv_weight, check_norm, check_vector
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import channels_last
-from effdense.stage import LayerParameters, Settings, Stage, Vectors
-from effdense.synchronize import join_statistics
 
 
 def statistics(features: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ class DenseLayerNode(torch.autograd.Function):
         kept, new = {0: y} if keeps else {}, empty_channels_last(x, layer.growth)
         norms = [(mean1, var1), own2]
         with _scratch(x, stage.forward_scratch(ops)) as scratch:
-            engine.layer_forward(ops, stage, layer, features, norms, kept, new, scratch)
+            passes.layer_forward(ops, stage, layer, features, norms, kept, new, scratch)
         return new, *own2, y
 
     @staticmethod
@@ -260,9 +260,9 @@ def _layer_backward(
     stage, ops = _stage(settings, own, features), operators(features[0])
     (layer,) = stage.layers
     kept = y if stage.saved_size(features[0]) > 0 else None
-    reads = engine.Reads(features, _empty_grads(features, need_features), False, any(need_features))
+    reads = passes.Reads(features, _empty_grads(features, need_features), False, any(need_features))
     with _scratch(features[0], stage.backward_scratch(ops)) as scratch:
-        grads, sums = engine.layer_backward(
+        grads, sums = passes.layer_backward(
             ops, stage, layer, channels_last(grad_new), reads, norms, kept, needs, scratch
         )
     if sums is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from effdense.checks import check_features, check_same_dtype
+from effdense.engine.validation import check_features, check_same_dtype
 
 
 def autocast_enabled(x: Tensor) -> bool:

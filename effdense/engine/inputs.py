@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from effdense.autograd import in_its_layout
+from effdense.engine.autograd import in_its_layout
 
 _PLAIN = (Tensor, nn.Parameter)
 # By who has written the function, so that a subclass with one of its own is not meant.

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense.autograd import sum_per_channel, vector
-from effdense.batch_norm import Folded, plain_bn_relu
+from effdense.engine.autograd import sum_per_channel, vector
+from effdense.engine.batch_norm import Folded, plain_bn_relu
+from effdense.engine.workspace import Lease
 from effdense.ops.reference import accumulate_dtype, channels_last
-from effdense.workspace import Lease
 
 
 def fuses(ops: Any, weight: Tensor, dilation: int = 1) -> bool:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense import workspace
-from effdense.autograd import (
+from effdense.engine import workspace
+from effdense.engine.autograd import (
     dropout_scale,
     empty_channels_last,
     empty_rows,
@@ -30,16 +30,15 @@ from effdense.autograd import (
     sum_per_channel,
     vector,
 )
-from effdense.batch_norm import Folded
-from effdense.convolution import (
+from effdense.engine.batch_norm import Folded
+from effdense.engine.convolution import (
     Gradients,
     bn_relu_convolve,
     bn_relu_convolve_backward,
     convolve,
     convolve_backward,
 )
-from effdense.ops.reference import accumulate_dtype, channels_last
-from effdense.stage import (
+from effdense.engine.stage import (
     Layer,
     LayerParameters,
     Parameters,
@@ -49,8 +48,9 @@ from effdense.stage import (
     Vectors,
     by_name,
 )
-from effdense.synchronize import join_coefficients, join_statistics
-from effdense.workspace import on_large_pages
+from effdense.engine.synchronize import join_coefficients, join_statistics
+from effdense.engine.workspace import on_large_pages
+from effdense.ops.reference import accumulate_dtype, channels_last
 
 
 def empty_buffer(like: Tensor, channels: int) -> Tensor:

@@ -15,14 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense import workspace
-from effdense.autograd import autocast_enabled, empty_channels_last, gradients, shaped, without_autocast
-from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
-from effdense.checks import check_norm
-from effdense.dense_layer import statistics
+from effdense.engine import workspace
+from effdense.engine.autograd import (
+    autocast_enabled,
+    empty_channels_last,
+    gradients,
+    shaped,
+    without_autocast,
+)
+from effdense.engine.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
+from effdense.engine.pool import Windows, plain_max_pool
+from effdense.engine.single_layer import statistics
+from effdense.engine.validation import check_norm
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype, channels_last
-from effdense.pool import Windows, plain_max_pool
 
 
 class Settings(NamedTuple):

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effdense.engine.synchronize import group_of, join_coefficients, joint_count
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype
-from effdense.synchronize import group_of, join_coefficients, joint_count
 
 
 class Norm(NamedTuple):

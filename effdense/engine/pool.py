@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdense.autograd import empty_channels_last, gradients, prepare, shaped, without_autocast
-from effdense.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
-from effdense.checks import check_norm
-from effdense.dense_layer import statistics
+from effdense.engine.autograd import empty_channels_last, gradients, prepare, shaped, without_autocast
+from effdense.engine.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
+from effdense.engine.single_layer import statistics
+from effdense.engine.validation import check_norm
 from effdense.ops.dispatch import operators
 
 Windows = tuple[Sequence[int], Sequence[int], Sequence[int]]  # of a max pool: kernel size, stride, padding

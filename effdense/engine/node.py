@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effdense import workspace
-from effdense.autograd import (
+from effdense.engine import workspace
+from effdense.engine.autograd import (
     At,
     Place,
     dropout_scale,
     empty_channels_last,
     gradients,
 )
-from effdense.batch_norm import plain_bn_relu, refuse_group
-from effdense.convolution import convolve, plain_bn_relu_convolve
-from effdense.engine import backward, empty_buffer, forward
+from effdense.engine.batch_norm import plain_bn_relu, refuse_group
+from effdense.engine.convolution import convolve, plain_bn_relu_convolve
+from effdense.engine.passes import backward, empty_buffer, forward
+from effdense.engine.pool import plain_avg_pool
+from effdense.engine.stage import Parameters, PoolParameters, Settings, Stage
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype
-from effdense.pool import plain_avg_pool
-from effdense.stage import Parameters, PoolParameters, Settings, Stage
 
 _SETTINGS = (
     "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool,"

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from effdense.batch_norm import Folded, fold
-from effdense.convolution import fuses
+from effdense.engine.batch_norm import Folded, fold
+from effdense.engine.convolution import fuses
 
 Vectors = list[tuple[Tensor, Tensor]]
 Parameters = Sequence[Tensor | None]
