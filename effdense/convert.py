@@ -15,7 +15,7 @@ from torch import nn
 
 from effdense.engine.validation import check_memory
 from effdense.examine import Examiner
-from effdense.modules import named, walk
+from effdense.nn.modules import named, walk
 from effdense.nn.classes import OURS, Foreign, Form, adopt, give_back, is_fused_kind
 
 

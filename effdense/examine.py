@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense.code import Reads, code_of_tree, counts, is_known
-from effdense.modules import kind_of, named, original, walk
+from effdense.nn.code import Reads, code_of_tree, counts, is_known
+from effdense.nn.modules import kind_of, named, original, walk
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
-from effdense.nn.model import head_of, stem_of
+from effdense.nn.network import head_of, stem_of
 from effdense.nn.obstacles import ACTIVATIONS, CONVS, chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,

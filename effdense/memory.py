@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from effdense.convert import convert, report
 from effdense.engine import passes, stem
 from effdense.engine.stage import Settings
-from effdense.modules import kind_of
+from effdense.nn.modules import kind_of
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.plain import CHECKPOINTED
 from effdense.ops import dispatch

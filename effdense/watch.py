@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from effdense.code import codes_in
-from effdense.modules import walk
+from effdense.nn.code import codes_in
+from effdense.nn.modules import walk
 
 _ALLOWED = frozenset(
     [

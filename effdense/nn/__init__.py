@@ -6,6 +6,6 @@ wrapped or replaced submodule, a changed convolution, and the submodules are cal
 """
 
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
-from effdense.nn.model import DenseFeatures, DenseNet
+from effdense.nn.network import DenseFeatures, DenseNet
 
 __all__ = ["DenseBlock", "DenseFeatures", "DenseLayer", "DenseNet", "PlainDenseLayer", "Transition"]

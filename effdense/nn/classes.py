@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effdense.code import Reads
-from effdense.modules import kind_of, original
+from effdense.nn.code import Reads
+from effdense.nn.modules import kind_of, original
 from effdense.nn.foreign import (
     NO_FORM,
     Foreign,
@@ -30,7 +30,7 @@ from effdense.nn.foreign import (
 )
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.looks import KEPT
-from effdense.nn.model import DenseFeatures, DenseNet
+from effdense.nn.network import DenseFeatures, DenseNet
 from effdense.nn.obstacles import global_obstacle, refuse_scripting, shadowed
 from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read_transition, see
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense.code import Reads, code_of_classes, counts, is_function
+from effdense.nn.code import Reads, code_of_classes, counts, is_function
 from effdense.engine.inputs import takes
 from effdense.engine.pool import plain_avg_pool
-from effdense.modules import original, walk
+from effdense.nn.modules import original, walk
 from effdense.nn.layers import fits, run_transition, run_unpooled
 from effdense.nn.looks import look
 from effdense.nn.obstacles import global_obstacle
@@ -31,7 +31,7 @@ from effdense.nn.structure import (
     read_block,
     read_transition,
 )
-from effdense.outside import frozen, same
+from effdense.nn.outside import frozen, same
 
 
 class Head(NamedTuple):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effdense.code import Reads, code_of_tree, constants_of, counts
-from effdense.modules import original, walk
+from effdense.nn.code import Reads, code_of_tree, constants_of, counts
+from effdense.nn.modules import original, walk
 from effdense.nn.looks import KEPT
 from effdense.nn.obstacles import (
     ACTIVATIONS,
@@ -32,7 +32,7 @@ from effdense.nn.obstacles import (
     plain_avg_pool,
     same_processes,
 )
-from effdense.outside import frozen, same
+from effdense.nn.outside import frozen, same
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SILENT = (*ACTIVATIONS, nn.Identity)  # the forward may as well have functions in their place

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from effdense.modules import original
+from effdense.nn.modules import original
 from effdense.nn.structure import convs_of, layers_of
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from effdense.modules import original, walk
-from effdense.outside import Reached, depends_on_arguments
+from effdense.nn.modules import original, walk
+from effdense.nn.outside import Reached, depends_on_arguments
 
 # The root packages of PyTorch, of effdense, and of the libraries whose DenseNets `convert` knows.
 LIBRARIES = frozenset(
