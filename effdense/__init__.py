@@ -8,7 +8,7 @@ from effdense.ops import extension as _extension
 
 # isort: split
 from effdense import functional, models, nn
-from effdense.convert import convert, report, revert
+from effdense.conversion import convert, report, revert
 from effdense.engine.workspace import empty_cache
 from effdense.memory import plan
 from effdense.summary import summary

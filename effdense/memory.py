@@ -22,11 +22,11 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effdense.convert import convert, report
+from effdense.conversion import convert, report
 from effdense.engine import passes, stem
 from effdense.engine.stage import Settings
-from effdense.nn.modules import kind_of
 from effdense.nn.foreign import ForeignBlock
+from effdense.nn.modules import kind_of
 from effdense.nn.plain import CHECKPOINTED
 from effdense.ops import dispatch
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effdense.convert import convert, report
+from effdense.conversion import convert, report
 from effdense.memory import bare_copy
 from effdense.nn import DenseBlock
 from effdense.nn.foreign import ForeignBlock

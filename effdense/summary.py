@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effdense.convert import convert
+from effdense.conversion import convert
 from effdense.memory import bare_copy, check_input_shape
 from effdense.nn import DenseBlock, DenseFeatures, DenseNet, Transition
 from effdense.nn.foreign import ForeignBlock, ForeignTransition

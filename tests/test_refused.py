@@ -196,7 +196,7 @@ def test_a_convolution_that_changes_later_makes_its_own_forward_run(attribute: s
 def test_a_convert_that_fails_halfway_leaves_the_model_as_it_was(
     failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, calls = importlib.import_module("effdense.convert"), itertools.count()
+    module, calls = importlib.import_module("effdense.conversion"), itertools.count()
     adopt = module.adopt
 
     def fail(*arguments: Any) -> None:

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense.nn.code import Reads, code_of_classes, counts, is_function
 from effdense.engine.inputs import takes
 from effdense.engine.pool import plain_avg_pool
-from effdense.nn.modules import original, walk
+from effdense.nn.code import Reads, code_of_classes, counts, is_function
 from effdense.nn.layers import fits, run_transition, run_unpooled
 from effdense.nn.looks import look
+from effdense.nn.modules import original, walk
 from effdense.nn.obstacles import global_obstacle
+from effdense.nn.outside import frozen, same
 from effdense.nn.stage_run import Chains, dimensions_of, run_stage
 from effdense.nn.structure import (
     DROPOUTS,
@@ -31,7 +32,6 @@ from effdense.nn.structure import (
     read_block,
     read_transition,
 )
-from effdense.nn.outside import frozen, same
 
 
 class Head(NamedTuple):

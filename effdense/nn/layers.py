@@ -18,8 +18,8 @@ from effdense.engine.validation import (
     check_memory,
     check_spatial_dims,
 )
-from effdense.nn.modules import kind_of
 from effdense.nn.looks import look
+from effdense.nn.modules import kind_of
 from effdense.nn.obstacles import (
     AVG_POOLS,
     CONVS,

@@ -19,8 +19,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
-from effdense.nn.code import is_librarys
 from effdense.engine.synchronize import processes_of
+from effdense.nn.code import is_librarys
 from effdense.nn.modules import kind_of
 from effdense.nn.outside import replaced
 

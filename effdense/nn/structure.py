@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from effdense.nn.code import Reads, code_of_tree, constants_of, counts
-from effdense.nn.modules import original, walk
 from effdense.nn.looks import KEPT
+from effdense.nn.modules import original, walk
 from effdense.nn.obstacles import (
     ACTIVATIONS,
     AVG_POOLS,

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from effdense import models
-from effdense.convert import convert
-from effdense.nn.classes import is_fused_kind
+from effdense.conversion import convert
+from effdense.conversion.class_swap import is_fused_kind
 from effdense.nn.obstacles import CONVS
 from effdense.nn.plain import run_plain
 from effdense.train.settings import Settings

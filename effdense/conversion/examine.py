@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense.nn.code import Reads, code_of_tree, counts, is_known
-from effdense.nn.modules import kind_of, named, original, walk
+from effdense.conversion.class_swap import LAYERS, class_obstacle, has_base, is_fused_kind
+from effdense.conversion.probe import difference
+from effdense.conversion.widths import growing
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
-from effdense.nn.classes import LAYERS, class_obstacle, has_base, is_fused_kind
+from effdense.nn.code import Reads, code_of_tree, counts, is_known
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
+from effdense.nn.modules import kind_of, named, original, walk
 from effdense.nn.network import head_of, stem_of
 from effdense.nn.obstacles import ACTIVATIONS, CONVS, chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
@@ -32,8 +34,6 @@ from effdense.nn.structure import (
     read_block,
     read_transition,
 )
-from effdense.nn.widths import growing
-from effdense.probe import difference
 
 
 def _looks_like(module: nn.Module) -> type | None:

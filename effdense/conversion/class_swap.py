@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from effdense.nn.code import Reads
-from effdense.nn.modules import kind_of, original
 from effdense.nn.foreign import (
     NO_FORM,
     Foreign,
@@ -30,6 +29,7 @@ from effdense.nn.foreign import (
 )
 from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
 from effdense.nn.looks import KEPT
+from effdense.nn.modules import kind_of, original
 from effdense.nn.network import DenseFeatures, DenseNet
 from effdense.nn.obstacles import global_obstacle, refuse_scripting, shadowed
 from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read_transition, see

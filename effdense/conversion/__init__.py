@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from effdense.conversion.class_swap import OURS, Foreign, Form, adopt, give_back, is_fused_kind
+from effdense.conversion.examine import Examiner
 from effdense.engine.validation import check_memory
-from effdense.examine import Examiner
 from effdense.nn.modules import named, walk
-from effdense.nn.classes import OURS, Foreign, Form, adopt, give_back, is_fused_kind
 
 
 class Entry(NamedTuple):
