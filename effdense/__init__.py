@@ -10,8 +10,8 @@ from effdense.ops import extension as _extension
 from effdense import functional, models, nn
 from effdense.conversion import convert, report, revert
 from effdense.engine.workspace import empty_cache
-from effdense.memory import plan
-from effdense.summary import summary
+from effdense.tools.planner import plan
+from effdense.tools.summary import summary
 
 build_info = _extension.build_info
 __version__ = "0.1.0"

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from effdense import extras, files
-from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
 from effdense.models import build, load_checkpoint
 from effdense.nn.obstacles import CONVS
 from effdense.ops import gpu_check, reference
 from effdense.ops.dispatch import operators
 from effdense.ops.extension import build_info
 from effdense.ops.self_test import check
-from effdense.reuse import feature_reuse
-from effdense.summary import summary
+from effdense.tools.planner import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
+from effdense.tools.reuse import feature_reuse
+from effdense.tools.summary import summary
 from effdense.train import command as train
 
 
@@ -137,9 +137,9 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _draw(arguments: argparse.Namespace, draw: Callable[[Any], None]) -> int:
-    """Calls `draw` with effdense.plots and says where the picture is."""
+    """Calls `draw` with effdense.tools.plots and says where the picture is."""
     try:
-        plots = extras.load("effdense.plots", f"effdense {arguments.command}", "train")
+        plots = extras.load("effdense.tools.plots", f"effdense {arguments.command}", "train")
     except ImportError as error:
         print(error, file=sys.stderr)
         return 2

@@ -13,8 +13,9 @@ from torch import nn
 import effdense
 from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
-from effdense import cli, memory
+from effdense import cli
 from effdense.ops import dispatch
+from effdense.tools import planner
 
 MIB = 2**20
 
@@ -122,7 +123,7 @@ def test_the_numbers_of_a_plan_add_up() -> None:
     model, shape = build("densenet_bc_22_12", "naive"), (16, 3, 32, 32)
     parameters = 4 * sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    for mode in memory.MEMORY:
+    for mode in planner.MEMORY:
         plan = effdense.plan(model, shape, memory=mode)
         assert sum(plan.breakdown.values()) == plan.total
         assert (plan.parameters, plan.gradients, plan.optimizer) == (
@@ -150,7 +151,7 @@ def test_the_model_is_not_touched() -> None:
     model.features.norm5.momentum = None  # the average over all batches
     before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
     classes, random = [type(m) for m in model.modules()], torch.get_rng_state()
-    for mode in memory.MEMORY:
+    for mode in planner.MEMORY:
         effdense.plan(model, (2, 3, 16, 16), memory=mode)
     assert not calls and classes == [type(m) for m in model.modules()]
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -168,12 +169,12 @@ def test_nothing_is_allocated() -> None:
 
 def test_the_largest_batch_is_the_largest() -> None:
     model, budget = build("densenet_bc_22_12", "naive"), 40 * MIB
-    batch = memory.largest_batch(model, (64, 3, 32, 32), budget)
+    batch = planner.largest_batch(model, (64, 3, 32, 32), budget)
     assert batch > 8
     assert effdense.plan(model, (batch, 3, 32, 32)).everything <= budget
     assert effdense.plan(model, (batch + 1, 3, 32, 32)).everything > budget
-    assert memory.largest_batch(model, (1, 3, 32, 32), budget) == batch
-    assert memory.largest_batch(model, (64, 3, 32, 32), MIB) == 0
+    assert planner.largest_batch(model, (1, 3, 32, 32), budget) == batch
+    assert planner.largest_batch(model, (64, 3, 32, 32), MIB) == 0
 
 
 class _Foreign(nn.Sequential):
@@ -221,7 +222,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", "densenet_bc_22_12", "--image-size", "32", "--batch", "8"]
     assert cli.main([*command, "--budget", "100 MiB"]) == 0
     out = capsys.readouterr().out
-    assert all(mode in out for mode in memory.MEMORY)
+    assert all(mode in out for mode in planner.MEMORY)
     plan = effdense.plan(build("densenet_bc_22_12", "naive"), (8, 3, 32, 32))
     row = next(line.split() for line in out.splitlines() if line.startswith("balanced"))
     assert row[1] == f"{plan.total / MIB:.1f}"
@@ -235,7 +236,7 @@ def test_command_on_another_librarys_net(
     command = ["plan", "--model", "timm:densenet", "--image-size", "32", "--batch", "8", "--budget", "1GiB"]
     assert cli.main(command) == 0
     first = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
-    assert [word for word in first if word in memory.MEMORY] == ["naive", "balanced", "minimal"] * 2
+    assert [word for word in first if word in planner.MEMORY] == ["naive", "balanced", "minimal"] * 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from effdense import cli, plots
+from effdense import cli
+from effdense.tools import plots
 
 HEAD = "epoch,step,split,loss,accuracy,lr,images_per_second,peak_bytes,seconds"
 
@@ -69,9 +70,9 @@ def test_without_matplotlib(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("effdense.plots", "matplotlib.axes"):
+    for name in ("effdense.tools.plots", "matplotlib.axes"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(importlib.import_module("effdense"), "plots", raising=False)
+    monkeypatch.delattr(importlib.import_module("effdense.tools"), "plots", raising=False)
     assert cli.main([command, "x"]) == 2
     assert (
         f"effdense {command} needs matplotlib, which is not installed: pip install 'effdense[train]'"

@@ -15,7 +15,7 @@ import effdense
 from benchmarks import models as twins
 from benchmarks import structures
 from effdense import cli, models
-from effdense.summary import SAVED
+from effdense.tools.summary import SAVED
 from tests.stages import kept_tensors
 
 GMACS = {

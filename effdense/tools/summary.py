@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from effdense.conversion import convert
-from effdense.memory import bare_copy, check_input_shape
 from effdense.nn import DenseBlock, DenseFeatures, DenseNet, Transition
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
 from effdense.nn.obstacles import CONVS
+from effdense.tools.planner import bare_copy, check_input_shape
 
 SAVED = ("naive", "balanced", "minimal")
 _BLOCKS = (DenseBlock, ForeignBlock)

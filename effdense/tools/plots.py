@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from effdense import files
-from effdense.reuse import BlockReuse
+from effdense.tools.reuse import BlockReuse
 
 MIB = 2**20
 SECONDS = {"s": 1, "min": 60, "h": 3600}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from effdense.conversion import convert, report
-from effdense.memory import bare_copy
 from effdense.nn import DenseBlock
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.obstacles import CONVS
 from effdense.nn.structure import Obstacle, read_block
+from effdense.tools.planner import bare_copy
 
 
 class BlockReuse(NamedTuple):
