@@ -1,4 +1,4 @@
-"""A whole dense stage (engine.py) as one node of autograd.
+"""A whole dense stage (passes.py) as one node of autograd.
 
 `dense_stage` and `dense_stage_backward` are the engine's two ways as opaque operators, so that torch.compile sees one node
 each way; `run` is what modules call.

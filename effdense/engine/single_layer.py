@@ -4,7 +4,7 @@ One node of autograd is a bottleneck alone (`BottleneckNode`) or a whole layer (
 
     y = W1 relu(bn1(cat(features)))        new = conv3x3(relu(bn2(y)))
 
-A layer is a stage's step (engine.py) over the features as they lie. A node saves its features and, with memory="balanced",
+A layer is a stage's step (passes.py) over the features as they lie. A node saves its features and, with memory="balanced",
 y; relu(bn2(y)) is always made again, and with memory="minimal" so is y. Nothing else is kept. Statistics come in from
 outside (bn1) or are taken while y is made (bn2).
 """

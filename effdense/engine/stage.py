@@ -1,6 +1,6 @@
 """What a dense stage is made of: its settings, its layers' tensors, and where in flat tensors its parts lie.
 
-Both ways of the engine (dense_block.py) and the planner (memory.py) read the geometry from here.
+Both ways of the engine (node.py) and the planner (tools/planner.py) read the geometry from here.
 """
 
 from __future__ import annotations

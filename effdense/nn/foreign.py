@@ -1,6 +1,6 @@
 """Blocks and transitions of other libraries, and users' own: they run fused and stay what they are otherwise.
 
-They are read anew before every forward; where something stands in the way, it is their own forward that runs (classes.py).
+They are read anew before every forward; where something stands in the way, it is their own forward that runs (conversion/class_swap.py).
 """
 
 from __future__ import annotations

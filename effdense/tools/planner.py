@@ -1,7 +1,7 @@
 """The planner: what one training step would take at its peak, and what for, without running it.
 
 The step is walked through on meta tensors, which have shapes and no memory, while storages are followed from birth to
-death; so is the inside of the block engine (engine.py), so that a plan comes from what the engine does and not from
+death; so is the inside of the block engine (engine/passes.py), so that a plan comes from what the engine does and not from
 a description of it. "naive" and "checkpoint" are followed by PyTorch's own MemTracker.
 """
 
