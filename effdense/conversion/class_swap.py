@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdense.nn.blocks import DenseBlock, Transition
 from effdense.nn.code import Reads
 from effdense.nn.foreign import (
     NO_FORM,
@@ -27,7 +28,7 @@ from effdense.nn.foreign import (
     noted_of,
     outside_of,
 )
-from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
+from effdense.nn.layers import DenseLayer, PlainDenseLayer
 from effdense.nn.looks import KEPT
 from effdense.nn.modules import kind_of, original
 from effdense.nn.network import DenseFeatures, DenseNet

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from effdense.engine.inputs import takes
 from effdense.engine.pool import plain_avg_pool
+from effdense.nn.blocks import fits, run_transition, run_unpooled
 from effdense.nn.code import Reads, code_of_classes, counts, is_function
-from effdense.nn.layers import fits, run_transition, run_unpooled
 from effdense.nn.looks import look
 from effdense.nn.modules import original, walk
 from effdense.nn.obstacles import global_obstacle

@@ -13,9 +13,9 @@ from effdense.engine import node, pool, stem
 from effdense.engine.autograd import in_its_layout
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import takes, through
+from effdense.nn.blocks import DenseBlock, Transition
 from effdense.nn.code import code_of, counts
 from effdense.nn.foreign import ForeignBlock, ForeignTransition, Head, Noted
-from effdense.nn.layers import DenseBlock, Transition
 from effdense.nn.modules import kind_of, walk
 from effdense.nn.obstacles import (
     ACTIVATIONS,
