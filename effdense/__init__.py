@@ -8,13 +8,13 @@ from effdense.ops import extension as _extension
 
 # isort: split
 from effdense import functional, models, nn
+from effdense._version import __version__
 from effdense.conversion import convert, report, revert
 from effdense.engine.workspace import empty_cache
 from effdense.tools.planner import plan
 from effdense.tools.summary import summary
 
 build_info = _extension.build_info
-__version__ = "0.1.0"
 
 __all__ = [
     "__version__",

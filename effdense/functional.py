@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from effdense.engine import single_layer
-from effdense.engine.batch_norm import Norm, Update, recomputing, update_running_statistics
+from effdense.engine.batch_norm import Update, recomputing, update_running_statistics
 from effdense.engine.inputs import through
+from effdense.engine.norm import Norm
 from effdense.engine.validation import check_number
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdense.engine.autograd import empty_channels_last, gradients, prepare, shaped, without_autocast
-from effdense.engine.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
+from effdense.engine.batch_norm import Folded, bn_relu_backward, fold, plain_bn_relu, refuse_group
+from effdense.engine.norm import Norm
 from effdense.engine.single_layer import statistics
 from effdense.engine.validation import check_norm
 from effdense.ops.dispatch import operators

@@ -30,8 +30,9 @@ from effdense.engine.autograd import (
     vector,
     without_autocast,
 )
-from effdense.engine.batch_norm import Folded, Norm, fold, refuse_group
+from effdense.engine.batch_norm import Folded, fold, refuse_group
 from effdense.engine.convolution import plain_bn_relu_convolve
+from effdense.engine.norm import Norm
 from effdense.engine.stage import LayerParameters, Settings, Stage, Vectors
 from effdense.engine.synchronize import join_statistics
 from effdense.engine.validation import check_conv_weight, check_norm, check_vector

@@ -23,7 +23,8 @@ from effdense.engine.autograd import (
     shaped,
     without_autocast,
 )
-from effdense.engine.batch_norm import Folded, Norm, bn_relu_backward, fold, plain_bn_relu, refuse_group
+from effdense.engine.batch_norm import Folded, bn_relu_backward, fold, plain_bn_relu, refuse_group
+from effdense.engine.norm import Norm
 from effdense.engine.pool import Windows, plain_max_pool
 from effdense.engine.single_layer import statistics
 from effdense.engine.validation import check_norm

@@ -11,7 +11,7 @@ from numbers import Real
 
 from torch import Tensor
 
-from effdense.engine.batch_norm import Norm
+from effdense.engine.norm import Norm
 
 
 def check_features(op: str, features: Sequence[Tensor]) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from effdense.engine import node
 from effdense.engine.autograd import autocast_enabled, prepare, without_autocast
-from effdense.engine.batch_norm import Norm, StageUpdate, read_module
+from effdense.engine.batch_norm import StageUpdate, read_module
 from effdense.engine.inputs import through
+from effdense.engine.norm import Norm
 from effdense.engine.stage import Settings, Stage
 from effdense.engine.validation import check_conv_weight, check_norm, check_vector
 from effdense.nn.looks import State, can_keep

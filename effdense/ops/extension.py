@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from effdense._torch_range import minor_version, why_unsupported
+from effdense._version import __version__
 
 if _unsupported := why_unsupported(torch.__version__, str(Path(torch.__file__ or "").parent)):
     raise ImportError(_unsupported)
@@ -75,8 +76,6 @@ def build_info() -> dict[str, Any]:
         `torch_built_for`, `compiler`, `openmp` and `cuda` (what the module was built with), `arch_list` (the
         GPU architectures it was built for) and `cpu_capability` (the instruction set that PyTorch picked).
     """
-    from effdense import __version__
-
     built_with = extension.build_info() if extension else {}
     return {
         "effdense": __version__,
