@@ -6,13 +6,13 @@ value and does not care.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effdense.ops import gpu_check, reference
+from effdense.ops import reference
 from effdense.ops.extension import extension
 
 # device -> the compiled operators, and the dtypes of maps that they take
@@ -23,10 +23,25 @@ if extension is not None:
     _COMPILED["cuda"] = torch.ops.effdense, (*_everywhere, torch.float16)
 
 
+def _no_card(index: int) -> bool:
+    return False
+
+
+# Whether the kernels may run on the card of a number. ops/__init__.py hands in gpu_check.py's answer: that file runs the
+# self-test, which this one need not know.
+_card_is_usable: Callable[[int], bool] = _no_card
+
+
+def ask_about_cards(is_usable: Callable[[int], bool]) -> None:
+    """Hands in who knows whether the kernels may run on the card of a number; before, no card gets them."""
+    global _card_is_usable
+    _card_is_usable = is_usable
+
+
 def operators(x: Tensor) -> Any:
     """The namespace whose operators take tensors like `x` (a map; the vectors that go with it have the device alone)."""
     compiled, dtypes = _COMPILED.get(x.device.type, (reference, ()))
-    if x.dtype not in dtypes or (x.device.type == "cuda" and not gpu_check.usable(x.device.index)):
+    if x.dtype not in dtypes or (x.device.type == "cuda" and not _card_is_usable(x.device.index)):
         return reference
     return compiled
 
