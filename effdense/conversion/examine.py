@@ -18,9 +18,10 @@ from effdense.conversion.widths import growing
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.code import Reads, code_of_tree, counts, is_known
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
+from effdense.nn.kinds import ACTIVATIONS, CONVS
 from effdense.nn.modules import kind_of, named, original, walk
 from effdense.nn.network import head_of, stem_of
-from effdense.nn.obstacles import ACTIVATIONS, CONVS, chain_obstacle, transition_obstacle
+from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,
     Obstacle,

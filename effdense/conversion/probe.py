@@ -17,11 +17,12 @@ from effdense.conversion.watch import Attributes, Watch, chance
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, Transition
 from effdense.nn.code import code_of_tree
 from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form
+from effdense.nn.kinds import CONVS, DROPOUTS
 from effdense.nn.looks import KEPT
 from effdense.nn.modules import named, original, walk
 from effdense.nn.network import tail_of
-from effdense.nn.obstacles import CONVS, global_obstacle, probing
-from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, layers_of, lead_of, read_transition
+from effdense.nn.obstacles import global_obstacle, probing
+from effdense.nn.structure import StandIn, drop_attributes, layers_of, lead_of, read_transition
 
 
 class _Copier:

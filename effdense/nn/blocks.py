@@ -13,13 +13,12 @@ from effdense.engine import pool, single_layer
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import takes, through
 from effdense.engine.validation import check_spatial_dims
+from effdense.nn.chain import NO_DROP, Chain, Drop
+from effdense.nn.kinds import AVG_POOLS, CONVS, NORMS
 from effdense.nn.layers import DenseLayer, PlainDenseLayer
 from effdense.nn.looks import look
 from effdense.nn.modules import kind_of
 from effdense.nn.obstacles import (
-    AVG_POOLS,
-    CONVS,
-    NORMS,
     PROCESSES,
     global_obstacle,
     module_obstacle,
@@ -29,7 +28,6 @@ from effdense.nn.obstacles import (
     transition_obstacle,
 )
 from effdense.nn.stage_run import Chains, dimensions_of, run_stage
-from effdense.nn.structure import NO_DROP, Chain, Drop
 
 
 def _chain(name: str, layer: Any) -> Chain:

@@ -15,23 +15,15 @@ from torch import Tensor, nn
 from effdense.engine.inputs import takes
 from effdense.engine.pool import plain_avg_pool
 from effdense.nn.blocks import fits, run_transition, run_unpooled
+from effdense.nn.chain import Chain
 from effdense.nn.code import Reads, code_of_classes, counts, is_function
+from effdense.nn.kinds import DROPOUTS
 from effdense.nn.looks import look
 from effdense.nn.modules import original, walk
 from effdense.nn.obstacles import global_obstacle
 from effdense.nn.outside import frozen, same
 from effdense.nn.stage_run import Chains, dimensions_of, run_stage
-from effdense.nn.structure import (
-    DROPOUTS,
-    MODULE_STATE,
-    Chain,
-    Obstacle,
-    Passage,
-    Seen,
-    lead_of,
-    read_block,
-    read_transition,
-)
+from effdense.nn.structure import MODULE_STATE, Obstacle, Passage, Seen, lead_of, read_block, read_transition
 
 
 class Head(NamedTuple):

@@ -14,13 +14,12 @@ from effdense.engine.autograd import in_its_layout
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import takes, through
 from effdense.nn.blocks import DenseBlock, Transition
+from effdense.nn.chain import Chain
 from effdense.nn.code import code_of, counts
 from effdense.nn.foreign import ForeignBlock, ForeignTransition, Head, Noted
+from effdense.nn.kinds import ACTIVATIONS, CONVS, DROPOUTS, NORMS
 from effdense.nn.modules import kind_of, walk
 from effdense.nn.obstacles import (
-    ACTIVATIONS,
-    CONVS,
-    NORMS,
     changed,
     dimensions,
     global_obstacle,
@@ -32,7 +31,6 @@ from effdense.nn.obstacles import (
     same_processes,
 )
 from effdense.nn.stage_run import dimensions_of, run_stage
-from effdense.nn.structure import DROPOUTS, Chain
 from effdense.ops.reference import channels_last
 
 _BLOCKS = (DenseBlock, ForeignBlock)

@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effdense.nn.chain import NO_DROP, Chain, Drop
 from effdense.nn.code import Reads, code_of_tree, constants_of, counts
+from effdense.nn.kinds import ACTIVATIONS, AVG_POOLS, CONVS, DROPOUTS, MAX_POOLS, NORMS
 from effdense.nn.looks import KEPT
 from effdense.nn.modules import original, walk
 from effdense.nn.obstacles import (
-    ACTIVATIONS,
-    AVG_POOLS,
-    CONVS,
-    MAX_POOLS,
-    NORMS,
     PROCESSES,
     changed,
     conv_obstacle,
@@ -34,42 +31,10 @@ from effdense.nn.obstacles import (
 )
 from effdense.nn.outside import frozen, same
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SILENT = (*ACTIVATIONS, nn.Identity)  # the forward may as well have functions in their place
 _WEIGHTED = (*NORMS, *CONVS)
 _LEAVES = (*_WEIGHTED, *ACTIVATIONS, *DROPOUTS)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-class Drop(NamedTuple):
-    """Dropout behind a convolution, as it would run now."""
-
-    rate: float
-    channels: bool = False  # whole channels
-
-
-NO_DROP = Drop(0.0)
-
-
-class Chain(NamedTuple):
-    """A dense layer's modules: one norm and convolution each (plain) or two (bottleneck), and the dropouts behind these."""
-
-    name: str
-    norms: list[Any]
-    convs: list[Any]
-    drops: list[Drop]
-    newest_first: bool = False  # its block puts new features in front of what they are made of
-    new_only: bool = False  # its block gives back what its layers add, without its input
-
-    @property
-    def channels(self) -> int:
-        """That the layer reads."""
-        return int(self.norms[0].num_features)
-
-    @property
-    def growth(self) -> int:
-        """Channels that the layer adds."""
-        return int(self.convs[-1].out_channels)
 
 
 class Passage(NamedTuple):
