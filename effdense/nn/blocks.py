@@ -159,7 +159,7 @@ class Transition(nn.Sequential):
         """Why the transition runs its submodules one by one at the moment, or None where it runs fused."""
         return transition_obstacle(self._modules)
 
-    def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
+    def pool_first(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
         """The norm, the pool's kernel size and the convolution, where the pool can be taken first (an average: they commute)."""
         if self.obstacle() is not None:
             return None
@@ -174,8 +174,8 @@ class Transition(nn.Sequential):
         """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
         if not isinstance(x, Tensor) or self.obstacle() is not None or not self._takes(x):
             return super().forward(x)
-        if (passage := self.passage(x)) is not None:
-            return run_transition(x, *passage)
+        if (parts := self.pool_first(x)) is not None:
+            return run_transition(x, *parts)
         last: Any = self._modules["pool"]
         result: Tensor = last(run_unpooled(x, self.norm, self.conv))
         return result

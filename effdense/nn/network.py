@@ -39,8 +39,8 @@ _TRANSITIONS = (Transition, ForeignTransition)
 
 def _is_part(module: nn.Module, kinds: tuple[type, ...]) -> Any:
     """Whether it is a block or transition, of our class or a foreign one, and nothing on it that a call would run."""
-    ours, foreign = kinds
-    return (kind_of(module) is ours or isinstance(module, foreign)) and changed("", module, False) is None
+    own, foreign = kinds
+    return (kind_of(module) is own or isinstance(module, foreign)) and changed("", module, False) is None
 
 
 def _is(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -263,10 +263,10 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
         if stage is None or not takes(x, dimensions_of(stage[0])):
             return None
         x = _enter(first, x)
-        passage = second.passage(x)
-        if passage is None or not _shares_statistics(stage[0], passage[0]):
+        parts = second.pool_first(x)
+        if parts is None or not _shares_statistics(stage[0], parts[0]):
             return 1, run_stage(*stage, x)
-        return 2, run_stage(*stage, x, *passage)
+        return 2, run_stage(*stage, x, *parts)
     count = _count_head(modules[1:])
     stage = first.chains() if count else None
     if stage is None or not takes(x, dimensions_of(stage[0])) or not _shares_statistics(stage[0], second):

@@ -18,9 +18,9 @@ from effdense.ops.extension import extension
 # device -> the compiled operators, and the dtypes of maps that they take
 _COMPILED: dict[str, tuple[Any, tuple[torch.dtype, ...]]] = {}
 if extension is not None:
-    _everywhere = (torch.float32, torch.float64, torch.bfloat16)
-    _COMPILED["cpu"] = torch.ops.effdense, _everywhere
-    _COMPILED["cuda"] = torch.ops.effdense, (*_everywhere, torch.float16)
+    _on_every_device = (torch.float32, torch.float64, torch.bfloat16)
+    _COMPILED["cpu"] = torch.ops.effdense, _on_every_device
+    _COMPILED["cuda"] = torch.ops.effdense, (*_on_every_device, torch.float16)
 
 
 def _no_card(index: int) -> bool:
