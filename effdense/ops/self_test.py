@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from effdense.ops import reference
+from effdense.ops.dispatch import has_kernel
 from effdense.ops.reference import channels_last
-
-# The operators that only the CPU has: elsewhere cuDNN's convolutions are hard to beat.
-ON_CPU_ALONE = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")
 
 
 class Number(NamedTuple):
@@ -248,7 +246,7 @@ def check(
     mean square: far more than correct code needs and far less than a wrong index gives.
     """
     kind = torch.device(device).type
-    names = [name for name in OPERATORS if hasattr(ops, name) and (kind == "cpu" or name not in ON_CPU_ALONE)]
+    names = [name for name in OPERATORS if has_kernel(ops, name, kind)]
     numbers = NUMBERS.get(kind, _ON_EVERY_DEVICE) if numbers is None else numbers
     # a product is what TF32 changes
     worst = {

@@ -188,11 +188,8 @@ class _Timeline(TorchDispatchMode):
 @contextmanager
 def _compiled_on_meta() -> Iterator[None]:
     """Meta tensors take the way of the compiled operators, whose fakes know what those allocate."""
-    dispatch._COMPILED["meta"] = dispatch._COMPILED["cpu"]
-    try:
+    with dispatch.override("meta", *dispatch.implementation("cpu")):
         yield
-    finally:
-        dispatch._COMPILED.pop("meta", None)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
