@@ -7,13 +7,12 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from effdense import cuda, extras, files, reference
+from effdense import cuda, extras, files, reference, values
 from effdense._extension import build_info
 from effdense.check import check
 from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
@@ -187,20 +186,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("model", help="as in plan")
     command.add_argument("--image-size", type=int, required=True, help="height and width")
     command.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    command.add_argument("--json", type=values.path, metavar="FILE", help="write the table there too")
     command.set_defaults(run=_summary)
     command = commands.add_parser(
         "reuse", help="draw how strongly each layer reads each earlier layer's features"
     )
-    command.add_argument("checkpoint", type=Path, help="of effdense train, or a state_dict with --model")
+    command.add_argument(
+        "checkpoint", type=values.path, help="of effdense train, or a state_dict with --model"
+    )
     command.add_argument("--model", help="as in plan, where the file does not say it")
-    command.add_argument("-o", "--output", type=Path, default="reuse.png", help="PNG (default: %(default)s)")
+    command.add_argument(
+        "-o", "--output", type=values.path, default="reuse.png", help="PNG (default: %(default)s)"
+    )
     command.set_defaults(run=_reuse)
     command = commands.add_parser(
         "plot", help="draw loss, accuracy, memory and time of up to six training runs"
     )
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of effdense train --out")
-    command.add_argument("-o", "--output", type=Path, default="runs.png", help="PNG (default: %(default)s)")
+    command.add_argument(
+        "runs", type=values.path, nargs="+", metavar="RUN", help="folder of effdense train --out"
+    )
+    command.add_argument(
+        "-o", "--output", type=values.path, default="runs.png", help="PNG (default: %(default)s)"
+    )
     command.set_defaults(run=_plot)
     command = commands.add_parser("train", help="train a DenseNet on images; also under torchrun")
     train.add_arguments(command)

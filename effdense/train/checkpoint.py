@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from effdense import files
+from effdense.train.folder import BEST, LAST, to_go_on_from
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -34,6 +36,19 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "settings" not in state or "state_dict" not in state:
         raise ValueError(f"{path} is not a checkpoint of effdense train")
     return state
+
+
+def load_latest(out: Path) -> dict[str, Any]:
+    """Reads the checkpoint of a run's folder with which it goes on, as `load` does."""
+    path = to_go_on_from(out)
+    if path.name == BEST:
+        print(f"effdense train: there is no {out / LAST}; going on from {path}", file=sys.stderr)
+    try:
+        return load(path)
+    except ValueError as error:
+        if path.name == LAST and (out / BEST).is_file():
+            raise ValueError(f"{error}. Once it is moved away, --resume goes on from {out / BEST}") from error
+        raise
 
 
 def check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from effdense import values
 from effdense.train.settings import (
     AMP,
     AUGMENTATIONS,
@@ -76,8 +77,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         choices=DATA,
         help="folder: your images, in DIR/train and DIR/val (or test), a folder per class",
     )
-    add("--data-root", type=Path, metavar="DIR", help="where the data are, or are downloaded to (data)")
-    add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints and metrics")
+    add(
+        "--data-root", type=values.path, metavar="DIR", help="where the data are, or are downloaded to (data)"
+    )
+    add("--out", required=True, type=values.new_path, metavar="DIR", help="for checkpoints and metrics")
     add(
         "--impl",
         choices=IMPLS,
@@ -91,7 +94,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="minimal: less, a little slower (balanced)",
     )
     add(
-        "--weights", type=Path, metavar="FILE", help="begin with these (of torch.save); the classifier is new"
+        "--weights",
+        type=values.path,
+        metavar="FILE",
+        help="begin with these (of torch.save); the classifier is new",
     )
     add("--freeze-features", action="store_true", help="train the classifier alone; statistics stay, too")
     add(
@@ -171,12 +177,14 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _train(settings: Settings) -> None:
+    from effdense.train import folder
     from effdense.train.loop import Training
     from effdense.train.processes import Processes
 
     processes = Processes(settings.device)
     try:
-        Training(settings, processes).run()
+        with folder.held(settings) if processes.first else contextlib.nullcontext():
+            Training(settings, processes).run()
     finally:
         processes.leave()
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import random
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 
 from effdense.train import checkpoint, images, net, results
 from effdense.train.batches import Batches, draw
+from effdense.train.folder import BEST, LAST
 from effdense.train.interrupt import Interrupt, Stopped
 from effdense.train.metrics import Display, Metrics, Row, peak_bytes
 from effdense.train.processes import Processes
 from effdense.train.settings import AMP, Recipe, Settings
-
-LAST, BEST = "last.pt", "best.pt"
 
 
 @dataclasses.dataclass
@@ -71,10 +69,8 @@ class Training:
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
         self.settings, self.processes, recipe = settings, processes, settings.recipe
-        if processes.first:
-            _check_folder(settings)
         here = settings.resume and processes.first
-        saved = processes.from_first(checkpoint.load(settings.out / LAST) if here else None)
+        saved = processes.from_first(checkpoint.load_latest(settings.out) if here else None)
         for turn in (True, False):  # the first process of a machine may have to fetch them
             if processes.first_here == turn:
                 self.data = images.load(settings)
@@ -223,8 +219,9 @@ class Training:
                 self._display = stack.enter_context(
                     contextlib.closing(Display(self.settings.recipe.epochs, self.steps))
                 )
-            if self.epoch == self.settings.recipe.epochs and self.processes.first:
+            if self.epoch >= self.settings.recipe.epochs and self.processes.first:
                 print(f"epoch {self.epoch} was the last: nothing to do; best test accuracy {self.best:.4f}")
+                self._write_results()
             try:
                 while self.epoch < self.settings.recipe.epochs:
                     self._train_epoch()
@@ -351,15 +348,19 @@ class Training:
             self._metrics.write(train)
             self._metrics.write(test)
             self._display.line(train, test)
-            sizes = {
-                **self._sizes(),
-                "test images": tested.images,
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-            }
-            results.write(self.settings.out, self.settings, sizes, self.processes.device)
         self.best = max(self.best, tested.correct / tested.images)
         self.epoch, self.step_in_epoch, self.in_epoch = self.epoch + 1, 0, _Sums()
         self._save(*([BEST] if better else []), LAST)  # killed in between, the epoch's end comes again
+        if self.processes.first:
+            self._write_results()
+
+    def _write_results(self) -> None:
+        sizes = {
+            **self._sizes(),
+            "test images": len(self.data.test.labels),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        results.write(self.settings.out, self.settings, sizes, self.processes.device)
 
     @torch.no_grad()
     def _test(self) -> _Sums:
@@ -378,17 +379,3 @@ class Training:
         self.model.train()
         total, hit = self.processes.sum([loss_sum, correct])
         return _Sums(total, hit, len(self.data.test.labels), time.monotonic() - start)
-
-
-def _check_folder(settings: Settings) -> None:
-    """Refuses to train for hours towards a folder that takes nothing, or over another run."""
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.out):
-            pass
-    except OSError as error:
-        raise OSError(f"--out {settings.out} cannot be written: {error.strerror or error}") from error
-    if not settings.resume and (settings.out / LAST).exists():
-        raise ValueError(
-            f"--out {settings.out} holds a run: --resume goes on with it, another --out begins anew"
-        )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +57,9 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, size: int, step: int) -> None:
-        path = folder / "metrics.csv"
+        self._path = path = folder / "metrics.csv"
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} cannot be written: it is no regular file")
         kept = path.read_bytes()[:size] if path.exists() else b""
         size = kept.rfind(b"\n") + 1  # whoever has shortened it may have left half a line
         self._file = path.open("r+" if size else "w", newline="")
@@ -67,30 +71,53 @@ class Metrics:
         self._board: Any = None
         try:
             board = importlib.import_module("torch.utils.tensorboard")
-            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with self._while_the_board_takes_it():
+                self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except ImportError:
             hint = extras.pip_install("tensorboard")
             print(f"TensorBoard is not installed and gets nothing: {hint}", file=sys.stderr)
 
+    @contextlib.contextmanager
+    def _while_the_board_takes_it(self) -> Iterator[None]:
+        """The curves are a second copy: where they cannot be written the run goes on without them."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            print(f"TensorBoard gets nothing more: {error.strerror or error}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written: {error.strerror or error}") from error
+
     def write(self, row: Row) -> None:
-        self._csv.writerow(row)
-        self._file.flush()
+        with self._on_disk():
+            self._csv.writerow(row)
+            self._file.flush()
         if self._board is not None:
-            for name in ("loss", "accuracy", "lr", "images_per_second", "peak_bytes"):
-                self._board.add_scalar(f"{name}/{row.split}", getattr(row, name), row.step)
+            with self._while_the_board_takes_it():
+                for name in ("loss", "accuracy", "lr", "images_per_second", "peak_bytes"):
+                    self._board.add_scalar(f"{name}/{row.split}", getattr(row, name), row.step)
 
     def size(self) -> int:
         """Of metrics.csv, in bytes, all of them on the disk; TensorBoard's events are too."""
         if self._board is not None:
-            self._board.flush()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            with self._while_the_board_takes_it():
+                self._board.flush()
+        with self._on_disk():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with self._on_disk():
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._while_the_board_takes_it():
+                self._board.close()
 
 
 class Display:
