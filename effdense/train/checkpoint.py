@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,27 @@ def load_latest(out: Path) -> dict[str, Any]:
         raise
 
 
-def check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with a run of other settings, and says which."""
+def check_same(
+    path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], free: Container[str] = ()
+) -> None:
+    """Refuses to go on with a run of other settings, and says which. `free`: those that may be others.
+
+    Files of earlier versions do not have all of them.
+    """
     different = [
-        f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
-        for name in now
-        if saved.get(name) != now.get(name)
+        _difference(name, saved[name], value)
+        for name, value in now.items()
+        if name in saved and name not in free and saved[name] != value
     ]
     if different:
         raise ValueError(f"{path} is of another run: {'; '.join(different)}")
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    """Says what differs; of long lists the first place where they do."""
+    if not (isinstance(was, list) and isinstance(now, list) and len(was) + len(now) > 10):
+        return f"{name} was {was!r} and is {now!r}"
+    if len(was) != len(now):
+        return f"{name} were {len(was)} and are {len(now)}"
+    place = next(i for i, (a, b) in enumerate(zip(was, now, strict=True)) if a != b)
+    return f"{name}: number {place} was {was[place]!r} and is {now[place]!r}"

@@ -99,6 +99,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="begin with these (of torch.save); the classifier is new",
     )
+    add(
+        "--keep-classifier",
+        action="store_true",
+        help="with --weights: their classifier, too, for the same classes in the same order",
+    )
     add("--freeze-features", action="store_true", help="train the classifier alone; statistics stay, too")
     add(
         "--limit-train", type=_positive, metavar="N", help="train on the first N images; the test stays whole"
@@ -118,7 +123,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads per process that read a folder's images (2)",
     )
-    add("--resume", action="store_true", help="go on from DIR/last.pt, with the same settings")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from DIR/last.pt, with the same settings; to more --epochs, if they are given",
+    )
     add("--save-steps", type=_positive, metavar="N", help="also save every N steps")
     add(
         "--save-seconds",
@@ -169,11 +178,13 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     recipe = dataclasses.replace(RECIPES[name], **changed)
     if recipe.augment == "none" and "drop_rate" not in given:
         recipe = dataclasses.replace(recipe, drop_rate=DROP_RATE.get(name, recipe.drop_rate))
+    if given["keep_classifier"] and given["weights"] is None:
+        raise ValueError("--keep-classifier needs --weights, whose classifier it keeps")
     if recipe.nesterov and not recipe.momentum:
         raise ValueError("--nesterov needs --momentum above 0")
     given["device"] = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     others = {f.name: given[f.name] for f in dataclasses.fields(Settings) if f.name in given}
-    return Settings(**(others | {"recipe_name": name, "recipe": recipe}))
+    return Settings(**(others | {"recipe_name": name, "recipe": recipe, "epochs_given": "epochs" in given}))
 
 
 def _train(settings: Settings) -> None:

@@ -37,6 +37,10 @@ class Images(Protocol):
         """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds."""
         ...
 
+    def fingerprint(self) -> str:
+        """Tells these images from others, and from themselves in another order."""
+        ...
+
 
 class DataSet(NamedTuple):
     """What a run is trained and tested on."""
@@ -63,6 +67,17 @@ class InMemory:
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
         """See Images. Boxes are cut out by `cut`, on the device and after all else."""
         return self.images[chosen]
+
+    def fingerprint(self) -> str:
+        """See Images. Of every value and its place."""
+        return f"{len(self.labels)} images, {_checksum(self.images) ^ _checksum(self.labels):x}"
+
+
+def _checksum(values: Tensor) -> int:
+    parts = values.flatten().split(2**20)
+    places = torch.arange(1, len(parts[0]) + 1) if parts else values
+    sums = ((part.long() * places[: len(part)]).sum().item() for part in parts)
+    return sum(i * int(n) for i, n in enumerate(sums, 1)) % 2**48
 
 
 DOWNLOADS = Path("data")  # where torchvision puts what it downloads, without --data-root
@@ -95,10 +110,19 @@ class Folder:
             (i, label, path) for label, paths in enumerate(found) for i, path in enumerate(paths)
         )
         self.paths = [path for _, _, path in ordered]
+        self._root = root
         self.labels = torch.tensor([label for _, label, _ in ordered])
         self._size, self._centre = size, centre
         self._threads = ThreadPoolExecutor(max(1, workers))
         self._pil = extras.load("PIL.Image", "a folder of images")
+
+    def fingerprint(self) -> str:
+        """See Images. Of all names below the folder, and the sizes of some files: the folder may move."""
+        names = "\0".join(os.path.relpath(path, self._root) for path in self.paths)
+        some = self.paths[:: 1 + len(self.paths) // 1000]
+        sizes = list(self._threads.map(os.path.getsize, some))
+        digest = hashlib.sha256(f"{names}\0{sizes}".encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{len(self.paths)} images, {digest[:12]}"
 
     def sizes(self) -> list[tuple[int, int]]:
         """Every image's width and height."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -82,7 +83,7 @@ class Training:
         self.steps = self.count // recipe.batch_size
 
         torch.manual_seed(settings.seed)
-        self.model, self.options = net.build(settings, self.data.classes, self.data.channels)
+        self.model, self.options = net.build(settings, self.data.class_names, self.data.channels)
         self.model.to(processes.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -96,6 +97,7 @@ class Training:
         self.in_epoch, self.in_row = _Sums(), _Sums()
         self.seconds = 0.0  # of former parts of the run
         self._metrics_size = 0
+        self._fixed = self._what_is_fixed()
         if saved is not None:
             self._restore(saved)
         self._saved_step = self.step
@@ -139,9 +141,14 @@ class Training:
             "processes": self.processes.count,
         }
 
-    def _fixed(self) -> dict[str, Any]:
+    def _what_is_fixed(self) -> dict[str, Any]:
         """What must be the same where the run goes on."""
-        return self.settings.fixed() | self._sizes()
+        data = {
+            "class names": self.data.class_names,
+            "training data": self.data.train.fingerprint(),
+            "test data": self.data.test.fingerprint(),
+        }
+        return self.settings.fixed() | self._sizes() | data
 
     def _state(self) -> dict[str, Any]:
         cuda = self.processes.device.type == "cuda"
@@ -157,7 +164,7 @@ class Training:
             "in_channels": net.input_channels(self.model),
             "state_dict": self.model.state_dict(),
             "recipe": {"name": self.settings.recipe_name, **dataclasses.asdict(self.settings.recipe)},
-            "settings": self._fixed(),
+            "settings": self._fixed,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
@@ -171,7 +178,15 @@ class Training:
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        checkpoint.check_same(self.settings.out / LAST, saved["settings"], self._fixed())
+        before, epochs = saved["settings"], self.settings.recipe.epochs
+        free = ("epochs",) if self.settings.epochs_given else ()
+        named = {"class names": saved["class_names"], **before}  # earlier versions have them there only
+        checkpoint.check_same(self.settings.out / LAST, named, self._fixed, free)
+        if before["epochs"] != epochs and self.processes.first:
+            print(
+                f"effdense train: --epochs was {before['epochs']} and is {epochs}, which the learning rate follows from now on",
+                file=sys.stderr,
+            )
         self.model.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])

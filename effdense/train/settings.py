@@ -78,7 +78,8 @@ class Settings:
     impl: str = "effdense"
     memory: str = "balanced"
     data_root: Path | None = None
-    weights: Path | None = None  # to begin with; the classifier is new
+    weights: Path | None = None  # to begin with; the classifier is new, unless it is kept
+    keep_classifier: bool = False
     freeze_features: bool = False
     limit_train: int | None = None
     accumulate: int = 1  # parts of a batch, one after the other
@@ -91,6 +92,7 @@ class Settings:
     device: str = "cpu"
     workers: int = 2  # threads that read a folder's images
     resume: bool = False
+    epochs_given: bool = False  # not left to the recipe: a run that goes on may have others
     save_steps: int | None = None
     save_seconds: float = 600.0
     log_every: int = 50  # steps
@@ -101,6 +103,7 @@ class Settings:
             "model",
             "impl",
             "data",
+            "keep_classifier",
             "freeze_features",
             "limit_train",
             "accumulate",
