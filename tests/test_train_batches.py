@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from effdense.models import preparation
 from effdense.train import batches, images
 from effdense.train.settings import RECIPES, Settings
 from tests.training import TEST, TRAIN, assert_same_end, load, rows, train, write_data
@@ -51,7 +52,7 @@ def test_crop_and_flip() -> None:
 
 def test_pad_puts_images_in_the_middle() -> None:
     x = torch.ones(1, 1, 28, 28)
-    padded = batches.pad(x, 32)
+    padded = preparation.padded(x, 32)
     assert padded.shape == (1, 1, 32, 32) and padded[..., 2:30, 2:30].sum() == padded.sum() == 28 * 28
 
 
@@ -301,10 +302,8 @@ def test_what_is_not_installed(
 def test_gray_images_for_three_channels() -> None:
     pixels = torch.randint(256, (2, 1, 6, 6), dtype=torch.uint8)
     part = images.InMemory(pixels, torch.tensor([0, 1]))
-    data = images.DataSet(
-        part, part, ["a", "b"], 1, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25)
-    )
-    form = batches.Batches(data, settings("folder", None).recipe, 3, torch.empty(0), channels_last=True)
+    prepare = preparation.Preparation((0.5,), (0.25,), 3)
+    form = batches.Batches(prepare, torch.empty(0), channels_last=True)
     ((x, labels),) = form.each(part, [torch.tensor([1, 0])], None)
     assert x.shape == (2, 3, 6, 6) and x.is_contiguous(memory_format=torch.channels_last)
     assert labels.tolist() == [1, 0]

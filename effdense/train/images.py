@@ -16,16 +16,9 @@ import torch
 from torch import Tensor
 
 from effdense import extras
+from effdense.models.preparation import STATISTICS, Preparation, for_test
 from effdense.train import idx
 from effdense.train.settings import Settings
-
-# Mean and standard deviation of the training images, as fractions of 255; a folder's are ImageNet's.
-STATISTICS = {
-    "fashion-mnist": ((0.2860,), (0.3530,)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 class Images(Protocol):
@@ -48,9 +41,12 @@ class DataSet(NamedTuple):
     train: Images
     test: Images
     class_names: list[str]
-    channels: int
-    mean: Tensor
-    std: Tensor
+    prepare: Preparation  # of its `channels`, what the model takes is not known yet
+
+    @property
+    def channels(self) -> int:
+        """That images are read with."""
+        return len(self.prepare.mean)
 
     @property
     def classes(self) -> int:
@@ -91,12 +87,11 @@ class Folder:
 
     Args:
         root: the folder.
-        size: to which the square in an image's middle is brought; None: images stay as they are.
+        prepare: how an image's pixels become those that are read.
         workers: how many threads read.
-        centre: what part of that square's sides is taken.
     """
 
-    def __init__(self, root: Path, size: int | None, workers: int, centre: float = 1.0) -> None:
+    def __init__(self, root: Path, prepare: Preparation, workers: int) -> None:
         folders = (entry.name for entry in root.iterdir() if entry.is_dir())
         self.classes = sorted(name for name in folders if not name.startswith("."))
         if len(self.classes) < 2:
@@ -112,7 +107,7 @@ class Folder:
         self.paths = [path for _, _, path in ordered]
         self._root = root
         self.labels = torch.tensor([label for _, label, _ in ordered])
-        self._size, self._centre = size, centre
+        self._prepare = prepare
         self._threads = ThreadPoolExecutor(max(1, workers))
         self._pil = extras.load("PIL.Image", "a folder of images")
 
@@ -148,20 +143,7 @@ class Folder:
 
     def _read_one(self, path: str, box: Any) -> Tensor:
         with self._opened(path) as file:
-            if file.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
-                raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode})")
-            image = file.convert("RGB")
-        if self._size is not None:
-            width, height = image.size
-            side = self._centre * min(width, height)
-            left, top, w, h = (width - side) / 2, (height - side) / 2, side, side
-            if box is not None:
-                left, top, w, h = pixels(box, width, height)
-            size = (self._size, self._size)
-            box = (left, top, min(left + w, width), min(top + h, height))  # rounding aside
-            image = image.resize(size, self._pil.Resampling.BILINEAR, box=box)
-        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return values.view(image.height, image.width, 3).permute(2, 0, 1)
+            return self._prepare.pixels(file, None if box is None else pixels(box, *file.size))
 
 
 def _images_below(folder: Path) -> Iterator[str]:
@@ -189,7 +171,9 @@ def load(settings: Settings) -> DataSet:
     """
     if settings.data not in STATISTICS:
         raise ValueError(f"data must be one of {', '.join(STATISTICS)}, got {settings.data!r}")
-    parts, names = _read(settings)
+    recipe, channels = settings.recipe, len(STATISTICS[settings.data][0])
+    prepare = for_test(settings.data, channels, recipe.augment, recipe.resize, recipe.pad)
+    parts, names = _read(settings, prepare)
     for name, part in zip(("training", "test"), parts, strict=True):
         if not len(part.labels):
             raise ValueError(f"{settings.data}: there are no {name} images")
@@ -198,11 +182,10 @@ def load(settings: Settings) -> DataSet:
             raise ValueError(
                 f"{settings.data}: the {name} labels must be 0 to {len(names) - 1}, found {found}"
             )
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in STATISTICS[settings.data])
-    return DataSet(*parts, names, mean.shape[1], mean, std)
+    return DataSet(*parts, names, prepare)
 
 
-def _read(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
+def _read(settings: Settings, prepare: Preparation) -> tuple[tuple[Images, Images], list[str]]:
     """Training and test images, and the classes' names; in Fashion-MNIST's form classes have numbers only."""
     if settings.data == "fashion-mnist":
         root = _find_fashion_mnist(settings.data_root)
@@ -210,7 +193,7 @@ def _read(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
         train, test = (InMemory(x.unsqueeze(1), y.long()) for x, y in gray)
         return (train, test), [str(label) for label in range(idx.CLASSES)]
     if settings.data == "folder":
-        return _read_folder(settings)
+        return _read_folder(settings, prepare)
     root = settings.data_root or DOWNLOADS
     both = [_torchvisions("cifar", settings.data.upper(), root, train=train) for train in (True, False)]
     train, test = (
@@ -262,7 +245,7 @@ def _damaged(reader: Any, root: Path) -> str:
     )
 
 
-def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
+def _read_folder(settings: Settings, prepare: Preparation) -> tuple[tuple[Images, Images], list[str]]:
     """DATA_ROOT/train and DATA_ROOT/val or DATA_ROOT/test."""
     root = settings.data_root
     if root is None:
@@ -281,8 +264,7 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
         raise ValueError(
             "--pad and --resize exclude each other for --data folder, whose images are resized first"
         )
-    train = Folder(root / names[0], size, settings.workers)
-    test = Folder(root / names[1], size, settings.workers, centre=0.875 if crops else 1.0)
+    train, test = (Folder(root / name, prepare, settings.workers) for name in names)
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: {names[0]} and {names[1]} have different classes: {', '.join(differ[:5])}")

@@ -104,9 +104,8 @@ class Training:
         self._wrapped: Any = processes.wrap(self.model, settings.sync_bn)
         self._run: Any = torch.compile(self._wrapped) if settings.compile else self._wrapped
         like = next(self.model.parameters())
-        self._batches = Batches(
-            self.data, recipe, net.input_channels(self.model), like, settings.channels_last
-        )
+        self._prepare = dataclasses.replace(self.data.prepare, channels=net.input_channels(self.model))
+        self._batches = Batches(self._prepare, like, settings.channels_last)
 
     def _check_sizes(self) -> None:
         settings = self.settings
@@ -161,7 +160,8 @@ class Training:
             "model": self.settings.model,
             "options": self.options,
             "class_names": self.data.class_names,
-            "in_channels": net.input_channels(self.model),
+            "in_channels": self._prepare.channels,
+            "preparation": dataclasses.asdict(self._prepare),
             "state_dict": self.model.state_dict(),
             "recipe": {"name": self.settings.recipe_name, **dataclasses.asdict(self.settings.recipe)},
             "settings": self._fixed,

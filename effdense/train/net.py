@@ -62,8 +62,8 @@ def build(settings: Settings, class_names: list[str], channels: int) -> tuple[nn
 def _begin_with(model: nn.Module, path: Path, class_names: list[str] | None) -> None:
     """Loads the weights, with `class_names` those of the classifier, too, if they are those of these classes."""
     weights = files.load_tensors(path)
-    theirs = weights.get("class_names", class_names) if isinstance(weights, Mapping) else class_names
-    if class_names is not None and theirs != class_names:
+    theirs = weights.get("class_names") if isinstance(weights, Mapping) else None
+    if class_names is not None and theirs is not None and theirs != class_names:
         raise ValueError(
             f"--keep-classifier: {path} is for other classes, or for these in another order: {_shortly(theirs)}, and the "
             f"data have {_shortly(class_names)}"
