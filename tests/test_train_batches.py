@@ -22,9 +22,9 @@ from effdense.train.settings import RECIPES, Settings
 from tests.training import TEST, TRAIN, assert_same_end, load, rows, train, write_data
 
 
-def settings(data: str, root: Path | None, **recipe: Any) -> Settings:
+def settings(data: str, root: Path | None, *, channels: int | None = None, **recipe: Any) -> Settings:
     changed = dataclasses.replace(RECIPES["d2l"], **({"resize": None} | recipe))
-    return Settings("densenet_bc_10_4", data, "d2l", changed, Path("out"), data_root=root)
+    return Settings("densenet_bc_10_4", data, "d2l", changed, Path("out"), data_root=root, channels=channels)
 
 
 def test_an_epochs_chance_is_its_own() -> None:
@@ -106,13 +106,6 @@ def test_fashion_mnist_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "torchvision.datasets.mnist", None)
     with pytest.raises(FileNotFoundError, match=nowhere + "FashionMNIST needs torchvision"):
         images.load(settings("fashion-mnist", never))
-
-
-def test_images_of_16_bits(folder: Path) -> None:
-    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(path := folder / "train" / "red" / "0.png")
-    data = images.load(settings("folder", folder))
-    with pytest.raises(ValueError, match=rf"{path} cannot be read: more than 8 bits a channel"):
-        data.train.read(torch.tensor([1]), None)
 
 
 def write_png(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (16, 16)) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+GREY = ((0.449,), (0.226,))  # a folder's that is read in grey: means of the three
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 
 
@@ -107,10 +109,14 @@ class Preparation:
     # --- the steps
 
     def pixels(self, file: Any, box: tuple[float, float, float, float] | None = None) -> Tensor:
-        """uint8 [C, height, width] of an image of Pillow's, which is resized; `box`: left, top, width and height of what is taken."""
-        if file.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
-            raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode})")
-        image = file.convert(MODES[len(self.mean)])
+        """uint8 [C, height, width] of an image of Pillow's, which is resized; `box`: left, top, width and height of what is taken.
+
+        Where Pillow has 16 bits, which it has of grey images alone, they are float32, of 0 to 255 all the same.
+        """
+        exact = file.mode.startswith(("I", "F"))  # which Pillow's own conversion would cut off at 255
+        if exact and _bits(file) != 16:
+            raise ValueError(f"32 bits a pixel, whose range is not known (Pillow's mode {file.mode})")
+        image = file.convert("I").convert("F") if exact else file.convert(MODES[len(self.mean)])
         if self.resize is not None and self.centre is not None:
             width, height = image.size
             side = self.centre * min(width, height)
@@ -118,8 +124,23 @@ class Preparation:
             within = (left, top, min(left + w, width), min(top + h, height))  # rounding aside
             bilinear = extras.load("PIL.Image", "resizing").Resampling.BILINEAR
             image = image.resize((self.resize, self.resize), bilinear, box=within)
-        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return values.view(image.height, image.width, -1).permute(2, 0, 1)
+        dtype = torch.float32 if exact else torch.uint8
+        values = torch.frombuffer(bytearray(image.tobytes()), dtype=dtype)
+        values = values.view(image.height, image.width, -1).permute(2, 0, 1)
+        return (values / 257).expand(len(self.mean), -1, -1) if exact else values
+
+    def loses(self, file: Any) -> str:
+        """What an image of Pillow's that has just been opened has otherwise than it is read; empty: nothing."""
+        gray = file.mode in ("1", "L", "LA", "La") or file.mode.startswith(("I", "F"))
+        bits, channels = _bits(file), len(self.mean)
+        found = ["grey, repeated to 3 channels"] if gray and channels == 3 else []
+        found += ["in colour, read as grey"] if not gray and channels == 1 else []
+        if bits == 16:
+            exact = file.mode.startswith("I")
+            found.append("with 16 bits" if exact else "with 16 bits a channel, of which 8 are read")
+        if "A" in file.mode or "a" in file.mode or "transparency" in file.info:
+            found.append("transparent, which is left out")
+        return " and ".join(found)
 
     def finish(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels [n, C, height, width] as the model's input."""
@@ -143,6 +164,21 @@ class Preparation:
         return x.expand(-1, self.channels, -1, -1) if x.shape[1] == 1 else x
 
 
+def _bits(file: Any) -> int:
+    """8, 16 or 32: the bits that a channel has in a file that Pillow has opened and not read yet."""
+    arguments = file.tile[0][3] if getattr(file, "tile", None) else ()
+    arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+    netpbm = getattr(file, "format", None) == "PPM"  # which says the largest value
+    for argument in arguments:
+        if isinstance(argument, str) and re.match(r"(RGB|L|I|CMYK)[A-Za-z]*;16", argument):
+            return 16
+        if netpbm and type(argument) is int and argument > 255:
+            return 16
+    if file.mode.startswith("I;16") or (netpbm and file.mode == "I"):
+        return 16
+    return 32 if file.mode.startswith(("I", "F")) else 8
+
+
 @functools.lru_cache(maxsize=16)
 def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).to(dtype).view(1, -1, 1, 1)
@@ -162,10 +198,11 @@ def for_test(data: str, channels: int, augment: str, resize: int | None, pad: in
 
     Args:
         data: one of STATISTICS.
-        channels: of the model's input.
+        channels: that images are read with, 1 or 3 of a folder's.
         augment: of the training. What has learned from resized crops sees the middle of an image, without an eighth of its sides.
         resize: the recipe's.
         pad: the recipe's.
     """
     centre = 0.875 if augment == "resized-crop" else 1.0
-    return Preparation(*STATISTICS[data], channels, pad, resize, centre if data == "folder" else None)
+    statistics = GREY if data == "folder" and channels == 1 else STATISTICS[data]
+    return Preparation(*statistics, channels, pad, resize, centre if data == "folder" else None)

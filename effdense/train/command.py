@@ -80,6 +80,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--data-root", type=values.path, metavar="DIR", help="where the data are, or are downloaded to (data)"
     )
+    add(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        help="with which a folder's images are read: 1 is grey (3, grey ones repeated)",
+    )
     add("--out", required=True, type=values.new_path, metavar="DIR", help="for checkpoints and metrics")
     add(
         "--impl",

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from effdense import extras
 from effdense.models.preparation import STATISTICS, Preparation, for_test
 from effdense.train import idx
+from effdense.train.listing import images_by_class
 from effdense.train.settings import Settings
 
 
@@ -27,7 +29,10 @@ class Images(Protocol):
     labels: Tensor
 
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
-        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds."""
+        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds.
+
+        Where one has 16 bits they are float32, of 0 to 255 all the same.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -77,11 +82,10 @@ def _checksum(values: Tensor) -> int:
 
 
 DOWNLOADS = Path("data")  # where torchvision puts what it downloads, without --data-root
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Folder:
-    """The images of a folder with one folder a class, as torchvision's ImageFolder has them; [3, size, size] each.
+    """The images of a folder with one folder a class, as torchvision's ImageFolder has them.
 
     The first of every class come first, then the second, so that --limit-train leaves some of each.
 
@@ -92,17 +96,10 @@ class Folder:
     """
 
     def __init__(self, root: Path, prepare: Preparation, workers: int) -> None:
-        folders = (entry.name for entry in root.iterdir() if entry.is_dir())
-        self.classes = sorted(name for name in folders if not name.startswith("."))
-        if len(self.classes) < 2:
-            raise ValueError(
-                f"{root}: folders of two classes or more were expected, found {self.classes or 'none'}"
-            )
-        found = [sorted(_images_below(root / name)) for name in self.classes]
-        if empty := [name for name, paths in zip(self.classes, found, strict=True) if not paths]:
-            raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(empty[:5])}")
+        found, self.left_out = images_by_class(root)
+        self.classes = list(found)
         ordered = sorted(
-            (i, label, path) for label, paths in enumerate(found) for i, path in enumerate(paths)
+            (i, label, path) for label, paths in enumerate(found.values()) for i, path in enumerate(paths)
         )
         self.paths = [path for _, _, path in ordered]
         self._root = root
@@ -118,6 +115,18 @@ class Folder:
         sizes = list(self._threads.map(os.path.getsize, some))
         digest = hashlib.sha256(f"{names}\0{sizes}".encode("utf-8", "surrogateescape")).hexdigest()
         return f"{len(self.paths)} images, {digest[:12]}"
+
+    def kinds(self) -> tuple[int, Counter[str]]:
+        """How many images were looked at, up to some thousand of them, and how many of which kind there are."""
+        some = self.paths[:: 1 + len(self.paths) // 2000]
+        return len(some), Counter(kind for kind in self._threads.map(self._kind_of, some) if kind)
+
+    def _kind_of(self, path: str) -> str:
+        try:
+            with self._pil.open(path) as image:
+                return self._prepare.loses(image)
+        except Exception:  # whatever a damaged one makes of it, it is named when it is read
+            return ""
 
     def sizes(self) -> list[tuple[int, int]]:
         """Every image's width and height."""
@@ -139,18 +148,13 @@ class Folder:
         """See Images."""
         own: Sequence[Any] = [None] * len(chosen) if boxes is None else boxes.tolist()
         paths = [self.paths[i] for i in chosen.tolist()]
-        return torch.stack(list(self._threads.map(self._read_one, paths, own)))
+        read = list(self._threads.map(self._read_one, paths, own))
+        exact = next((image.dtype for image in read if image.dtype != torch.uint8), torch.uint8)
+        return torch.stack([image.to(exact) for image in read])
 
     def _read_one(self, path: str, box: Any) -> Tensor:
         with self._opened(path) as file:
             return self._prepare.pixels(file, None if box is None else pixels(box, *file.size))
-
-
-def _images_below(folder: Path) -> Iterator[str]:
-    for where, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(where, name)
 
 
 def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -171,7 +175,9 @@ def load(settings: Settings) -> DataSet:
     """
     if settings.data not in STATISTICS:
         raise ValueError(f"data must be one of {', '.join(STATISTICS)}, got {settings.data!r}")
-    recipe, channels = settings.recipe, len(STATISTICS[settings.data][0])
+    if settings.channels is not None and settings.data != "folder":
+        raise ValueError(f"--channels is for --data folder; {settings.data} has its own")
+    recipe, channels = settings.recipe, settings.channels or len(STATISTICS[settings.data][0])
     prepare = for_test(settings.data, channels, recipe.augment, recipe.resize, recipe.pad)
     parts, names = _read(settings, prepare)
     for name, part in zip(("training", "test"), parts, strict=True):

@@ -78,6 +78,7 @@ class Settings:
     impl: str = "effdense"
     memory: str = "balanced"
     data_root: Path | None = None
+    channels: int | None = None  # with which a folder's images are read; None: 3
     weights: Path | None = None  # to begin with; the classifier is new, unless it is kept
     keep_classifier: bool = False
     freeze_features: bool = False
@@ -103,6 +104,7 @@ class Settings:
             "model",
             "impl",
             "data",
+            "channels",
             "keep_classifier",
             "freeze_features",
             "limit_train",
