@@ -68,7 +68,7 @@ def test_classes_that_are_links(folder: Path) -> None:
     (folder / "train" / "green").symlink_to(folder / "val" / "red")
     assert names(folder / "train")[0] == {**PLAIN, "green": [f"green/{i}.png" for i in range(4)]}
     (folder / "train" / "violet").symlink_to("red")
-    with pytest.raises(ValueError, match="train: class violet is the same folder as .*/train/red"):
+    with pytest.raises(ValueError, match=r"train: class violet is the same folder as .*/train/red"):
         images_by_class(folder / "train")
     (folder / "train" / "violet").unlink()
     (folder / "train" / "up").symlink_to("..")

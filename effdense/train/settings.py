@@ -104,7 +104,6 @@ class Settings:
             "model",
             "impl",
             "data",
-            "channels",
             "keep_classifier",
             "freeze_features",
             "limit_train",
@@ -114,5 +113,9 @@ class Settings:
             "sync_bn",
             "seed",
         )
-        plain = {"drops": list(self.recipe.drops), "weights": self.weights and str(self.weights)}
+        plain = {
+            "drops": list(self.recipe.drops),
+            "weights": self.weights and str(self.weights),
+            "channels": self.channels or 3,
+        }
         return {name: getattr(self, name) for name in names} | dataclasses.asdict(self.recipe) | plain
