@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from effdense.operators import operators
 from effdense.reuse import feature_reuse
 from effdense.summary import summary
 from effdense.train import command as train
+
+INTERRUPTED, UNREAD = 130, 141  # a shell's status for Ctrl-C, and for a pipe that nobody reads
 
 
 def _describe(device: torch.device) -> str:
@@ -165,8 +168,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     return _draw(arguments, draw)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 when something failed, 2 for a wrong call."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="effdense", description="Memory-efficient DenseNet training.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
@@ -212,6 +214,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("train", help="train a DenseNet on images; also under torchrun")
     train.add_arguments(command)
     command.set_defaults(run=train.run)
-    arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 1 when something failed, 2 for a wrong call.
+
+    Where it is interrupted, or what it prints is not read to the end, that is no traceback: 130 and 141, as shells have it.
+    """
+    name = "effdense"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding does not have is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        arguments = _parser().parse_args(argv)
+        name = f"effdense {arguments.command}"
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _ended(f"{name}: stopped", INTERRUPTED)
+    except BrokenPipeError:
+        return UNREAD
+    except OSError as error:
+        return _ended(f"{name}: {error.strerror or error}", 2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            files.silence(sys.stdout)
+
+
+def _ended(message: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # nobody is there to read it
+        print(message, file=sys.stderr)
     return status

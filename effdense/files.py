@@ -113,6 +113,14 @@ def _take_permissions(target: Path, file: int) -> None:
         os.fchmod(file, stat.S_IMODE(there.st_mode))
 
 
+def silence(stream: Any) -> None:
+    """Leads a stream that takes nothing more to nowhere, so that the rest of its buffer is no error when Python ends."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file of the system's, or closed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def remove_parts(folder: Path, *names: str) -> None:
     """Removes what writers of these files have left that were killed. None of them may be at work."""
     for name in names:

@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def tested(model: Any, x: Tensor, labels: Tensor) -> tuple[float, float]:
+def result_of(model: Any, x: Tensor, labels: Tensor) -> tuple[float, float]:
     with torch.no_grad():
         scores = model.eval()(x)
     return F.cross_entropy(scores, labels).item(), (scores.argmax(1) == labels).double().mean().item()
@@ -69,9 +69,11 @@ def test_a_folder(augment: str, folder: Path, tmp_path: Path) -> None:
     paths, labels = of_folder(folder)
     x = model.prepare(paths)
     assert x.shape == (9, 3, 16, 16) and x.dtype == torch.float32
-    assert_reported(tmp_path, tested(model, x, labels))
+    assert_reported(tmp_path, result_of(model, x, labels))
     wrong = dataclasses.replace(model.prepare, centre=1.875 - model.prepare.centre)  # the other one
-    assert tested(model, wrong(paths), labels)[0] != pytest.approx(tested(model, x, labels)[0], rel=1e-4)
+    assert result_of(model, wrong(paths), labels)[0] != pytest.approx(
+        result_of(model, x, labels)[0], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_images_in_memory(options: tuple[str, ...], root: Path, tmp_path: Path) 
     images, labels = idx.read_split(root, "test")
     dtype = next(model.parameters()).dtype
     x = model.prepare(images.unsqueeze(1))
-    assert_reported(tmp_path, tested(model, x.to(dtype), labels.long()))
+    assert_reported(tmp_path, result_of(model, x.to(dtype), labels.long()))
     Image.fromarray(images[3].numpy()).save(tmp_path / "one.png")
     assert torch.equal(model.prepare(tmp_path / "one.png"), x[3:4])
 
@@ -103,7 +105,7 @@ def test_another_librarys_model(folder: Path, tmp_path: Path) -> None:
     model: Any = effdense.convert(load_checkpoint(tmp_path / "last.pt"))
     assert sum(entry.converted for entry in effdense.report(model)) > 0
     paths, labels = of_folder(folder)
-    assert_reported(tmp_path, tested(model, model.prepare(paths), labels))
+    assert_reported(tmp_path, result_of(model, model.prepare(paths), labels))
 
 
 def test_an_earlier_versions_checkpoint(folder: Path, tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"effdense train: stopped {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
+        print("effdense train: stopped at once, nothing more is saved", file=sys.stderr)
         return STOPPED
     except FloatingPointError as error:
         print(f"effdense train: {error}", file=sys.stderr)

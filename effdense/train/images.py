@@ -39,6 +39,10 @@ class Images(Protocol):
         """Tells these images from others, and from themselves in another order."""
         ...
 
+    def file_sizes(self) -> str:
+        """Tells files from others of the same names; empty where the fingerprint is of all they hold."""
+        ...
+
 
 class DataSet(NamedTuple):
     """What a run is trained and tested on."""
@@ -57,6 +61,16 @@ class DataSet(NamedTuple):
     def classes(self) -> int:
         return len(self.class_names)
 
+    def fixed(self, root: Path | None) -> dict[str, Any]:
+        """What is compared where a run goes on; `root`: the folder of the data."""
+        return {
+            "class names": self.class_names,
+            "training data": self.train.fingerprint(),
+            "test data": self.test.fingerprint(),
+            "file sizes": f"{self.train.file_sizes()} {self.test.file_sizes()}",
+            "data root": os.path.realpath(root or ""),
+        }
+
 
 @dataclasses.dataclass
 class InMemory:
@@ -72,6 +86,10 @@ class InMemory:
     def fingerprint(self) -> str:
         """See Images. Of every value and its place."""
         return f"{len(self.labels)} images, {_checksum(self.images) ^ _checksum(self.labels):x}"
+
+    def file_sizes(self) -> str:
+        """See Images."""
+        return ""
 
 
 def _checksum(values: Tensor) -> int:
@@ -109,12 +127,14 @@ class Folder:
         self._pil = extras.load("PIL.Image", "a folder of images")
 
     def fingerprint(self) -> str:
-        """See Images. Of all names below the folder, and the sizes of some files: the folder may move."""
+        """See Images. Of all names below the folder, which may move."""
         names = "\0".join(os.path.relpath(path, self._root) for path in self.paths)
+        return f"{len(self.paths)} images, {_digest(names)}"
+
+    def file_sizes(self) -> str:
+        """See Images. Of a thousand files."""
         some = self.paths[:: 1 + len(self.paths) // 1000]
-        sizes = list(self._threads.map(os.path.getsize, some))
-        digest = hashlib.sha256(f"{names}\0{sizes}".encode("utf-8", "surrogateescape")).hexdigest()
-        return f"{len(self.paths)} images, {digest[:12]}"
+        return _digest(str(list(self._threads.map(os.path.getsize, some))))
 
     def kinds(self) -> tuple[int, Counter[str]]:
         """How many images were looked at, up to some thousand of them, and how many of which kind there are."""
@@ -155,6 +175,10 @@ class Folder:
     def _read_one(self, path: str, box: Any) -> Tensor:
         with self._opened(path) as file:
             return self._prepare.pixels(file, None if box is None else pixels(box, *file.size))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:

@@ -1,9 +1,10 @@
-"""What a run reports while it goes: metrics.csv, TensorBoard, and the terminal."""
+"""What a run writes down while it goes: metrics.csv, and TensorBoard's events."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import importlib
 import os
 import resource
@@ -20,7 +21,7 @@ from effdense import extras
 class Row(NamedTuple):
     """A line of metrics.csv.
 
-    `split` is "step" (mean of the steps since the line before), "train" (mean of an epoch) or "test"; `epoch` counts from 1,
+    `split` is "step" (mean of the epoch's steps since the line before), "train" (mean of an epoch) or "test"; `epoch` counts from 1,
     `step` from the run's beginning; `loss` is the cross entropy in nats; `peak_bytes` is the first process's, in "train" and "test" the
     largest of all processes'; `seconds` is the time that the run has taken, all parts of it.
     """
@@ -34,6 +35,23 @@ class Row(NamedTuple):
     images_per_second: float
     peak_bytes: int
     seconds: float
+
+
+@dataclasses.dataclass
+class Sums:
+    """Of the steps since some moment, of one epoch."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: float, correct: float, images: int, seconds: float) -> None:
+        """One more step."""
+        self.loss += loss
+        self.correct += correct
+        self.images += images
+        self.seconds += seconds
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -118,63 +136,3 @@ class Metrics:
         if self._board is not None:
             with self._while_the_board_takes_it():
                 self._board.close()
-
-
-class Display:
-    """A bar on a terminal that has one, and a line for every epoch.
-
-    Args:
-        epochs: how many there will be.
-        steps: in an epoch.
-    """
-
-    def __init__(self, epochs: int, steps: int) -> None:
-        self._epochs, self._steps = epochs, steps
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            try:
-                self._bar = self._start_bar()
-            except ImportError:
-                hint = extras.pip_install("rich", "train")
-                print(f"no progress bar without rich: {hint}", file=sys.stderr)
-
-    def _start_bar(self) -> Any:
-        progress, console = (importlib.import_module(f"rich.{name}") for name in ("progress", "console"))
-        bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[now]}"),
-            console=console.Console(file=sys.stderr),
-            transient=True,
-            redirect_stdout=False,
-        )
-        bar.start()
-        self._task = bar.add_task("", total=self._steps, now="")
-        return bar
-
-    def show(self, row: Row, done: int) -> None:
-        """How far the epoch is."""
-        if self._bar is not None:
-            epoch = f"epoch {row.epoch}/{self._epochs}"
-            self._bar.update(self._task, completed=done, description=epoch, now=_words(row))
-
-    def line(self, train: Row, test: Row) -> None:
-        """Says what an epoch has come to."""
-        text = f"epoch {train.epoch}/{self._epochs}: {_words(train)}; test loss {test.loss:.4f}, accuracy {test.accuracy:.4f}"
-        if self._bar is not None and sys.stdout.isatty():
-            self._bar.console.print(text, highlight=False)  # above the bar
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _words(row: Row) -> str:
-    return (
-        f"loss {row.loss:.4f}, accuracy {row.accuracy:.4f}, {row.images_per_second:.1f} images/s, "
-        f"peak {row.peak_bytes / 2**20:.0f} MiB"
-    )

@@ -1,4 +1,4 @@
-"""The model of a run: built by its name for the data, and run as --impl says."""
+"""The model of a run, built by its name for the data and run as --impl says, and its optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from effdense.convert import convert
 from effdense.nn.classes import is_fused_kind
 from effdense.nn.obstacles import CONVS
 from effdense.nn.plain import run_plain
-from effdense.train.settings import Settings
+from effdense.train.settings import Recipe, Settings
 
 
 def build(settings: Settings, class_names: list[str], channels: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -57,6 +57,20 @@ def build(settings: Settings, class_names: list[str], channels: int) -> tuple[nn
     elif not library:
         run_plain(model, checkpointed=settings.impl == "checkpoint")
     return model, options
+
+
+def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's, of the parameters that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(trained, recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        trained,
+        recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
 
 
 def _begin_with(model: nn.Module, path: Path, class_names: list[str] | None) -> None:
