@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,9 +38,9 @@ def _describe(device: torch.device) -> str:
 
 def _check(arguments: argparse.Namespace) -> int:
     try:
-        x = torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        print(f"effdense check: device {arguments.device!r} cannot be used here: {error}", file=sys.stderr)
+        x = torch.empty(0, device=values.device(arguments.device))
+    except ValueError as error:
+        print(f"effdense check: {error}", file=sys.stderr)
         return 2
     for key, value in build_info().items():
         print(f"{key}: {value}")
@@ -63,15 +62,6 @@ def _check(arguments: argparse.Namespace) -> int:
     failed = sum(not result.passed for result in results)
     print(f"{len(results) - failed} passed, {failed} failed")
     return 1 if failed else 0
-
-
-def _size(text: str) -> int:
-    """8GiB, 512 MiB, 2e9: bytes."""
-    match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*(?:([KMGT])(i?))?B?", text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"a size such as 8GiB, 512MiB or 8e9 was expected, got {text!r}")
-    power = " KMGT".index(match[2] or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def _model_and_shape(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int, int]]:
@@ -180,14 +170,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--model", required=True, help="densenet121, densenet_bc_100_12, torchvision:NAME, …"
     )
-    command.add_argument("--image-size", type=int, required=True, help="height and width")
-    command.add_argument("--batch", type=int, required=True, help="images in a batch")
-    command.add_argument("--budget", type=_size, help="such as 8GiB: also say the largest batch within it")
+    command.add_argument("--image-size", type=values.side, required=True, help="height and width")
+    command.add_argument("--batch", type=values.count, required=True, help="images in a batch")
+    command.add_argument(
+        "--budget", type=values.size, help="such as 8GiB: also say the largest batch within it"
+    )
     command.set_defaults(run=_plan)
     command = commands.add_parser("summary", help="a model's stages: sizes, parameters, work, memory kept")
     command.add_argument("model", help="as in plan")
-    command.add_argument("--image-size", type=int, required=True, help="height and width")
-    command.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
+    command.add_argument("--image-size", type=values.side, required=True, help="height and width")
+    command.add_argument(
+        "--batch", type=values.count, default=1, help="images in a batch (default: %(default)s)"
+    )
     command.add_argument("--json", type=values.path, metavar="FILE", help="write the table there too")
     command.set_defaults(run=_summary)
     command = commands.add_parser(

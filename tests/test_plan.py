@@ -13,7 +13,7 @@ from torch import nn
 import effdense
 from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
-from effdense import cli, memory, operators
+from effdense import cli, memory, operators, values
 
 MIB = 2**20
 
@@ -242,7 +242,8 @@ def test_command_on_another_librarys_net(
     [
         (("--model", "resnet50"), "unknown model 'resnet50'"),
         (("--model", "densenet_bc_41_12"), "depth must be 6 n + 4"),
-        (("--batch", "0"), "all positive"),
+        (("--model", "densenet_bc_1000000000_12"), "would have 499999998 layers with 4.5e+"),
+        (("--model", "densenet_100_1000000000"), "a name stands for at most 3000 layers with 1e+09"),
     ],
 )
 def test_command_says_what_is_wrong(
@@ -256,13 +257,19 @@ def test_command_says_what_is_wrong(
 
 @pytest.mark.parametrize(
     "text, size",
-    [("8GiB", 8 * 2**30), ("1.5 GB", 1500000000), ("4096", 4096), ("1MiB", MIB), ("8e9", 8 * 10**9)],
+    [
+        *(("8GiB", 8 * 2**30), ("1.5 GB", 1500000000), ("4096", 4096), ("1MiB", MIB), ("8e9", 8 * 10**9)),
+        *(("2gib", 2**31), ("500 mb", 5 * 10**8), ("3K", 3000), ("7 B", 7), ("1024TiB", 2**50)),
+    ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert cli._size(text) == size
+    assert values.size(text) == size
 
 
-@pytest.mark.parametrize("text", ["much", "8 apples", "-1GiB", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["much", "8 apples", "-1GiB", "", "0", "0.5", "1e400", "1e18", "1025 TiB", "0x10", "8GiBs", "nan", "inf"],
+)
 def test_a_wrong_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", "--model", "densenet121", "--image-size", "8", "--batch", "1", f"--budget={text}"])

@@ -27,18 +27,6 @@ from effdense.train.settings import (
 STOPPED = 130  # a shell's status for Ctrl-C
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of 1 or more was expected, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1 was expected, got {text!r}")
-    return int(text)
-
-
 def _at_least_zero(text: str) -> float:
     try:
         value = float(text)
@@ -50,7 +38,7 @@ def _at_least_zero(text: str) -> float:
 
 
 def _size(text: str) -> int | None:
-    return None if text == "none" else _positive(text)
+    return None if text == "none" else values.side(text)
 
 
 def _drops(text: str) -> tuple[float, ...]:
@@ -112,19 +100,27 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add("--freeze-features", action="store_true", help="train the classifier alone; statistics stay, too")
     add(
-        "--limit-train", type=_positive, metavar="N", help="train on the first N images; the test stays whole"
+        "--limit-train",
+        type=values.count,
+        metavar="N",
+        help="train on the first N images; the test stays whole",
     )
-    add("--accumulate", type=_positive, default=1, metavar="N", help="compute each batch in N parts (1)")
+    add("--accumulate", type=values.count, default=1, metavar="N", help="compute each batch in N parts (1)")
     add("--amp", choices=tuple(AMP), default="off", help="automatic mixed precision (off)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and images (float32)")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--channels-last", action="store_true", help="keep weights and images in that layout")
     add("--sync-bn", action="store_true", help="batch norm over the images of all processes")
-    add("--seed", type=_seed, default=0, help="of weights, order, augmentation and dropout (0)")
+    add(
+        "--seed",
+        type=values.whole(0, 2**32 - 1),
+        default=0,
+        help="of weights, order, augmentation and dropout (0)",
+    )
     add("--device", default=None, help="cpu, cuda or cuda:N (cuda where there is one)")
     add(
         "--workers",
-        type=_positive,
+        type=values.whole(1, 1024),
         default=2,
         metavar="N",
         help="threads per process that read a folder's images (2)",
@@ -134,7 +130,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from DIR/last.pt, with the same settings; to more --epochs, if they are given",
     )
-    add("--save-steps", type=_positive, metavar="N", help="also save every N steps")
+    add("--save-steps", type=values.count, metavar="N", help="also save every N steps")
     add(
         "--save-seconds",
         type=_at_least_zero,
@@ -143,7 +139,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="also save every S seconds (600)",
     )
     add(
-        "--log-every", type=_positive, default=50, metavar="N", help="steps between lines of metrics.csv (50)"
+        "--log-every",
+        type=values.count,
+        default=50,
+        metavar="N",
+        help="steps between lines of metrics.csv (50)",
     )
     recipe = command.add_argument_group("the recipe, and its values, each of which can be set")
     told = "; ".join(
@@ -155,9 +155,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     def value(name: str, help: str, **form: Any) -> None:
         recipe.add_argument(name, default=argparse.SUPPRESS, help=help, **form)
 
-    value("--epochs", "passes over the training images", type=_positive, metavar="N")
+    value("--epochs", "passes over the training images", type=values.count, metavar="N")
     value(
-        "--batch-size", "images per optimizer step, over all processes and parts", type=_positive, metavar="N"
+        "--batch-size",
+        "images per optimizer step, over all processes and parts",
+        type=values.count,
+        metavar="N",
     )
     value("--optimizer", "stochastic gradient descent, or Adam", choices=OPTIMIZERS)
     value("--lr", "learning rate at the start", type=_at_least_zero)
@@ -206,6 +209,10 @@ def _train(settings: Settings) -> None:
         processes.leave()
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Trains. Under torchrun its own record of the first process that fails is what it shows."""
     from effdense.train.interrupt import Stopped
@@ -224,6 +231,15 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("effdense train: stopped at once, nothing more is saved", file=sys.stderr)
         return STOPPED
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            "effdense train: there is not enough memory for this run: a smaller --batch-size, --accumulate, a smaller --resize or "
+            f"--memory minimal need less, and effdense plan says how much ({str(error).partition(chr(10))[0]})",
+            file=sys.stderr,
+        )
+        return 1
     except FloatingPointError as error:
         print(f"effdense train: {error}", file=sys.stderr)
         return 1

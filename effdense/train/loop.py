@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import random
 import sys
 import time
@@ -94,6 +95,7 @@ class Training:
                 f"--batch-size {recipe.batch_size} is more than there are training images, {self.count}"
             )
         own, rest = divmod(recipe.batch_size, parts * count)
+        _check_input(settings, own * self.data.channels)
         if rest or own < 1:
             raise ValueError(
                 f"--batch-size {recipe.batch_size} must be a multiple of --accumulate {parts} times {count} processes"
@@ -393,3 +395,15 @@ class Training:
         if self.processes.count == 1:
             return self._interrupt.asked
         return self.processes.sum([float(self._interrupt.asked)])[0] > 0
+
+
+def _check_input(settings: Settings, maps: int) -> None:
+    """Refuses images that a machine does not hold even alone; `maps`: images times channels."""
+    side = settings.recipe.resize or settings.recipe.pad or 0
+    needed = maps * side**2 * torch.finfo(getattr(torch, settings.dtype)).bits // 8
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"a batch of images of {side}x{side} pixels alone takes {needed / 2**30:.0f} GiB, and this machine has "
+            f"{there / 2**30:.0f}: a smaller --resize, --pad or --batch-size is needed"
+        )
