@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import effdense
 from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
 from effdense import cli, memory, operators, values
+from effdense.models import names
 
 MIB = 2**20
 
@@ -274,3 +277,32 @@ def test_a_wrong_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", "--model", "densenet121", "--image-size", "8", "--batch", "1", f"--budget={text}"])
     assert stop.value.code == 2 and "8GiB" in capsys.readouterr().err
+
+
+def test_nothing_is_downloaded_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector of torchvision's fetches its backbone's weights, unless it is told not to."""
+
+    def detector(*, weights: Any = None, weights_backbone: Any = "DEFAULT") -> nn.Module:
+        assert weights is None and weights_backbone is None
+        return nn.Conv2d(3, 4, 1)
+
+    def classifier(*, weights: Any = None) -> nn.Module:
+        return nn.Conv2d(3, 5, 1)
+
+    builders = {"detector": detector, "classifier": classifier}
+
+    def get_model_builder(name: str) -> Any:
+        if name not in builders:
+            raise ValueError(f"Unknown model {name}")
+        return builders[name]
+
+    fake = SimpleNamespace(
+        get_model=lambda name, **options: get_model_builder(name)(**options),
+        get_model_builder=get_model_builder,
+    )
+    monkeypatch.setitem(sys.modules, "torchvision.models", fake)
+    monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: name)
+    assert effdense.models.build("torchvision:detector").out_channels == 4
+    assert effdense.models.build("torchvision:classifier").out_channels == 5
+    with pytest.raises(ValueError, match="torchvision says: Unknown model other"):
+        effdense.models.build("torchvision:other")
