@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import cuda, extras, files, reference, values
+from effdense import __version__, cuda, extras, files, reference, values
 from effdense._extension import build_info
 from effdense.check import check
 from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
@@ -68,7 +68,9 @@ def _model_and_shape(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[in
     """The model without memory, and the shape of a batch for it."""
     with torch.device("meta"):
         model = build(arguments.model)
-    conv = next(m for m in model.modules() if isinstance(m, CONVS))
+    conv = next((m for m in model.modules() if isinstance(m, CONVS)), None)
+    if conv is None:
+        raise ValueError(f"model {arguments.model!r} has no convolution")
     return model, (arguments.batch, conv.in_channels, arguments.image_size, arguments.image_size)
 
 
@@ -76,20 +78,38 @@ def _plans(model: nn.Module, shape: Sequence[int]) -> list[Plan]:
     """In every memory mode that can be planned for the model."""
     plans = []
     for memory in MEMORY:
+        _note(f"planning {memory} …")
         with contextlib.suppress(NotCheckpointed):
             plans.append(plan(model, shape, memory=memory))
     return plans
 
 
+def _note(text: str) -> None:
+    """Says on a terminal what is being done; the next note takes its place."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _largest_batches(model: nn.Module, shape: Sequence[int], plans: Sequence[Plan], budget: int) -> list[int]:
+    batches = []
+    for p in plans:
+        _note(f"looking for the largest batch with {p.memory} …")
+        batches.append(largest_batch(model, shape, budget, memory=p.memory))
+    return batches
+
+
 def _plan(arguments: argparse.Namespace) -> int:
+    budget = arguments.budget
     try:
+        _note(f"building {arguments.model} …")
         model, shape = _model_and_shape(arguments)
         plans = _plans(model, shape)
-        budget = arguments.budget
-        batches = [largest_batch(model, shape, budget, memory=p.memory) for p in plans] if budget else []
+        batches = _largest_batches(model, shape, plans, budget) if budget else []
     except (ImportError, ValueError) as error:
+        _note("")
         print(f"effdense plan: {error}", file=sys.stderr)
         return 2
+    _note("")
     used = [name for name in CATEGORIES if any(p.breakdown[name] for p in plans)]
     print(
         f"{arguments.model}, input {'x'.join(map(str, shape))}: predicted peak of a training step, in MiB\n"
@@ -160,6 +180,9 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="effdense", description="Memory-efficient DenseNet training.")
+    parser.add_argument(
+        "--version", action="version", version=f"effdense {__version__}, torch {torch.__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "check", help="run every operator on this machine against plain PyTorch in float64"

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import effdense
 from effdense import cli, files
 from effdense.train import loop
 from tests.test_progress import broken
@@ -88,3 +90,18 @@ def test_the_program_itself() -> None:
     ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=1200)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (cli.UNREAD, b"")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"effdense {effdense.__version__}, torch {torch.__version__}\n"
+
+
+def test_a_model_without_convolutions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "build", lambda name: torch.nn.Linear(2, 2))
+    for command in ("plan", "summary"):
+        assert cli.main(COMMANDS[command]) == 2
+        assert capsys.readouterr().err.endswith("has no convolution\n")

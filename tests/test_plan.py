@@ -230,6 +230,19 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Largest batch within 100 MiB" in out
 
 
+def test_the_command_says_what_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal, where nothing is left of it; a large net takes seconds."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    command = ["plan", "--model", "densenet_bc_22_12", "--image-size", "32", "--batch", "8"]
+    assert cli.main([*command, "--budget", "1GiB"]) == 0
+    said = [line for line in capsys.readouterr().err.split("\r\x1b[K") if line]
+    plans = [f"planning {mode} …" for mode in memory.MEMORY]
+    searches = [f"looking for the largest batch with {mode} …" for mode in memory.MEMORY]
+    assert said == ["building densenet_bc_22_12 …", *plans, *searches]
+
+
 def test_command_on_another_librarys_net(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

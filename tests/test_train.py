@@ -168,7 +168,7 @@ def test_killed_in_the_middle_of_an_epoch(whole: Path, root: Path, tmp_path: Pat
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_and_resumed(
     number: int, whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -213,6 +213,7 @@ def test_a_failed_save_leaves_the_one_before(root: Path, tmp_path: Path, capsys:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} <= {
+        ".lock",
         "best.pt",
         "last.pt",
         "metrics.csv",

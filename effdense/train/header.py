@@ -48,17 +48,15 @@ def _data(settings: Settings, data: DataSet, count: int) -> Iterator[str]:
     if len(named) > NAMED:
         named = [named[trained.argmin()], named[trained.argmax()]]
     yield f"classes: {'; '.join(f'{name} {n}' for name, n in named)}"
-    if trained.max() > UNEQUAL * trained.min():
+    if missing := [name for name, n in zip(data.class_names, trained.tolist(), strict=True) if not n]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        yield f"no training images of {', '.join(missing[:5])}{more}"
+    elif trained.max() > UNEQUAL * trained.min():
         largest = int(trained.argmax())
-        times = (
-            f"{trained.max() / trained.min():.3g} times the images of"
-            if trained.min()
-            else "all the images and none"
-        )
         guessing = tested[largest] / tested.sum()
         yield (
-            f"unequal classes: the largest has {times} the smallest; whoever always says {data.class_names[largest]} is right in "
-            f"{guessing:.1%} of the test"
+            f"unequal classes: the largest has {trained.max() / trained.min():.3g} times the images of the smallest; "
+            f"whoever always says {data.class_names[largest]} is right in {guessing:.1%} of the test"
         )
     for name, images in (("training", data.train), ("test", data.test)):
         if isinstance(images, Folder):
