@@ -107,9 +107,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         batches = _largest_batches(model, shape, plans, budget) if budget else []
     except (ImportError, ValueError) as error:
         _note("")
-        print(f"effdense plan: {error}", file=sys.stderr)
-        return 2
-    _note("")
+        return _ended(f"effdense plan: {error}", 2)
+    finally:
+        _note("")
     used = [name for name in CATEGORIES if any(p.breakdown[name] for p in plans)]
     print(
         f"{arguments.model}, input {'x'.join(map(str, shape))}: predicted peak of a training step, in MiB\n"
@@ -133,9 +133,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _summary(arguments: argparse.Namespace) -> int:
     try:
         table = summary(*_model_and_shape(arguments))
-    except ValueError as error:
-        print(f"effdense summary: {error}", file=sys.stderr)
-        return 2
+    except (ImportError, ValueError) as error:
+        return _ended(f"effdense summary: {error}", 2)
     print(f"{arguments.model}, {table}")
     if arguments.json:
         content = {"model": arguments.model, **table.as_dict()}

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and tensors read with their checksums."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import errno
 import io
 import json
 import os
-import pickle
 import secrets
 import stat
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import torch
 
 PART = ".part"  # the end of the names of files that are not whole yet
 
@@ -147,28 +143,3 @@ def _sync_names(folder: Path) -> None:
             raise
     finally:
         os.close(opened)
-
-
-def load_tensors(path: str | os.PathLike[str]) -> Any:
-    """Reads a file that torch.save wrote, of tensors and plain values, to the CPU.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is damaged or something else.
-    """
-    with Path(path).open("rb") as file:
-        try:
-            if zipfile.is_zipfile(file):  # torch.load does not look at the checksums
-                with zipfile.ZipFile(file) as archive:
-                    if damaged := archive.testzip():
-                        raise ValueError(f"the checksum of {damaged} is wrong")
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged archive or pickle makes of it
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            if isinstance(error, pickle.UnpicklingError):  # whose own advice is to run what is in the file
-                reason = "or it holds a whole model, of which only the state_dict should be saved"
-            size = os.fstat(file.fileno()).st_size
-            raise ValueError(
-                f"{path} ({size} bytes) is damaged or was not written by torch.save: {reason}"
-            ) from error

@@ -14,7 +14,7 @@ from effdense.models.densenet import (
 )
 from effdense.models.names import build
 from effdense.models.preparation import Preparation
-from effdense.models.weights import load_weights
+from effdense.models.weights import load_weights, save_weights
 
 __all__ = [
     "DenseNet",
@@ -30,4 +30,5 @@ __all__ = [
     "densenet_d2l",
     "load_checkpoint",
     "load_weights",
+    "save_weights",
 ]

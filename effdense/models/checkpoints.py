@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import files
+from effdense import tensor_files
 from effdense.models.names import build
 from effdense.models.preparation import Preparation, for_test
 from effdense.models.weights import load_weights
@@ -40,7 +40,7 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn
         OSError: the file cannot be opened.
         ValueError: it is damaged, or does not say which model it holds, or that is another one.
     """
-    content = files.load_tensors(path)
+    content = tensor_files.load_tensors(path)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} must hold a checkpoint or a state_dict, it holds a {type(content).__name__}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effdense import files
+from effdense import files, tensor_files
 from effdense.train.folder import BEST, LAST, to_go_on_from
 
 
@@ -32,7 +32,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to go on with")
-    state = files.load_tensors(path)
+    state = tensor_files.load_tensors(path)
     if not isinstance(state, dict) or "settings" not in state or "state_dict" not in state:
         raise ValueError(f"{path} is not a checkpoint of effdense train")
     return state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import files, models
+from effdense import models, tensor_files
 from effdense.convert import convert
 from effdense.nn.classes import is_fused_kind
 from effdense.nn.obstacles import CONVS
@@ -75,7 +75,7 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 def _begin_with(model: nn.Module, path: Path, class_names: list[str] | None) -> None:
     """Loads the weights, with `class_names` those of the classifier, too, if they are those of these classes."""
-    weights = files.load_tensors(path)
+    weights = tensor_files.load_tensors(path)
     theirs = weights.get("class_names") if isinstance(weights, Mapping) else None
     if class_names is not None and theirs is not None and theirs != class_names:
         raise ValueError(
