@@ -109,6 +109,8 @@ def _load_safetensors(file: BinaryIO, size: int) -> dict[str, Tensor]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{name} is of dtype {entry['dtype']}, which is not known here")
         dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} of shape {shape} does not fit bytes {begin} to {end} of {size - start}")
@@ -136,6 +138,8 @@ def _named(head: bytes) -> str:
     """What a file is that is no file of tensors, if its beginning tells."""
     if not head:
         return "it is empty"
+    if _is_safetensors(head):
+        return ""
     for start, what in _OTHERS:
         if head.lstrip().startswith(start):
             return what

@@ -121,7 +121,7 @@ def whole(offset: int = 0, **entry: Any) -> bytes:
         (whole()[:-1], r"x of shape \[2\] does not fit bytes 0 to 8 of 7"),
         (whole(shape=[3]), r"x of shape \[3\] does not fit bytes 0 to 8 of 8"),
         (whole(data_offsets=[-8, 0]), r"x of shape \[2\] does not fit bytes -8 to 0"),
-        (whole(dtype="F4"), "'F4'"),
+        (whole(dtype="F4"), "x is of dtype F4, which is not known here"),
         (whole(offset=3), "Extra data|Expecting|Invalid|decode"),
     ],
 )
@@ -129,6 +129,17 @@ def test_what_is_something_else(content: bytes, message: str, tmp_path: Path) ->
     (file := tmp_path / "weights.pt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"{file} \({len(content)} bytes\) is damaged or .*: .*({message})"):
         load_tensors(file)
+
+
+def test_the_length_of_a_header_is_no_name(tmp_path: Path) -> None:
+    """A file of safetensors begins with any byte, such as a web page's."""
+    for length in range(64):
+        content = whole(note="x" * length)
+        (tmp_path / "x").write_bytes(content)
+        assert load_tensors(tmp_path / "x")["x"].tolist() == [0, 0]
+        (tmp_path / "x").write_bytes(content[:-1])
+        with pytest.raises(ValueError, match="x of shape .* does not fit bytes 0 to 8 of 7"):
+            load_tensors(tmp_path / "x")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
