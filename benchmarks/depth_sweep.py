@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from benchmarks import compare, devices, measure, models
 from benchmarks.compare import MIB, OnProgress
 from benchmarks.program import reports_missing_packages
 from benchmarks.worker import Worker, WorkerConfig, WorkerError
+from effdense import values
 
 if TYPE_CHECKING:  # measuring does without
     from rich.table import Table
@@ -303,7 +303,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=3,
         help="timed steps per depth and implementation (3)",
     )
-    add("--budget", type=_budget, metavar="SIZE", help="find the deepest network within, e.g. 2GiB")
+    add("--budget", type=values.size, metavar="SIZE", help="find the deepest network within, e.g. 2GiB")
     add("--json", type=output, metavar="FILE", help="write everything measured here")
     add("--plot", type=output, metavar="FILE.png", help="draw memory and time over depth here")
     parsed = parser.parse_args(arguments)
@@ -330,14 +330,6 @@ def _depths(text: str, growth_rate: int) -> list[int]:
     for depth in depths:
         models.default_sizes(model_name(depth, growth_rate))  # a ValueError names the nearest depth
     return depths
-
-
-def _budget(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]+)", text.strip().lower())
-    size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"must be a size with its unit, like 2GiB or 500MB, got {text!r}")
-    return int(size)
 
 
 @reports_missing_packages

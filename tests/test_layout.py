@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "effdense"
 
 # Files that import nothing else of effdense but one another; everyone may import them.
-GROUND = {"_torch_range", "_version", "extras", "files"}
+GROUND = {"_torch_range", "_version", "extras", "files", "tensor_files", "values"}
 # ops <- engine <- nn <- models, conversion <- tools, train <- cli: what each folder or file may import besides itself.
 MODULES = {"ops", "engine", "nn"}
 WHOLE_NETS = MODULES | {"models", "conversion"}

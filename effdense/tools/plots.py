@@ -36,14 +36,15 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-# Curves that may lie on each other: the first is a broad light band, so that those on top of it stay visible.
+# Curves that may lie on each other: each has a colour of its own (Okabe and Ito's, which the colour-blind tell apart), and is narrower
+# than those below it or has gaps, so that these stay visible; the gaps tell them apart in grey.
 CURVES: list[dict[str, Any]] = [
-    {"color": PEER, "linewidth": 5},
-    {"color": OURS, "linewidth": 1.4},
-    {"color": "black", "linewidth": 1.0, "linestyle": (0, (2, 3))},
-    {"color": LINE, "linewidth": 1.4, "linestyle": "--"},
-    {"color": OURS, "linewidth": 1.0, "linestyle": ":"},
-    {"color": "black", "linewidth": 0.7},
+    {"color": "#56b4e9", "linewidth": 2.6},
+    {"color": "#d55e00", "linewidth": 1.4},
+    {"color": "black", "linewidth": 1.2, "linestyle": (0, (2, 3))},
+    {"color": "#009e73", "linewidth": 1.6, "linestyle": (0, (6, 3))},
+    {"color": "#cc79a7", "linewidth": 1.6, "linestyle": (0, (1, 1.5))},
+    {"color": "#e69f00", "linewidth": 1.4, "linestyle": (0, (6, 2, 1, 2))},
 ]
 _SHADES = LinearSegmentedColormap.from_list(
     "effdense", ["#e9f0f6", OURS, "#0b2238"]
@@ -55,6 +56,8 @@ _POINTS: dict[str, Any] = {
     "markeredgecolor": "black",
     "markeredgewidth": 0.9,
 }
+_ALONE: dict[str, Any] = {"marker": "s", "markersize": 4}  # where a line would have no length
+_LEGEND, _NAME = 104, 60  # characters that fit side by side, and of a run's name
 _COLUMNS = ("epoch", "split", "loss", "accuracy", "peak_bytes", "seconds")
 
 
@@ -171,13 +174,14 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
         ("time", training["seconds"], f"since the start ({unit})", SECONDS[unit]),
     )
     looks = CURVES[: len(runs)] if len(runs) > 1 else CURVES[1:2]
+    epochs = {epoch for run in runs.values() for curve in run["loss"].values() for epoch in curve}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.6), layout="constrained")
         for axes, (title, curves, label, divisor) in zip(figure.subplots(2, 2).flat, panels, strict=True):
             for by_split, look in zip(curves, looks, strict=True):
                 _curves(axes, by_split, look, divisor)
-            axes.set(title=title, ylabel=label, xlabel="epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.set(title=title, ylabel=label)
+            _epochs_axis(axes, epochs)
             if title == "loss" and _spread(curves) > 30:  # the rest would be a line at the bottom
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -185,10 +189,40 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
                 axes.yaxis.set_minor_locator(NullLocator())
             elif title != "accuracy":
                 axes.set_ylim(0, 1.05 * max(axes.dataLim.y1, 1e-9))
-        handles = [Line2D([], [], label=name, **look) for name, look in zip(runs, looks, strict=True)]
+            elif axes.dataLim.height < 1:  # per cent: no difference is drawn larger than life
+                middle = (axes.dataLim.y0 + axes.dataLim.y1) / 2
+                axes.set_ylim(middle - 1, middle + 1)
+        names = short_names(list(runs))
+        handles = [Line2D([], [], label=name, **look) for name, look in zip(names, looks, strict=True)]
+        handles.append(
+            Line2D([], [], label="training", color="black", **(_ALONE if len(epochs) == 1 else {}))
+        )
         handles.append(Line2D([], [], label="test", color="black", linestyle="", **_POINTS))
-        figure.legend(handles=handles, loc="outside upper left", ncols=4)
+        columns = _LEGEND // (max(len(handle.get_label()) for handle in handles) + 8)
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(4, columns))
         _save(figure, path)
+
+
+def short_names(runs: Sequence[str]) -> list[str]:
+    """What tells runs apart: their paths without the folders that all of them are in, long ones without their middle."""
+    parts = [Path(run).parts for run in runs]
+    common = 0
+    while len(runs) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    names = [str(Path(*p[common:])) for p in parts]
+    short = [n if len(n) <= _NAME else f"{n[: _NAME // 2 - 1]} … {n[-(_NAME // 2 - 2) :]}" for n in names]
+    return [f"{i}: {s}" if short.count(s) > 1 else s for i, s in enumerate(short, 1)]
+
+
+def _epochs_axis(axes: Axes, epochs: set[float]) -> None:
+    """Whole epochs, and no fractions of one around a single one."""
+    axes.set_xlabel("epoch")
+    if len(epochs) == 1:
+        (epoch,) = epochs
+        axes.set_xlim(epoch - 0.5, epoch + 0.5)
+        axes.set_xticks([epoch], [f"{epoch:g}"])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def _spread(runs: Sequence[Mapping[str, Curve]]) -> float:
@@ -202,6 +236,6 @@ def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], divis
     for split, curve in curves.items():
         epochs = sorted(curve)
         values = [curve[epoch] / divisor for epoch in epochs]
-        alone = {"marker": "s", "markersize": 4} if len(epochs) == 1 else {}
+        alone = _ALONE if len(epochs) == 1 else {}
         points = alone if split == "train" else _POINTS
         axes.plot(epochs, values, markevery=max(1, len(epochs) // 12), **points, **look)
