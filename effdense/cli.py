@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import __version__, extras, files, values
+from effdense import extras, files, values
+from effdense._version import __version__
 from effdense.models import build, load_checkpoint
 from effdense.nn.kinds import CONVS
 from effdense.ops import gpu_check, reference
