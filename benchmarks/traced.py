@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
-from effdense.engine import batch_norm, node
+from effdense.engine import batch_norm, node, stem
 from effdense.ops import dispatch, reference, self_test
 
 # The calls that are operators for torch.compile's sake: what is in them counts.
@@ -27,6 +27,8 @@ OPAQUE: dict[str, Callable[..., Any]] = {
     "update_running_statistics": reference.update_running_statistics,
     "update_from_vectors": batch_norm._update_from_vectors,
     "count_batches": batch_norm._count,
+    "stem": stem._stem,
+    "stem_backward": stem._stem_backward,
 }
 
 

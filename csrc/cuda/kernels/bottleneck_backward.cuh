@@ -337,11 +337,12 @@ __global__ void __launch_bounds__(kPartThreads) add_parts_kernel(const AddPartsA
     if (lane == 0 && inside) store(arguments.grad_weight + line * arguments.channels + column, sum);
     return;
   }
-  Sum sums[2];
-  for (int i = 0; i < 2; ++i)
-    sums[i] = add_parts(arguments.sum_parts + i * width + column, arguments.sum_count, 2 * width, inside,
-                        lane, side, shared[i]);
-  if (lane == 0 && inside) finish_sums(arguments.to, column, sums[0], sums[1]);
+  // Not in a loop: indexed by its counter they would lie in local memory.
+  const Sum sum_d =
+      add_parts(arguments.sum_parts + column, arguments.sum_count, 2 * width, inside, lane, side, shared[0]);
+  const Sum sum_dx = add_parts(arguments.sum_parts + width + column, arguments.sum_count, 2 * width, inside,
+                               lane, side, shared[1]);
+  if (lane == 0 && inside) finish_sums(arguments.to, column, sum_d, sum_dx);
 }
 
 }  // namespace effdense::kernels
