@@ -138,7 +138,7 @@ def test_the_length_of_a_header_is_no_name(tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(content)
         assert load_tensors(tmp_path / "x")["x"].tolist() == [0, 0]
         (tmp_path / "x").write_bytes(content[:-1])
-        with pytest.raises(ValueError, match="x of shape .* does not fit bytes 0 to 8 of 7"):
+        with pytest.raises(ValueError, match=r"x of shape .* does not fit bytes 0 to 8 of 7"):
             load_tensors(tmp_path / "x")
 
 

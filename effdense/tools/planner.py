@@ -293,35 +293,47 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
         ValueError: input_shape or memory is wrong, nothing of the model can be converted, or it does not run.
     """
     shape = _checked(model, input_shape, memory)
-    bare = bare_copy(model)
-    convert(bare, memory="minimal" if memory == "minimal" else "balanced")
-    if not any(entry.converted for entry in report(bare)):
-        raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
-    for module in bare.modules() if memory == "checkpoint" else ():
-        if isinstance(module, ForeignBlock):
-            raise NotCheckpointed(
-                f'plan: memory="checkpoint" is not known of {type(module).__name__}, only of blocks with torchvision\'s layers'
-            )
-        module.__class__ = CHECKPOINTED.get(kind_of(module), type(module))
-    tensors, wanted = [*bare.parameters(), *bare.buffers()], [p for p in bare.parameters() if p.requires_grad]
-    dtype = next((p.dtype for p in tensors if p.is_floating_point()), torch.float32)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.device("meta"),
-            _compiled_on_meta(),
-        ):
-            x = torch.empty(shape, dtype=dtype)
-            if memory in ("naive", "checkpoint"):
-                total, breakdown = _one_by_one(bare, x)
-            else:
-                with _Timeline() as timeline:
-                    _step(bare, x)
-                total, breakdown = timeline.finish()
-    except Exception as error:
-        raise ValueError(f"plan: the model does not run on an input of shape {shape}: {error}") from error
-    return Plan(memory, shape, total, breakdown, _bytes(tensors), _bytes(wanted), _bytes(wanted))
+    return _Prepared(model, memory).at(shape)
+
+
+class _Prepared:
+    """A copy without memory, converted for a mode, that is walked through for any number of shapes."""
+
+    def __init__(self, model: nn.Module, memory: str) -> None:
+        self.memory, self._model = memory, bare_copy(model)
+        convert(self._model, memory="minimal" if memory == "minimal" else "balanced")
+        if not any(entry.converted for entry in report(self._model)):
+            raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
+        for module in self._model.modules() if memory == "checkpoint" else ():
+            if isinstance(module, ForeignBlock):
+                raise NotCheckpointed(
+                    f'plan: memory="checkpoint" is not known of {type(module).__name__}, only of blocks with torchvision\'s layers'
+                )
+            module.__class__ = CHECKPOINTED.get(kind_of(module), type(module))
+
+    def at(self, shape: tuple[int, ...]) -> Plan:
+        """For a batch of that shape."""
+        bare, memory = self._model, self.memory
+        tensors = [*bare.parameters(), *bare.buffers()]
+        wanted = [p for p in bare.parameters() if p.requires_grad]
+        dtype = next((p.dtype for p in tensors if p.is_floating_point()), torch.float32)
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.device("meta"),
+                _compiled_on_meta(),
+            ):
+                x = torch.empty(shape, dtype=dtype)
+                if memory in ("naive", "checkpoint"):
+                    total, breakdown = _one_by_one(bare, x)
+                else:
+                    with _Timeline() as timeline:
+                        _step(bare, x)
+                    total, breakdown = timeline.finish()
+        except Exception as error:
+            raise ValueError(f"plan: the model does not run on an input of shape {shape}: {error}") from error
+        return Plan(memory, shape, total, breakdown, _bytes(tensors), _bytes(wanted), _bytes(wanted))
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -335,11 +347,13 @@ def largest_batch(
 
     By bisection from the batch of `input_shape`, where possible at the place where a straight line crosses the budget.
     """
+    shape = _checked(model, input_shape, memory)
+    prepared = _Prepared(model, memory)
 
     def size(batch: int) -> int:
-        return plan(model, (batch, *input_shape[1:]), memory=memory).everything
+        return prepared.at((batch, *shape[1:])).everything
 
-    batch = int(input_shape[0])
+    batch = shape[0]
     last, fits, too_large, slope = (0, 0), 0, 2**31, 0.0
     while too_large - fits > 1:
         now = size(batch)

@@ -198,7 +198,7 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
             Line2D([], [], label="training", color="black", **(_ALONE if len(epochs) == 1 else {}))
         )
         handles.append(Line2D([], [], label="test", color="black", linestyle="", **_POINTS))
-        columns = _LEGEND // (max(len(handle.get_label()) for handle in handles) + 8)
+        columns = _LEGEND // (max(len(str(handle.get_label())) for handle in handles) + 8)
         figure.legend(handles=handles, loc="outside upper left", ncols=min(4, columns))
         _save(figure, path)
 

@@ -191,7 +191,8 @@ def read_settings(arguments: argparse.Namespace) -> RunConfig:
         raise ValueError("--keep-classifier needs --weights, whose classifier it keeps")
     if recipe.nesterov and not recipe.momentum:
         raise ValueError("--nesterov needs --momentum above 0")
-    given["device"] = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    if given["device"] is None:
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     others = {f.name: given[f.name] for f in dataclasses.fields(RunConfig) if f.name in given}
     return RunConfig(**(others | {"recipe_name": name, "recipe": recipe, "epochs_given": "epochs" in given}))
 
