@@ -170,11 +170,11 @@ def test_nothing_is_allocated() -> None:
     assert peak_bytes(lambda: effdense.plan(model, (1000, 3, 32, 32))) < MIB
 
 
-@pytest.mark.parametrize("mode", memory.MEMORY)
+@pytest.mark.parametrize("mode", planner.MEMORY)
 def test_a_plan_leaves_nothing_for_the_next(mode: str) -> None:
     """One prepared copy, walked through for several batches, as largest_batch does."""
     model = build("densenet_bc_22_12", "naive")
-    prepared = memory._Prepared(model, mode)
+    prepared = planner._Prepared(model, mode)
     for batch in (8, 1, 64, 8):
         shape = (batch, 3, 32, 32)
         assert prepared.at(shape) == effdense.plan(model, shape, memory=mode)
