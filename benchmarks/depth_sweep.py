@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,8 @@ import torch
 from benchmarks import compare, devices, measure, models
 from benchmarks.compare import MIB, OnProgress
 from benchmarks.program import reports_missing_packages
-from benchmarks.worker import Settings, Worker, WorkerError
+from benchmarks.worker import Worker, WorkerConfig, WorkerError
+from effdense import values
 
 if TYPE_CHECKING:  # measuring does without
     from rich.table import Table
@@ -53,7 +53,7 @@ def parameters(name: str) -> int:
 
 
 def run(
-    settings: Settings,
+    settings: WorkerConfig,
     growth_rate: int,
     depths: Sequence[int],
     impls: Sequence[str],
@@ -79,7 +79,7 @@ def run(
 
 def within_budget(
     result: dict[str, Any],
-    settings: Settings,
+    settings: WorkerConfig,
     growth_rate: int,
     budget_bytes: int,
     on_progress: OnProgress = lambda what: None,
@@ -108,7 +108,7 @@ def within_budget(
     return {"bytes": budget_bytes, "method": METHOD, "rows": found}
 
 
-def counted_step(impl: str, settings: Settings) -> dict[str, int]:
+def counted_step(impl: str, settings: WorkerConfig) -> dict[str, int]:
     """Return the `peak_bytes` and `peak_rss_bytes` of one step, untimed, in a process of its own.
 
     One step comes before it, after which gradients and momentum exist. Raises WorkerError.
@@ -303,7 +303,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=3,
         help="timed steps per depth and implementation (3)",
     )
-    add("--budget", type=_budget, metavar="SIZE", help="find the deepest network within, e.g. 2GiB")
+    add("--budget", type=values.size, metavar="SIZE", help="find the deepest network within, e.g. 2GiB")
     add("--json", type=output, metavar="FILE", help="write everything measured here")
     add("--plot", type=output, metavar="FILE.png", help="draw memory and time over depth here")
     parsed = parser.parse_args(arguments)
@@ -332,14 +332,6 @@ def _depths(text: str, growth_rate: int) -> list[int]:
     return depths
 
 
-def _budget(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]+)", text.strip().lower())
-    size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"must be a size with its unit, like 2GiB or 500MB, got {text!r}")
-    return int(size)
-
-
 @reports_missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 when an implementation failed."""
@@ -349,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.plot:
         from benchmarks import plots
     device = parsed.device.name
-    settings = Settings("", parsed.batch, parsed.image_size, threads=parsed.threads, device=device)
+    settings = WorkerConfig("", parsed.batch, parsed.image_size, threads=parsed.threads, device=device)
     title = f"DenseNet-BC, growth {parsed.growth}, training step, batch {parsed.batch}, "
     title += f"{parsed.image_size}x{parsed.image_size}, {settings.dtype}{compare.elsewhere(settings)}"
     pieces = len(parsed.impl) * ((parsed.repeats + 2) * len(parsed.depths) + 2 * bool(parsed.budget))

@@ -22,8 +22,8 @@ from torch import Tensor
 import effdense
 from benchmarks import compare, devices, isa, measure
 from benchmarks.program import reports_missing_packages
-from effdense.reference import accumulate_dtype
-from effdense.workspace import on_large_pages
+from effdense.engine.workspace import on_large_pages
+from effdense.ops.reference import accumulate_dtype
 
 if TYPE_CHECKING:  # measuring does without
     from rich.table import Table
@@ -143,7 +143,7 @@ def _norm(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _calls(s: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Every operator on the tensors of this shape, called as in effdense/engine.py and effdense/pool.py."""
+    """Every operator on the tensors of this shape, called as in effdense/engine/passes.py and effdense/engine/pool.py."""
     ops, aten, c, o, k = torch.ops.effdense, torch.ops.aten, s.channels, s.out_channels, s.growth_rate
     t, unit = s.buffer_channels, 16 // dtype.itemsize  # the buffers' rows are of whole 16 bytes
     features, grads = (_map(s, -(-t // unit) * unit, dtype)[:, :t] for _ in range(2))

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import compare, cuda_traffic, models
-from effdense import convert, operators
+from effdense import convert
+from effdense.ops import dispatch
 
 IMPLS = ("naive", "checkpoint", "balanced", "minimal")
 # What computes nothing: views, allocations, what asks for something.
@@ -98,7 +98,7 @@ def _is_free(event: Any) -> bool:
 def on_harness(simt: Any) -> Iterator[None]:
     """Makes the CPU run the CUDA operators."""
     types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    with mock.patch.dict(operators._COMPILED, {"cpu": (simt, types)}):
+    with dispatch.override("cpu", simt, types):
         yield
 
 

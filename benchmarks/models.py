@@ -439,7 +439,7 @@ def _has_torchvision() -> bool:
 
 def _check_effdense(impl: Impl, features: Tensor) -> bool:
     """Return whether effdense's compiled code runs on such features; refuse what would not be what the name says."""
-    from effdense.operators import operators
+    from effdense.ops.dispatch import operators
 
     compiled = operators(features) is torch.ops.effdense
     if compiled and impl.fallback:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks.nets import Parts
-from effdense import dense_block, pool
+from effdense.engine import node, pool
 
 
 def fused(model: nn.Module, images: Tensor) -> Parts:
@@ -22,7 +22,7 @@ def fused(model: nn.Module, images: Tensor) -> Parts:
     kinds = [entry.kind for entry in report if entry.converted and entry.reason is None]
     with (
         torch.no_grad(),
-        mock.patch.object(dense_block, "run", wraps=dense_block.run) as stages,
+        mock.patch.object(node, "run", wraps=node.run) as stages,
         mock.patch.object(pool, "bn_relu_max_pool", wraps=pool.bn_relu_max_pool) as stems,
     ):
         model(images)

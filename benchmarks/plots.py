@@ -1,4 +1,4 @@
-"""The benchmarks' pictures, in the style of effdense.plots: values or names written beside what is drawn."""
+"""The benchmarks' pictures, in the style of effdense.tools.plots: values or names written beside what is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
 
-from effdense.plots import CURVES, LINE, MIB, OURS, PEER, STYLE
+from effdense.tools.plots import CURVES, LINE, MIB, OURS, PEER, STYLE
 
 
 def comparison(rows: Sequence[dict[str, Any]], title: str, path: str | Path) -> None:

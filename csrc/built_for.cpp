@@ -1,4 +1,4 @@
-// Which torch this module was built for, for effdense/_extension.py to read from the file itself: under
+// Which torch this module was built for, for effdense/ops/extension.py to read from the file itself: under
 // another torch the module may not load, and then it cannot be asked.
 #include <c10/macros/Export.h>
 #include <torch/version.h>

@@ -1,6 +1,6 @@
-// A whole dense stage, forward and backward, over one backend's operators: effdense/engine.py in C++,
+// A whole dense stage, forward and backward, over one backend's operators: effdense/engine/passes.py in C++,
 // operator by operator, without the dispatcher and Python in between. That file says what is computed and
-// why; both give the same bits (tests/test_stage_compiled.py). What it leaves to Python: norms synchronised
+// why; both give the same bits (tests/test_dense_block.py). What it leaves to Python: norms synchronised
 // over processes.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace effdense {
 // The schemas' types for lists of tensors, in which undefined stands for None, and of truth values.
 using OptionalTensors = c10::List<std::optional<Tensor>>;
 
-// stage.py's Settings without the group.
+// stage.py's StageConfig without the group.
 struct StageSettings {
   bool bottleneck;
   std::string_view memory;

@@ -1,5 +1,5 @@
 // What a dense stage is made of, for stage.cpp: its layers' tensors by name, and where in flat tensors its
-// parts lie. effdense/stage.py in C++.
+// parts lie. effdense/engine/stage.py in C++.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -3,15 +3,18 @@
 `convert(model)` makes an existing model run fused; `nn` has the modules, `functional` the operator.
 """
 
-# _extension first: it refuses a torch on which the others may not even load.
-from effdense import _extension, functional, models, nn
-from effdense.convert import convert, report, revert
-from effdense.memory import plan
-from effdense.summary import summary
-from effdense.workspace import empty_cache
+# First: it refuses a torch on which the others may not even load.
+from effdense.ops import extension as _extension
+
+# isort: split
+from effdense import functional, models, nn
+from effdense._version import __version__
+from effdense.conversion import convert, report, revert
+from effdense.engine.workspace import empty_cache
+from effdense.tools.planner import plan
+from effdense.tools.summary import summary
 
 build_info = _extension.build_info
-__version__ = "0.1.0"
 
 __all__ = [
     "__version__",

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
+import io
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from effdense import cuda, extras, files, reference
-from effdense._extension import build_info
-from effdense.check import check
-from effdense.memory import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
+from effdense import extras, files, values
+from effdense._version import __version__
 from effdense.models import build, load_checkpoint
-from effdense.nn.obstacles import CONVS
-from effdense.operators import operators
-from effdense.reuse import feature_reuse
-from effdense.summary import summary
+from effdense.nn.kinds import CONVS
+from effdense.ops import gpu_check, reference
+from effdense.ops.dispatch import operators
+from effdense.ops.extension import build_info
+from effdense.ops.self_test import check
+from effdense.tools.planner import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
+from effdense.tools.reuse import feature_reuse
+from effdense.tools.summary import summary
 from effdense.train import command as train
+
+INTERRUPTED, UNREAD = 130, 141  # a shell's status for Ctrl-C, and for a pipe that nobody reads
 
 
 def _describe(device: torch.device) -> str:
@@ -37,15 +40,15 @@ def _describe(device: torch.device) -> str:
 
 def _check(arguments: argparse.Namespace) -> int:
     try:
-        x = torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        print(f"effdense check: device {arguments.device!r} cannot be used here: {error}", file=sys.stderr)
+        x = torch.empty(0, device=values.device(arguments.device))
+    except ValueError as error:
+        print(f"effdense check: {error}", file=sys.stderr)
         return 2
     for key, value in build_info().items():
         print(f"{key}: {value}")
     if x.device.type != "cuda":
         ops = operators(x)
-    elif reason := cuda.why_unsupported(x.device.index):
+    elif reason := gpu_check.why_unsupported(x.device.index):
         print(f"\nno kernels for this card, because {reason}")
         ops = reference
     else:  # without asking whether they are right, which is to be seen
@@ -63,20 +66,13 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _size(text: str) -> int:
-    """8GiB, 512 MiB, 2e9: bytes."""
-    match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*(?:([KMGT])(i?))?B?", text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"a size such as 8GiB, 512MiB or 8e9 was expected, got {text!r}")
-    power = " KMGT".index(match[2] or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def _model_and_shape(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int, int]]:
     """The model without memory, and the shape of a batch for it."""
     with torch.device("meta"):
         model = build(arguments.model)
-    conv = next(m for m in model.modules() if isinstance(m, CONVS))
+    conv = next((m for m in model.modules() if isinstance(m, CONVS)), None)
+    if conv is None:
+        raise ValueError(f"model {arguments.model!r} has no convolution")
     return model, (arguments.batch, conv.in_channels, arguments.image_size, arguments.image_size)
 
 
@@ -84,20 +80,38 @@ def _plans(model: nn.Module, shape: Sequence[int]) -> list[Plan]:
     """In every memory mode that can be planned for the model."""
     plans = []
     for memory in MEMORY:
+        _note(f"planning {memory} …")
         with contextlib.suppress(NotCheckpointed):
             plans.append(plan(model, shape, memory=memory))
     return plans
 
 
+def _note(text: str) -> None:
+    """Says on a terminal what is being done; the next note takes its place."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _largest_batches(model: nn.Module, shape: Sequence[int], plans: Sequence[Plan], budget: int) -> list[int]:
+    batches = []
+    for p in plans:
+        _note(f"looking for the largest batch with {p.memory} …")
+        batches.append(largest_batch(model, shape, budget, memory=p.memory))
+    return batches
+
+
 def _plan(arguments: argparse.Namespace) -> int:
+    budget = arguments.budget
     try:
+        _note(f"building {arguments.model} …")
         model, shape = _model_and_shape(arguments)
         plans = _plans(model, shape)
-        budget = arguments.budget
-        batches = [largest_batch(model, shape, budget, memory=p.memory) for p in plans] if budget else []
+        batches = _largest_batches(model, shape, plans, budget) if budget else []
     except (ImportError, ValueError) as error:
-        print(f"effdense plan: {error}", file=sys.stderr)
-        return 2
+        _note("")
+        return _ended(f"effdense plan: {error}", 2)
+    finally:
+        _note("")
     used = [name for name in CATEGORIES if any(p.breakdown[name] for p in plans)]
     print(
         f"{arguments.model}, input {'x'.join(map(str, shape))}: predicted peak of a training step, in MiB\n"
@@ -121,9 +135,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _summary(arguments: argparse.Namespace) -> int:
     try:
         table = summary(*_model_and_shape(arguments))
-    except ValueError as error:
-        print(f"effdense summary: {error}", file=sys.stderr)
-        return 2
+    except (ImportError, ValueError) as error:
+        return _ended(f"effdense summary: {error}", 2)
     print(f"{arguments.model}, {table}")
     if arguments.json:
         content = {"model": arguments.model, **table.as_dict()}
@@ -136,9 +149,9 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _draw(arguments: argparse.Namespace, draw: Callable[[Any], None]) -> int:
-    """Calls `draw` with effdense.plots and says where the picture is."""
+    """Calls `draw` with effdense.tools.plots and says where the picture is."""
     try:
-        plots = extras.load("effdense.plots", f"effdense {arguments.command}", "train")
+        plots = extras.load("effdense.tools.plots", f"effdense {arguments.command}", "train")
     except ImportError as error:
         print(error, file=sys.stderr)
         return 2
@@ -166,9 +179,11 @@ def _plot(arguments: argparse.Namespace) -> int:
     return _draw(arguments, draw)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 when something failed, 2 for a wrong call."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="effdense", description="Memory-efficient DenseNet training.")
+    parser.add_argument(
+        "--version", action="version", version=f"effdense {__version__}, torch {torch.__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "check", help="run every operator on this machine against plain PyTorch in float64"
@@ -179,32 +194,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--model", required=True, help="densenet121, densenet_bc_100_12, torchvision:NAME, …"
     )
-    command.add_argument("--image-size", type=int, required=True, help="height and width")
-    command.add_argument("--batch", type=int, required=True, help="images in a batch")
-    command.add_argument("--budget", type=_size, help="such as 8GiB: also say the largest batch within it")
+    command.add_argument("--image-size", type=values.side, required=True, help="height and width")
+    command.add_argument("--batch", type=values.count, required=True, help="images in a batch")
+    command.add_argument(
+        "--budget", type=values.size, help="such as 8GiB: also say the largest batch within it"
+    )
     command.set_defaults(run=_plan)
     command = commands.add_parser("summary", help="a model's stages: sizes, parameters, work, memory kept")
     command.add_argument("model", help="as in plan")
-    command.add_argument("--image-size", type=int, required=True, help="height and width")
-    command.add_argument("--batch", type=int, default=1, help="images in a batch (default: %(default)s)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    command.add_argument("--image-size", type=values.side, required=True, help="height and width")
+    command.add_argument(
+        "--batch", type=values.count, default=1, help="images in a batch (default: %(default)s)"
+    )
+    command.add_argument("--json", type=values.path, metavar="FILE", help="write the table there too")
     command.set_defaults(run=_summary)
     command = commands.add_parser(
         "reuse", help="draw how strongly each layer reads each earlier layer's features"
     )
-    command.add_argument("checkpoint", type=Path, help="of effdense train, or a state_dict with --model")
+    command.add_argument(
+        "checkpoint", type=values.path, help="of effdense train, or a state_dict with --model"
+    )
     command.add_argument("--model", help="as in plan, where the file does not say it")
-    command.add_argument("-o", "--output", type=Path, default="reuse.png", help="PNG (default: %(default)s)")
+    command.add_argument(
+        "-o", "--output", type=values.path, default="reuse.png", help="PNG (default: %(default)s)"
+    )
     command.set_defaults(run=_reuse)
     command = commands.add_parser(
         "plot", help="draw loss, accuracy, memory and time of up to six training runs"
     )
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of effdense train --out")
-    command.add_argument("-o", "--output", type=Path, default="runs.png", help="PNG (default: %(default)s)")
+    command.add_argument(
+        "runs", type=values.path, nargs="+", metavar="RUN", help="folder of effdense train --out"
+    )
+    command.add_argument(
+        "-o", "--output", type=values.path, default="runs.png", help="PNG (default: %(default)s)"
+    )
     command.set_defaults(run=_plot)
     command = commands.add_parser("train", help="train a DenseNet on images; also under torchrun")
     train.add_arguments(command)
     command.set_defaults(run=train.run)
-    arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 1 when something failed, 2 for a wrong call.
+
+    Where it is interrupted, or what it prints is not read to the end, that is no traceback: 130 and 141, as shells have it.
+    """
+    name = "effdense"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding does not have is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        arguments = _parser().parse_args(argv)
+        name = f"effdense {arguments.command}"
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _ended(f"{name}: stopped", INTERRUPTED)
+    except BrokenPipeError:
+        return UNREAD
+    except OSError as error:
+        return _ended(f"{name}: {error.strerror or error}", 2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            files.silence(sys.stdout)
+
+
+def _ended(message: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # nobody is there to read it
+        print(message, file=sys.stderr)
     return status

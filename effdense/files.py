@@ -1,44 +1,127 @@
-"""Files: written whole or not at all, and tensors read with their checksums."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
-import pickle
-import zipfile
+import secrets
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+PART = ".part"  # the end of the names of files that are not whole yet
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file that becomes `path` at the end: whenever the program ends, `path` has its old or all of its new content.
 
+    A symbolic link stays, and the file that it means is replaced; permissions stay, too. Devices, pipes and the program's
+    own standard output are never replaced: they are given the content at the end.
+
     Raises:
         OSError: it cannot be written; the message says what is there instead.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
     try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync_names(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
-        before = "the one before it is as it was" if path.exists() else "there is none"
+        target = _target(path)
+        if target is None:
+            content = io.BytesIO()
+            yield content
+            _give(path, content.getvalue())
+        else:
+            with _beside(target) as file:
+                yield file
+    except (OSError, RuntimeError) as error:
+        before = "it is no regular file" if os.path.exists(path) else "there is none"
+        before = "the one before it is as it was" if os.path.isfile(path) else before
         raise OSError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; {before}"
         ) from error
+
+
+def _target(path: Path) -> Path | None:
+    """The file that is to be replaced, behind symbolic links; None where there is something to be written to as it is."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:  # a link that leads nowhere says where the file is to be
+        return Path(os.path.realpath(path))
+    if _own_output(there) is not None or stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode):
+        return None
+    if stat.S_ISDIR(there.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(there.st_mode):
+        raise OSError("a disk or a socket is not overwritten")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "it is write-protected")
+    return Path(os.path.realpath(path))
+
+
+def _own_output(there: os.stat_result) -> int | None:
+    """The number of this program's standard output or error, if that is what is there."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(there, os.fstat(number)):
+                return number
+    return None
+
+
+def _give(path: Path, content: bytes) -> None:
+    """Writes to something that is there and stays what it is."""
+    own = _own_output(path.stat())
+    if own is not None:  # behind what has been printed
+        (sys.stdout if own == 1 else sys.stderr).flush()
+    with open(path if own is None else os.dup(own), "wb") as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of a regular one, or of none, once it is whole."""
+    part = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}{PART}")  # no other writer's
+    try:
+        with part.open("xb") as file:
+            _take_permissions(target, file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    _sync_names(target.parent)
+
+
+def _take_permissions(target: Path, file: int) -> None:
+    """Gives a file the owner and the permissions of the one that is there, as far as that can be done here."""
+    if not target.exists():
+        return
+    there = target.stat()
+    with contextlib.suppress(OSError):
+        os.fchown(file, there.st_uid, there.st_gid)
+    with contextlib.suppress(OSError):
+        os.fchmod(file, stat.S_IMODE(there.st_mode))
+
+
+def silence(stream: Any) -> None:
+    """Leads a stream that takes nothing more to nowhere, so that the rest of its buffer is no error when Python ends."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file of the system's, or closed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def remove_parts(folder: Path, *names: str) -> None:
+    """Removes what writers of these files have left that were killed. None of them may be at work."""
+    for name in names:
+        for part in folder.glob(f".{name}.????????{PART}"):
+            part.unlink(missing_ok=True)
 
 
 def write_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -48,33 +131,15 @@ def write_json(content: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
+    """Brings a folder's list of names to the disk, where it can be opened and its file system does that."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(opened)
-
-
-def load_tensors(path: str | os.PathLike[str]) -> Any:
-    """Reads a file that torch.save wrote, of tensors and plain values, to the CPU.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is damaged or something else.
-    """
-    with Path(path).open("rb") as file:
-        try:
-            if zipfile.is_zipfile(file):  # torch.load does not look at the checksums
-                with zipfile.ZipFile(file) as archive:
-                    if damaged := archive.testzip():
-                        raise ValueError(f"the checksum of {damaged} is wrong")
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged archive or pickle makes of it
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            if isinstance(error, pickle.UnpicklingError):  # whose own advice is to run what is in the file
-                reason = "or it holds a whole model, of which only the state_dict should be saved"
-            size = os.fstat(file.fileno()).st_size
-            raise ValueError(
-                f"{path} ({size} bytes) is damaged or was not written by torch.save: {reason}"
-            ) from error

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effdense import dense_layer
-from effdense.batch_norm import Norm, Update, recomputing, update_running_statistics
-from effdense.checks import check_number
-from effdense.inputs import through
+from effdense.engine import single_layer
+from effdense.engine.batch_norm import Update, recomputing, update_running_statistics
+from effdense.engine.inputs import through
+from effdense.engine.norm import Norm
+from effdense.engine.validation import check_number
 
 
 def cat_bn_relu_conv1x1(
@@ -55,7 +56,7 @@ def cat_bn_relu_conv1x1(
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
 
     def fused(features: Sequence[Tensor]) -> Tensor:
-        y, mean, var = dense_layer.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
+        y, mean, var = single_layer.bottleneck(op, _NAMES, features, norm, conv_weight, conv_bias)
         if training and not recomputing():
             update = Update(running_mean, running_var, mean, var, momentum)
             update_running_statistics([update], y.numel() // y.shape[1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense import reference
+from effdense.ops import reference
 
 # The settings of TF32. torch 2.8 has one for everything that cuDNN does.
 _TF32 = "fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import effdense
-from effdense import _extension
 from effdense._torch_range import NEWEST_TESTED, OLDEST, TORCH, why_unsupported, why_untested
+from effdense.ops.extension import extension
 
 pytestmark = pytest.mark.tools
 
@@ -68,16 +68,16 @@ def test_build_info_says_what_runs():
     assert info["torch"] == torch.__version__
     assert info["python"] == platform.python_version()
     assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
-    assert info["compiled"] == (_extension.extension is not None) == (info["reason"] is None)
+    assert info["compiled"] == (extension is not None) == (info["reason"] is None)
     assert info["implementation"] == ("compiled" if info["compiled"] else "fallback")
     assert {"torch_built_for", "compiler", "openmp", "cuda", "arch_list"} <= info.keys()
 
 
 @pytest.mark.core
-@pytest.mark.skipif(_extension.extension is None, reason="no compiled module")
+@pytest.mark.skipif(extension is None, reason="no compiled module")
 def test_the_file_and_the_compiled_module_name_the_same_torch():
     info = effdense.build_info()
-    assert info["torch_built_for"] == _extension.extension.build_info()["torch"]
+    assert info["torch_built_for"] == extension.build_info()["torch"]
     assert info["torch_built_for"].startswith(MINOR + ".")
 
 

@@ -16,8 +16,8 @@ from torch.nn.utils import prune
 
 import effdense
 from benchmarks import models
-from effdense import reference
 from effdense.nn import DenseBlock, DenseLayer, Transition
+from effdense.ops import reference
 from tests.conversions import COPIES, copied
 
 MEMORY = ["balanced", "minimal"]
@@ -370,7 +370,7 @@ def test_wrong_arguments() -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_the_twin_alone_trains_like_the_naive_model(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device without compiled operators."""
-    monkeypatch.setattr(effdense.dense_block, "operators", lambda _: reference)
+    monkeypatch.setattr(effdense.engine.node, "operators", lambda _: reference)
     monkeypatch.setattr(torch.ops.effdense, "bottleneck", None)
     naive = make_small()
     ours = effdense.convert(copy.deepcopy(naive), memory=memory)

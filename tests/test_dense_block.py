@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from effdense import dense_block, engine, reference
-from effdense.operators import operators
+from effdense.engine import node, passes
+from effdense.ops import reference
+from effdense.ops.dispatch import operators
 from tests.stages import (
     CHANNELS,
     GROWTH,
@@ -81,9 +82,9 @@ def test_gradcheck(memory: str, plain: bool, tail: str) -> None:
 def capture(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the engine is called with: settings, x, parameters, running statistics, masks."""
     calls: list[Any] = []
-    run = dense_block.run
+    run = node.run
     with monkeypatch.context() as patch:
-        patch.setattr(dense_block, "run", lambda *a: calls.append(a) or run(*a))
+        patch.setattr(node, "run", lambda *a: calls.append(a) or run(*a))
         model(x)
     (call,) = calls
     return list(call)
@@ -105,10 +106,10 @@ def test_compiled_operators_and_the_twin_agree(
     parameters, needs = detached(parameters), [True, *(p is not None for p in parameters)]
     results = []
     for ops in (operators(x), reference):
-        out, features, saved, vectors = engine.forward(ops, settings, x, parameters, running, masks)
+        out, features, saved, vectors = passes.forward(ops, settings, x, parameters, running, masks)
         y = out if settings.pool else features
         kept = (features, saved, vectors, parameters, masks)
-        grads = engine.backward(ops, settings, weights_of(y), x.shape[1], *kept, needs)
+        grads = passes.backward(ops, settings, weights_of(y), x.shape[1], *kept, needs)
         results.append([out, features.contiguous(), saved, vectors, *grads])
     assert_close(*results, 1e-12)
 
@@ -147,7 +148,7 @@ def test_both_orchestrations_give_the_same_bits(
     for newest_first in (False, True):
         for needs_x in (False, True):
             needs = [needs_x, *(p is not None and p.requires_grad for p in parameters)]
-            lowest = -1 if needs_x else (needs.index(True) - 1) // settings.step
+            lowest = -1 if needs_x else (needs.index(True) - 1) // settings.parameters_per_layer
             case = settings._replace(newest_first=newest_first, lowest=lowest)
             assert_same_bits(ops, case, x, detached(parameters), running, masks, needs)
 
@@ -155,16 +156,16 @@ def test_both_orchestrations_give_the_same_bits(
 def assert_same_bits(
     ops: Any, settings: Any, x: Tensor, parameters: Any, running: Any, masks: Any, needs: list[bool]
 ) -> None:
-    one = engine.forward(ops, settings, x, parameters, running, masks)
-    other = dense_block.compiled_forward(ops, settings, x, parameters, running, masks)
+    one = passes.forward(ops, settings, x, parameters, running, masks)
+    other = node.compiled_forward(ops, settings, x, parameters, running, masks)
     out, features, saved, vectors = one
     assert_equal(one, other)
     if settings.memory == "inference":
         return
     grad = weights_of(out if settings.pool else features)
     kept = grad, x.shape[1], features, saved, vectors, parameters, masks, needs
-    grads = engine.backward(ops, settings, *kept)
-    assert_equal([g for g in grads if g is not None], dense_block.compiled_backward(ops, settings, *kept))
+    grads = passes.backward(ops, settings, *kept)
+    assert_equal([g for g in grads if g is not None], node.compiled_backward(ops, settings, *kept))
 
 
 def assert_equal(ones: Any, others: Any) -> None:
@@ -242,7 +243,7 @@ def test_masks_inside_a_layer(memory: str, plain: bool, norms: str, monkeypatch:
     drop, masks = make_masks(x, plain)
     expected = naive_with_masks(naive, x, drop, masks)
     with torch.set_grad_enabled(memory != "inference"):
-        got, _ = dense_block.run(settings._replace(drop=drop), x, parameters, running, masks)
+        got, _ = node.run(settings._replace(drop=drop), x, parameters, running, masks)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
     if memory == "inference":
         return

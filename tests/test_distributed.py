@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import effdense
 from benchmarks import models
-from effdense import dense_block
+from effdense.engine import node
 from tests.processes import once
 from tests.stages import assert_close
 
@@ -79,7 +79,7 @@ def run_all() -> dict[str, Run]:
     runs, mine = {}, make_images().chunk(PROCESSES)[dist.get_rank()]
     for way, make in WAYS.items():
         model = make()
-        with mock.patch.object(dense_block, "run", wraps=dense_block.run) as run:
+        with mock.patch.object(node, "run", wraps=node.run) as run:
             for _ in range(2):  # the second finds what the first has set up
                 run.reset_mock()
                 model.zero_grad()

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from effdense import models
+from effdense import cli, models
 
 ROOT = Path(__file__).parent.parent
 PAGES = [f"{page.relative_to(ROOT)}" for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
@@ -52,6 +52,23 @@ SMALLER = {
     },
 }
 LANGUAGES = {"python", "sh", "text", "cpp"}
+
+
+def flowers() -> None:
+    """What docs/train.md has by the time that it uses a run: a small one, and two images."""
+    image = importlib.import_module("PIL.Image")
+    for split in ("train", "val"):
+        for name, color in (("rose", "red"), ("tulip", "yellow")):
+            Path("flowers", split, name).mkdir(parents=True)
+            for i in range(2):
+                image.new("RGB", (24, 20 + i), color).save(Path("flowers", split, name, f"{i}.png"))
+            image.new("RGB", (30, 40), color).save(f"{name}.jpg")
+    command = "train --model densenet_bc_10_4 --data folder --data-root flowers --recipe imagenet --resize 16 --device cpu"
+    assert cli.main([*command.split(), "--epochs", "1", "--batch-size", "4", "--out", "runs/flowers"]) == 0
+
+
+# What a page takes for granted, by what a block with it needs.
+BEFORE = {"docs/train.md": ("PIL", flowers)}
 
 
 class Block(NamedTuple):
@@ -128,6 +145,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_python(page: str) -> None:
+    need, prepare = BEFORE.get(page, ("", None))
+    if prepare is not None and available(need):
+        prepare()
     if left_out := run_page(page, blocks(page)):
         pytest.skip(f"all but {'; '.join(left_out)}")
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import peak_bytes
-from effdense import models, operators, reference
+from effdense import models
+from effdense.ops import dispatch, reference
 from tests.simt.compiler import ROOT, compile_fake_device
 from tests.stages import MEMORY, kept_tensors
 
@@ -20,8 +22,9 @@ pytestmark = pytest.mark.core
 
 
 @pytest.fixture
-def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(operators, "_COMPILED", {})
+def twin() -> Iterator[Callable[[], None]]:
+    with contextlib.ExitStack() as until_the_end:
+        yield lambda: until_the_end.enter_context(dispatch.override("cpu", reference, ()))
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -33,7 +36,7 @@ def test_the_same_is_kept_for_the_backward(memory: str, plain: bool, twin: Calla
         tensors, _ = kept_tensors(model, torch.randn(2, 3, 40, 37))
         kept.append([(t.shape, t.stride(), t.dtype) for t in tensors])
         twin()
-        assert operators.operators(tensors[0]) is reference
+        assert dispatch.operators(tensors[0]) is reference
     assert kept[0] == kept[1]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense import reference
+from effdense.ops import reference
 from tests.cases import (
     DTYPES,
     IN_EVERY_LAYOUT,

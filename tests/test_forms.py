@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import structures
-from effdense.nn.model import stem_of
+from effdense.nn.network import stem_of
 from tests.conversions import assert_same, convert_and_compare, images_for, kinds, library, randomised
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import models
-from effdense import cli, cuda
+from effdense import cli
+from effdense.ops import gpu_check
 from tests.stages import MEMORY
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +46,7 @@ def error(got: list[Tensor], exact: list[Tensor]) -> float:
 def test_the_card_passes_its_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--device", CARD]) == 0
     assert "compiled operators on cuda:0" in capsys.readouterr().out
-    assert cuda.usable(0)
+    assert gpu_check.usable(0)
 
 
 @pytest.mark.parametrize("memory", MEMORY)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import effdense
 from benchmarks import models, structures
-from effdense import dense_block
+from effdense.engine import node
 from effdense.functional import cat_bn_relu_conv1x1
 from effdense.nn import DenseLayer
 from tests.stages import (
@@ -112,8 +112,8 @@ def assert_same_of(make: Callable[[Tensor], Tensor], pair: tuple[nn.Module, nn.M
 @pytest.mark.parametrize("tail", TAILS)
 def test_subclasses_in_stages(make: str, tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    run = dense_block.run
-    monkeypatch.setattr(dense_block, "run", lambda *a: calls.append(1) or run(*a))
+    run = node.run
+    monkeypatch.setattr(node, "run", lambda *a: calls.append(1) or run(*a))
     assert_same_of(MAKES[make], make_pair("balanced", tail=tail), make_input())
     assert bool(calls) == (make in FUSED)  # and fused, where nothing speaks against it
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import structures
-from effdense._extension import extension
 from effdense.nn import DenseBlock
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.looks import KEPT
+from effdense.ops.extension import extension
 from tests.conversions import assert_same
 from tests.stages import block_of, make_input, make_pair
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,10 @@ from torch import nn
 import effdense
 from benchmarks import models, structures
 from benchmarks.measure import peak_bytes
-from effdense import cli, memory, operators
+from effdense import cli, values
+from effdense.models import names
+from effdense.ops import dispatch, reference
+from effdense.tools import planner
 
 MIB = 2**20
 
@@ -121,7 +126,7 @@ def test_the_numbers_of_a_plan_add_up() -> None:
     model, shape = build("densenet_bc_22_12", "naive"), (16, 3, 32, 32)
     parameters = 4 * sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    for mode in memory.MEMORY:
+    for mode in planner.MEMORY:
         plan = effdense.plan(model, shape, memory=mode)
         assert sum(plan.breakdown.values()) == plan.total
         assert (plan.parameters, plan.gradients, plan.optimizer) == (
@@ -149,13 +154,13 @@ def test_the_model_is_not_touched() -> None:
     model.features.norm5.momentum = None  # the average over all batches
     before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
     classes, random = [type(m) for m in model.modules()], torch.get_rng_state()
-    for mode in memory.MEMORY:
+    for mode in planner.MEMORY:
         effdense.plan(model, (2, 3, 16, 16), memory=mode)
     assert not calls and classes == [type(m) for m in model.modules()]
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert id(tensor) == before[name][0] and torch.equal(tensor, before[name][1]) and tensor.grad is None
     assert torch.equal(random, torch.get_rng_state())
-    assert "meta" not in operators._COMPILED
+    assert dispatch.implementation("meta") == (reference, ())
 
 
 @pytest.mark.core
@@ -165,14 +170,24 @@ def test_nothing_is_allocated() -> None:
     assert peak_bytes(lambda: effdense.plan(model, (1000, 3, 32, 32))) < MIB
 
 
+@pytest.mark.parametrize("mode", planner.MEMORY)
+def test_a_plan_leaves_nothing_for_the_next(mode: str) -> None:
+    """One prepared copy, walked through for several batches, as largest_batch does."""
+    model = build("densenet_bc_22_12", "naive")
+    prepared = planner._Prepared(model, mode)
+    for batch in (8, 1, 64, 8):
+        shape = (batch, 3, 32, 32)
+        assert prepared.at(shape) == effdense.plan(model, shape, memory=mode)
+
+
 def test_the_largest_batch_is_the_largest() -> None:
     model, budget = build("densenet_bc_22_12", "naive"), 40 * MIB
-    batch = memory.largest_batch(model, (64, 3, 32, 32), budget)
+    batch = planner.largest_batch(model, (64, 3, 32, 32), budget)
     assert batch > 8
     assert effdense.plan(model, (batch, 3, 32, 32)).everything <= budget
     assert effdense.plan(model, (batch + 1, 3, 32, 32)).everything > budget
-    assert memory.largest_batch(model, (1, 3, 32, 32), budget) == batch
-    assert memory.largest_batch(model, (64, 3, 32, 32), MIB) == 0
+    assert planner.largest_batch(model, (1, 3, 32, 32), budget) == batch
+    assert planner.largest_batch(model, (64, 3, 32, 32), MIB) == 0
 
 
 class _Foreign(nn.Sequential):
@@ -220,11 +235,24 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", "densenet_bc_22_12", "--image-size", "32", "--batch", "8"]
     assert cli.main([*command, "--budget", "100 MiB"]) == 0
     out = capsys.readouterr().out
-    assert all(mode in out for mode in memory.MEMORY)
+    assert all(mode in out for mode in planner.MEMORY)
     plan = effdense.plan(build("densenet_bc_22_12", "naive"), (8, 3, 32, 32))
     row = next(line.split() for line in out.splitlines() if line.startswith("balanced"))
     assert row[1] == f"{plan.total / MIB:.1f}"
     assert "Largest batch within 100 MiB" in out
+
+
+def test_the_command_says_what_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal, where nothing is left of it; a large net takes seconds."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    command = ["plan", "--model", "densenet_bc_22_12", "--image-size", "32", "--batch", "8"]
+    assert cli.main([*command, "--budget", "1GiB"]) == 0
+    said = [line for line in capsys.readouterr().err.split("\r\x1b[K") if line]
+    plans = [f"planning {mode} …" for mode in planner.MEMORY]
+    searches = [f"looking for the largest batch with {mode} …" for mode in planner.MEMORY]
+    assert said == ["building densenet_bc_22_12 …", *plans, *searches]
 
 
 def test_command_on_another_librarys_net(
@@ -234,7 +262,7 @@ def test_command_on_another_librarys_net(
     command = ["plan", "--model", "timm:densenet", "--image-size", "32", "--batch", "8", "--budget", "1GiB"]
     assert cli.main(command) == 0
     first = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
-    assert [word for word in first if word in memory.MEMORY] == ["naive", "balanced", "minimal"] * 2
+    assert [word for word in first if word in planner.MEMORY] == ["naive", "balanced", "minimal"] * 2
 
 
 @pytest.mark.parametrize(
@@ -242,7 +270,8 @@ def test_command_on_another_librarys_net(
     [
         (("--model", "resnet50"), "unknown model 'resnet50'"),
         (("--model", "densenet_bc_41_12"), "depth must be 6 n + 4"),
-        (("--batch", "0"), "all positive"),
+        (("--model", "densenet_bc_1000000000_12"), "would have 499999998 layers with 4.5e+"),
+        (("--model", "densenet_100_1000000000"), "a name stands for at most 3000 layers with 1e+09"),
     ],
 )
 def test_command_says_what_is_wrong(
@@ -256,14 +285,49 @@ def test_command_says_what_is_wrong(
 
 @pytest.mark.parametrize(
     "text, size",
-    [("8GiB", 8 * 2**30), ("1.5 GB", 1500000000), ("4096", 4096), ("1MiB", MIB), ("8e9", 8 * 10**9)],
+    [
+        *(("8GiB", 8 * 2**30), ("1.5 GB", 1500000000), ("4096", 4096), ("1MiB", MIB), ("8e9", 8 * 10**9)),
+        *(("2gib", 2**31), ("500 mb", 5 * 10**8), ("3K", 3000), ("7 B", 7), ("1024TiB", 2**50)),
+    ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert cli._size(text) == size
+    assert values.size(text) == size
 
 
-@pytest.mark.parametrize("text", ["much", "8 apples", "-1GiB", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["much", "8 apples", "-1GiB", "", "0", "0.5", "1e400", "1e18", "1025 TiB", "0x10", "8GiBs", "nan", "inf"],
+)
 def test_a_wrong_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", "--model", "densenet121", "--image-size", "8", "--batch", "1", f"--budget={text}"])
     assert stop.value.code == 2 and "8GiB" in capsys.readouterr().err
+
+
+def test_nothing_is_downloaded_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector of torchvision's fetches its backbone's weights, unless it is told not to."""
+
+    def detector(*, weights: Any = None, weights_backbone: Any = "DEFAULT") -> nn.Module:
+        assert weights is None and weights_backbone is None
+        return nn.Conv2d(3, 4, 1)
+
+    def classifier(*, weights: Any = None) -> nn.Module:
+        return nn.Conv2d(3, 5, 1)
+
+    builders = {"detector": detector, "classifier": classifier}
+
+    def get_model_builder(name: str) -> Any:
+        if name not in builders:
+            raise ValueError(f"Unknown model {name}")
+        return builders[name]
+
+    fake = SimpleNamespace(
+        get_model=lambda name, **options: get_model_builder(name)(**options),
+        get_model_builder=get_model_builder,
+    )
+    monkeypatch.setitem(sys.modules, "torchvision.models", fake)
+    monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: name)
+    assert effdense.models.build("torchvision:detector").out_channels == 4
+    assert effdense.models.build("torchvision:classifier").out_channels == 5
+    with pytest.raises(ValueError, match="torchvision says: Unknown model other"):
+        effdense.models.build("torchvision:other")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from effdense import cli, plots
+from effdense import cli
+from effdense.tools import plots
 
 HEAD = "epoch,step,split,loss,accuracy,lr,images_per_second,peak_bytes,seconds"
 
@@ -45,6 +47,82 @@ def test_more_runs_than_can_be_told_apart(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+Figures = list[Any]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Figures:
+    """What is drawn, instead of the files."""
+    drawn: Figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def run_of(epochs: int) -> plots.Run:
+    columns = ("loss", "accuracy", "peak_bytes", "seconds")
+    curve = {float(i): 1.0 / i for i in range(1, epochs + 1)}
+    return {column: {"train": curve, "test": curve} for column in columns}
+
+
+def legend_of(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_one_epoch(figures: Figures) -> None:
+    plots.runs_picture({"run": run_of(1)}, "runs.png")
+    for axes in figures[0].axes:
+        assert axes.get_xlim() == (0.5, 1.5)
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1"]
+    accuracy = next(axes for axes in figures[0].axes if axes.get_title(loc="left") == "accuracy")
+    assert accuracy.get_ylim() == pytest.approx((99, 101))
+    training = figures[0].legends[0].legend_handles[1]
+    assert training.get_marker() == "s" and legend_of(figures[0]) == ["run", "training", "test"]
+
+
+def test_several_epochs_have_whole_numbers(figures: Figures) -> None:
+    for epochs in (2, 3, 300):
+        plots.runs_picture({"run": run_of(epochs)}, "runs.png")
+        figures[-1].canvas.draw()
+        for axes in figures[-1].axes:
+            assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_every_run_has_a_look_of_its_own(figures: Figures) -> None:
+    plots.runs_picture({str(i): run_of(3) for i in range(6)}, "runs.png")
+    lines = figures[0].legends[0].legend_handles[:6]
+    assert len({line.get_color() for line in lines}) == 6
+    assert max(line.get_linewidth() for line in lines) < 3  # a band would be taken for a range
+    solid = [line.get_linewidth() for line in lines if line.get_linestyle() == "-"]
+    assert solid == sorted(solid, reverse=True) and len(set(solid)) == len(solid)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_long_names_stay_within_the_picture(count: int, figures: Figures) -> None:
+    runs = {f"/data/experiments/{'densenet-' * 12}{i}/{'W' * 60}": run_of(2) for i in range(count)}
+    plots.runs_picture(runs, "runs.png")
+    figure = figures[0]
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert len(set(legend_of(figure))) == count + 2
+
+
+@pytest.mark.parametrize(
+    "runs, names",
+    [
+        (["runs/a"], ["runs/a"]),
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["/x/runs/a/1", "/x/runs/b/1"], ["a/1", "b/1"]),
+        (["runs", "runs/b"], ["runs", "runs/b"]),
+        (["a/run", "run"], ["a/run", "run"]),
+        (["x" * 70], ["x" * 29 + " … " + "x" * 28]),
+        (["r/" + "x" * 70, "r/" + "x" * 71], [f"{i}: " + "x" * 29 + " … " + "x" * 28 for i in (1, 2)]),
+    ],
+)
+def test_names_are_what_tells_runs_apart(runs: list[str], names: list[str]) -> None:
+    assert plots.short_names(runs) == names
+
+
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*rows: str) -> str:
         assert cli.main(["plot", str(write(tmp_path / "run", *rows))]) == 2
@@ -69,9 +147,9 @@ def test_without_matplotlib(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("effdense.plots", "matplotlib.axes"):
+    for name in ("effdense.tools.plots", "matplotlib.axes"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(importlib.import_module("effdense"), "plots", raising=False)
+    monkeypatch.delattr(importlib.import_module("effdense.tools"), "plots", raising=False)
     assert cli.main([command, "x"]) == 2
     assert (
         f"effdense {command} needs matplotlib, which is not installed: pip install 'effdense[train]'"

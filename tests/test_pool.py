@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdense import reference
+from effdense.ops import reference
 from tests.cases import (
     DTYPES,
     LAYOUTS,

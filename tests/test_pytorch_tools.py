@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effdense
 from benchmarks import models, structures
-from effdense import dense_block
+from effdense.engine import node
 from tests.stages import assert_close, assert_same
 
 pytestmark = pytest.mark.core
@@ -50,7 +50,7 @@ def make_images(images: int = 3) -> Tensor:
 @pytest.fixture
 def stages() -> Iterator[Any]:
     """Counts the dense blocks that run fused."""
-    with mock.patch.object(dense_block, "run", wraps=dense_block.run) as run:
+    with mock.patch.object(node, "run", wraps=node.run) as run:
         yield run
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks import models as twins
 from benchmarks import structures
-from effdense import cli, convert, models, plots
-from effdense.reuse import feature_reuse
+from effdense import cli, convert, models
+from effdense.tools import plots
+from effdense.tools.reuse import feature_reuse
 
 
 def tiny(bn_size: int | None, **options: Any) -> nn.Module:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense import reference
+from effdense.ops import reference
 from tests.cases import CONVOLUTIONS, PRODUCTS, permit_tf32, rms
 from tests.test_bottleneck import VECTORS
 from tests.test_simt_harness import ORDERS

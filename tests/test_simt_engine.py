@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import models
-from effdense.engine import empty_buffer
+from effdense.engine.passes import empty_buffer
 from tests.cases import CONVOLUTIONS, permit_tf32
 from tests.stages import MEMORY, TAILS, assert_same, converted, make_input, make_naive, make_pair, step
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense import reference
+from effdense.ops import reference
 from tests.cases import channels_last
 from tests.test_bottleneck import VECTORS, make_case
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effdense import reference
+from effdense.ops import reference
 from tests.cases import SHAPES, assert_as_exact, channels_last, make_norm_case, to_dtype
 from tests.simt.compiler import compile_launchers
 from tests.test_batch_norm import (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from effdense import check
+from effdense.ops import self_test
 from tests import test_simt_engine
 from tests.test_bottleneck import (  # noqa: F401
     test_backward_matches_the_float64_twin,
@@ -77,7 +77,7 @@ def test_tf32_changes_nothing(simt: Any) -> None:
 
 
 def test_the_check_before_a_cards_first_use_passes(simt: Any) -> None:
-    results = check.check("cpu", simt, check.NUMBERS["cuda"])
+    results = self_test.check("cpu", simt, self_test.NUMBERS["cuda"])
     assert results and all(result.passed for result in results), [r for r in results if not r.passed]
 
 

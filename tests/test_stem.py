@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import effdense
 from benchmarks import models
 from benchmarks.measure import peak_bytes
-from effdense import stem
+from effdense.engine import stem
 from effdense.models import DenseNet
 from tests.stages import assert_close, fused_under_compile, step
 from tests.test_second_order import by_grad

@@ -15,7 +15,7 @@ import effdense
 from benchmarks import models as twins
 from benchmarks import structures
 from effdense import cli, models
-from effdense.summary import SAVED
+from effdense.tools.summary import SAVED
 from tests.stages import kept_tensors
 
 GMACS = {
@@ -131,9 +131,6 @@ def test_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     [
         (("densenet212", "--image-size", "64"), "unknown model 'densenet212', did you mean"),
         (("densenet121", "--image-size", "28"), "at least 29 pixels each way"),
-        (("densenet121", "--image-size", "0"), "all positive"),
-        (("densenet121", "--image-size", "-64"), "all positive"),
-        (("densenet121", "--image-size", "64", "--batch", "0"), "all positive"),
     ],
 )
 def test_command_says_what_is_wrong(

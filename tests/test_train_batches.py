@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from effdense.models import preparation
 from effdense.train import batches, images
-from effdense.train.settings import RECIPES, Settings
+from effdense.train.settings import RECIPES, RunConfig
 from tests.training import TEST, TRAIN, assert_same_end, load, rows, train, write_data
 
 
-def settings(data: str, root: Path | None, **recipe: Any) -> Settings:
+def settings(data: str, root: Path | None, *, channels: int | None = None, **recipe: Any) -> RunConfig:
     changed = dataclasses.replace(RECIPES["d2l"], **({"resize": None} | recipe))
-    return Settings("densenet_bc_10_4", data, "d2l", changed, Path("out"), data_root=root)
+    return RunConfig("densenet_bc_10_4", data, "d2l", changed, Path("out"), data_root=root, channels=channels)
 
 
 def test_an_epochs_chance_is_its_own() -> None:
@@ -51,7 +52,7 @@ def test_crop_and_flip() -> None:
 
 def test_pad_puts_images_in_the_middle() -> None:
     x = torch.ones(1, 1, 28, 28)
-    padded = batches.pad(x, 32)
+    padded = preparation.padded(x, 32)
     assert padded.shape == (1, 1, 32, 32) and padded[..., 2:30, 2:30].sum() == padded.sum() == 28 * 28
 
 
@@ -105,13 +106,6 @@ def test_fashion_mnist_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "torchvision.datasets.mnist", None)
     with pytest.raises(FileNotFoundError, match=nowhere + "FashionMNIST needs torchvision"):
         images.load(settings("fashion-mnist", never))
-
-
-def test_images_of_16_bits(folder: Path) -> None:
-    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(path := folder / "train" / "red" / "0.png")
-    data = images.load(settings("folder", folder))
-    with pytest.raises(ValueError, match=rf"{path} cannot be read: more than 8 bits a channel"):
-        data.train.read(torch.tensor([1]), None)
 
 
 def write_png(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (16, 16)) -> None:
@@ -301,10 +295,8 @@ def test_what_is_not_installed(
 def test_gray_images_for_three_channels() -> None:
     pixels = torch.randint(256, (2, 1, 6, 6), dtype=torch.uint8)
     part = images.InMemory(pixels, torch.tensor([0, 1]))
-    data = images.DataSet(
-        part, part, ["a", "b"], 1, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25)
-    )
-    form = batches.Batches(data, settings("folder", None).recipe, 3, torch.empty(0), channels_last=True)
+    prepare = preparation.Preparation((0.5,), (0.25,), 3)
+    form = batches.Batches(prepare, torch.empty(0), channels_last=True)
     ((x, labels),) = form.each(part, [torch.tensor([1, 0])], None)
     assert x.shape == (2, 3, 6, 6) and x.is_contiguous(memory_format=torch.channels_last)
     assert labels.tolist() == [1, 0]

@@ -48,8 +48,15 @@ def said(capsys: Any) -> str:
         ),
         (("--batch-size", "1"), "batch norm needs two images or more at a time"),
         (("--batch-size", "12", "--accumulate", "12"), "--batch-size 12 in 12 parts leaves one"),
-        (("--device", "cuda:99"), "--device cuda:99 cannot be used here: "),
-        (("--device", "gpu"), "--device gpu cannot be used here: "),
+        (("--device", "cuda:99"), "device 'cuda:99' cannot be used here: "),
+        (("--device", "gpu"), "device 'gpu' cannot be used here: "),
+        (("--device", "meta"), "device 'meta' cannot be used here: "),
+        (("--device", ""), "device '' cannot be used here: "),
+        (
+            ("--resize", "65535"),
+            "a batch of images of 65535x65535 pixels alone takes 192 GiB, and this machine has",
+        ),
+        (("--model", "densenet_bc_1000000000_12"), "would have 499999998 layers with "),
         (("--sync-bn", "--impl", "naive"), "--sync-bn with --impl naive needs GPUs"),
         (("--pad", "20"), "--pad must be at least the images' size, 28x28, got 20"),
         (("--data", "folder", "--data-root", "/nowhere"), "no folder /nowhere/train"),
@@ -72,7 +79,13 @@ def test_wrong_calls(
     [
         (("--data", "cifar"), "invalid choice: 'cifar'"),
         (("--epochs", "0"), "a whole number of 1 or more was expected, got '0'"),
-        (("--seed", "-1"), "a whole number from 0 to 2**32 - 1 was expected, got '-1'"),
+        (("--seed", "-1"), "a whole number from 0 to 4294967295 was expected, got '-1'"),
+        (("--epochs", "1e20"), "a whole number of 1 or more was expected, got '1e20'"),
+        (("--batch-size", "99999999999999999999"), "a whole number of 1 or more was expected"),
+        (("--resize", "1000000000"), "a whole number from 1 to 65535 was expected, got '1000000000'"),
+        (("--pad", "-3"), "a whole number from 1 to 65535 was expected, got '-3'"),
+        (("--workers", "1000000"), "a whole number from 1 to 1024 was expected"),
+        (("--lr", "1e400"), "a number of 0 or more was expected, got '1e400'"),
         (("--lr", "nan"), "a number of 0 or more was expected, got 'nan'"),
         (("--drops", "150,225"), "parts of the run between 0 and 1 were expected"),
     ],
@@ -175,7 +188,8 @@ def test_a_corrupt_checkpoint(damage: str, shared_root: Path, run: Path, tmp_pat
     if damage == "truncated":
         content = content[: len(content) // 2]
     elif damage == "flipped":
-        content[len(content) // 2] ^= 255
+        for place in range(len(content) // 2, len(content) // 2 + 200):  # more than the form's own padding
+            content[place] ^= 255
     (tmp_path / "last.pt").write_bytes(b"no checkpoint" if damage == "text" else content)
     if damage == "another":
         torch.save(load(run)["state_dict"], tmp_path / "last.pt")

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from effdense.modules import walk
+from effdense.conversion.widths import growing
+from effdense.nn.modules import walk
 from effdense.nn.structure import looks_like_block
-from effdense.nn.widths import growing
 from tests.conversions import library
 
 pytestmark = pytest.mark.core

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from effdense import dense_block, operators, workspace
+from effdense.engine import node, workspace
+from effdense.ops import dispatch
 from tests.stages import (
     MEMORY,
     TAILS,
@@ -112,14 +113,14 @@ def test_a_failing_layer_gives_the_block_back(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any) -> None:
         raise MemoryError("no memory")
 
-    ops = operators.operators(make_input())
+    ops = dispatch.operators(make_input())
     failing = SimpleNamespace(
         **{name: getattr(ops, name) for name in ("stage_scratch", "stage_start_backward")},
         stage_forward=fail,
         stage_backward=fail,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(dense_block, "operators", lambda _: failing)
+        patch.setattr(node, "operators", lambda _: failing)
         for call in (lambda: ours(make_input()), lambda: y.sum().backward()):
             with pytest.raises(MemoryError):
                 call()

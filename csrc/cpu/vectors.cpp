@@ -111,8 +111,8 @@ void update_running_statistics(const Tensor& to, const Tensor& batch, double kee
       });
 }
 
-// running <- keep * running + take * batch for every pair; schema in effdense/batch_norm.py, as plain PyTorch
-// needs it too.
+// running <- keep * running + take * batch for every pair; schema in effdense/ops/schemas.py, as plain
+// PyTorch needs it too.
 void update_running_statistics(TensorList running, TensorList batch, at::ArrayRef<double> keep,
                                at::ArrayRef<double> take) {
   constexpr const char* op = "update_running_statistics";

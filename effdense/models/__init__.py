@@ -13,10 +13,12 @@ from effdense.models.densenet import (
     densenet_d2l,
 )
 from effdense.models.names import build
-from effdense.models.weights import load_weights
+from effdense.models.preparation import Preparation
+from effdense.models.weights import load_weights, save_weights
 
 __all__ = [
     "DenseNet",
+    "Preparation",
     "build",
     "densenet121",
     "densenet161",
@@ -28,4 +30,5 @@ __all__ = [
     "densenet_d2l",
     "load_checkpoint",
     "load_weights",
+    "save_weights",
 ]

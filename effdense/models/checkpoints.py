@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import files
+from effdense import tensor_files
 from effdense.models.names import build
+from effdense.models.preparation import Preparation, for_test
 from effdense.models.weights import load_weights
 
 
@@ -28,6 +29,9 @@ def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
 def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Builds the model that a checkpoint of `effdense train` holds, with its weights.
 
+    Of such a file the model has the attributes `class_names`, of its outputs, and `prepare`, a `Preparation`:
+    `model.eval()(model.prepare("image.png"))` are the scores of an image, prepared as those of the run's test were.
+
     Args:
         path: such a file, or one with a state_dict alone.
         name: of the model (see `build`), where the file does not say it.
@@ -36,7 +40,7 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn
         OSError: the file cannot be opened.
         ValueError: it is damaged, or does not say which model it holds, or that is another one.
     """
-    content = files.load_tensors(path)
+    content = tensor_files.load_tensors(path)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} must hold a checkpoint or a state_dict, it holds a {type(content).__name__}"
@@ -56,6 +60,21 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn
         raise ValueError(f"{path}: model {name!r} cannot be built: {error}") from error
     dtypes = [t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     try:
-        return load_weights(model.to(dtypes[0]) if dtypes else model, state)
+        load_weights(model.to(dtypes[0]) if dtypes else model, state)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the weights of {name!r}: {error}") from error
+    if said:
+        _add_what_is_known(model, content)
+    return model
+
+
+def _add_what_is_known(model: nn.Module, content: Mapping[str, Any]) -> None:
+    """The attributes `prepare` and `class_names`, where the file says it: those of earlier versions in other words."""
+    known, recipe = content.get("preparation"), content.get("recipe")
+    if isinstance(known, Mapping):
+        vars(model)["prepare"] = Preparation(**known)
+    elif isinstance(recipe, Mapping) and "in_channels" in content:
+        given = (content["settings"]["data"], content["in_channels"])
+        vars(model)["prepare"] = for_test(*given, recipe["augment"], recipe["resize"], recipe["pad"])
+    if "class_names" in content:
+        vars(model)["class_names"] = list(content["class_names"])

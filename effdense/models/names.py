@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import re
 from typing import Any
 
@@ -15,6 +16,10 @@ from effdense.models import densenet
 
 _NAMED: dict[str, Any] = {name: getattr(densenet, name) for name in densenet.IMAGENET}
 _NAMED |= {name: getattr(densenet, name) for name in ("densenet_d2l", "densenet169_tutorial")}
+MOST_PARAMETERS, MOST_LAYERS = (
+    10**9,
+    1000,
+)  # of a name's model; layers in a block. The paper's have 3e7 and 64
 _LIBRARIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
 
 
@@ -38,15 +43,19 @@ def build(name: str, **options: Any) -> nn.Module:
         if importlib.util.find_spec(library) is None:
             raise ValueError(f"model {name!r} {extras.needed(library)}")
         try:
-            model: nn.Module = getattr(importlib.import_module(module), function)(other, **options)
+            builders = importlib.import_module(module)
+            if library == "torchvision":  # a detector's backbone would be downloaded otherwise
+                options = {**_without_download(builders, other), **options}
+            model: nn.Module = getattr(builders, function)(other, **options)
         except (RuntimeError, ValueError) as error:  # what they raise for a name that they do not know
             raise ValueError(f"model {name!r}: {library} says: {error}") from error
         return model
     if name in _NAMED:
-        ours: nn.Module = _NAMED[name](**options)
-        return ours
+        built: nn.Module = _NAMED[name](**options)
+        return built
     if match := re.fullmatch(r"densenet_(bc_)?(\d+)_(\d+)", name):
         bottleneck = bool(match[1])
+        _check_parameters(name, int(match[2]), int(match[3]), bottleneck)
         try:
             compression = 0.5 if bottleneck else 1.0
             return densenet.densenet_cifar(int(match[2]), int(match[3]), bottleneck, compression, **options)
@@ -59,3 +68,28 @@ def build(name: str, **options: Any) -> nn.Module:
         f"unknown model {name!r}{f', did you mean {nearest[0]!r}?' if nearest else ''}; there are {', '.join(_NAMED)}, "
         "densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), torchvision:NAME and timm:NAME"
     )
+
+
+def _without_download(builders: Any, name: str) -> dict[str, None]:
+    """The options of a builder of torchvision's that keep it from fetching weights of a part."""
+    try:
+        parameters = inspect.signature(builders.get_model_builder(name)).parameters
+    except (ValueError, AttributeError):  # there is no such model, which is said elsewhere
+        return {}
+    return {"weights_backbone": None} if "weights_backbone" in parameters else {}
+
+
+def _check_parameters(name: str, depth: int, growth_rate: int, bottleneck: bool) -> None:
+    """Refuses a slip of the finger that would be built for minutes. Three blocks, as densenet_cifar has them."""
+    layers, channels = max(0, depth - 4) // (6 if bottleneck else 3), 2 * growth_rate if bottleneck else 16
+    total = 0
+    for _ in range(3):
+        read = layers * channels + growth_rate * layers * (layers - 1) // 2  # by all layers together
+        own = 4 * growth_rate * read + 36 * growth_rate**2 * layers if bottleneck else 9 * growth_rate * read
+        total, channels = total + own, channels + layers * growth_rate
+        channels = channels // 2 if bottleneck else channels
+    if total > MOST_PARAMETERS or layers > MOST_LAYERS:
+        raise ValueError(
+            f"model {name!r} would have {3 * layers} layers with {total:.1e} parameters; a name stands for at most "
+            f"{3 * MOST_LAYERS} layers with {MOST_PARAMETERS:.0e}"
+        )

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effdense import files
+from effdense import tensor_files
 
 # What differs from torchvision's keys, and what it becomes.
 _KEYS = (
-    (re.compile(r"^(module\.|_orig_mod\.)+"), ""),  # nn.DataParallel, DistributedDataParallel; torch.compile
+    # nn.DataParallel, DistributedDataParallel; torch.compile; Lightning's modules
+    (re.compile(r"^(module\.|_orig_mod\.|_forward_module\.|model\.|net\.)+"), ""),
     (re.compile(r"(denselayer\d+)\.layers\."), r"\1."),  # MONAI
     (re.compile(r"^class_layers\.out\."), "classifier."),  # MONAI
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\."), r"\1\2."),  # torchvision's published files
@@ -40,7 +41,7 @@ def _our_key(key: str) -> str:
 def _read(weights: Any) -> dict[str, Tensor]:
     """A state_dict with our keys."""
     if isinstance(weights, (str, os.PathLike)):
-        weights = files.load_tensors(weights)
+        weights = tensor_files.load_tensors(weights)
     for holder in _HOLDERS:
         if isinstance(weights, Mapping) and isinstance(weights.get(holder), Mapping):
             weights = weights[holder]
@@ -53,10 +54,10 @@ def _read(weights: Any) -> dict[str, Tensor]:
                 f"load_weights: weights must map names to tensors, but {key!r} is {type(tensor).__name__}; a checkpoint "
                 f"may hold them as {' or '.join(map(repr, _HOLDERS))}"
             )
-        ours = _our_key(key)
-        if ours in state:
-            raise ValueError(f"load_weights: two of the weights' keys mean {ours}, one is {key}")
-        state[ours] = tensor
+        own_key = _our_key(key)
+        if own_key in state:
+            raise ValueError(f"load_weights: two of the weights' keys mean {own_key}, one is {key}")
+        state[own_key] = tensor
     return state
 
 
@@ -73,7 +74,7 @@ def load_weights(model: nn.Module, weights: Any, *, strip_classifier: bool = Fal
 
     Args:
         model: a model with torchvision's keys: one of effdense.models, or torchvision's own.
-        weights: a file that torch.save wrote, or a state_dict.
+        weights: a file that torch.save wrote, or one of safetensors, or a state_dict.
         strip_classifier: leave the model's classifier as it is, for another number of classes.
 
     Returns:
@@ -119,6 +120,15 @@ def load_weights(model: nn.Module, weights: Any, *, strip_classifier: bool = Fal
         )
     model.load_state_dict(state, strict=False)
     return model
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model's state_dict, for `load_weights`: in safetensors' form if the name ends in .safetensors, else by torch.save.
+
+    Raises:
+        OSError: it cannot be written; the message says what is there instead.
+    """
+    tensor_files.save_tensors(model.state_dict(), path)
 
 
 def load_published(model: nn.Module, name: str, weights: Any, progress: bool) -> None:

@@ -5,7 +5,8 @@ transition behind it, a stem, a head. Before every forward they look whether tha
 wrapped or replaced submodule, a changed convolution, and the submodules are called one by one instead (obstacles.py).
 """
 
-from effdense.nn.layers import DenseBlock, DenseLayer, PlainDenseLayer, Transition
-from effdense.nn.model import DenseFeatures, DenseNet
+from effdense.nn.blocks import DenseBlock, Transition
+from effdense.nn.layers import DenseLayer, PlainDenseLayer
+from effdense.nn.network import DenseFeatures, DenseNet
 
 __all__ = ["DenseBlock", "DenseFeatures", "DenseLayer", "DenseNet", "PlainDenseLayer", "Transition"]

@@ -1,40 +1,23 @@
-"""DenseLayer, PlainDenseLayer, DenseBlock, Transition: what a DenseNet repeats."""
+"""DenseLayer and PlainDenseLayer: what a dense block is made of."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense import dense_layer, pool
-from effdense.autograd import dropout_scale
-from effdense.batch_norm import read_module, update_modules
-from effdense.checks import (
-    check_memory,
-    check_spatial_dims,
-)
-from effdense.inputs import takes, through
-from effdense.modules import kind_of
-from effdense.nn.looks import look
-from effdense.nn.obstacles import (
-    AVG_POOLS,
-    CONVS,
-    NORMS,
-    PROCESSES,
-    chain_obstacle,
-    global_obstacle,
-    module_obstacle,
-    plain_avg_pool,
-    refuse_scripting,
-    same_processes,
-    transition_obstacle,
-)
-from effdense.nn.stage_run import Chains, dimensions_of, draw_mask, run_stage
-from effdense.nn.structure import NO_DROP, Chain, Drop
+from effdense.engine import single_layer
+from effdense.engine.autograd import dropout_scale
+from effdense.engine.batch_norm import read_module, update_modules
+from effdense.engine.inputs import takes, through
+from effdense.engine.validation import check_memory, check_spatial_dims
+from effdense.nn.chain import Drop
+from effdense.nn.kinds import CONVS, NORMS
+from effdense.nn.obstacles import chain_obstacle, refuse_scripting
+from effdense.nn.stage_run import draw_mask
 
 
 def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
@@ -150,21 +133,12 @@ class DenseLayer(_Layer):
         return through(features, self._on_plain)
 
     def _on_plain(self, features: list[Tensor]) -> Tensor:
-        new, statistics1, statistics2 = dense_layer.dense_layer(
+        new, statistics1, statistics2 = single_layer.dense_layer(
             self._memory, features, read_module(self.norm1), self.conv1, read_module(self.norm2), self.conv2
         )
         count = new.numel() // new.shape[1]
         update_modules([(self.norm1, *statistics1), (self.norm2, *statistics2)], count)
         return new
-
-
-def _chain(name: str, layer: Any) -> Chain:
-    """One of our own layers for run_stage."""
-    drop = Drop(layer.drop_rate if layer.training else 0.0)
-    if not isinstance(layer, DenseLayer):
-        return Chain(name, [layer.norm1], [layer.conv1], [drop])
-    inside = drop if layer.dropout_after_bottleneck else NO_DROP
-    return Chain(name, [layer.norm1, layer.norm2], [layer.conv1, layer.conv2], [inside, drop])
 
 
 class PlainDenseLayer(_Layer):
@@ -208,174 +182,3 @@ class PlainDenseLayer(_Layer):
         if self.drop_rate > 0:
             new = F.dropout(new, p=self.drop_rate, training=self.training)
         return new
-
-
-_LAYERS = (DenseLayer, PlainDenseLayer)
-
-
-class DenseBlock(nn.ModuleDict):
-    """Layers of which each reads the input and all layers before it; drop-in for torchvision's `_DenseBlock`.
-
-    Args:
-        num_layers: how many layers, named denselayer1, denselayer2, …
-        num_input_features: channels of the block's input.
-        bn_size: see DenseLayer; None: the layers are PlainDenseLayers.
-        growth_rate, drop_rate, memory_efficient, memory, bias, dropout_after_bottleneck, spatial_dims: see DenseLayer.
-    """
-
-    __prepare_scriptable__ = refuse_scripting
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_input_features: int,
-        bn_size: int | None,
-        growth_rate: int,
-        drop_rate: float,
-        memory_efficient: bool = False,
-        *,
-        memory: str = "balanced",
-        bias: bool = False,
-        dropout_after_bottleneck: bool = False,
-        spatial_dims: int = 2,
-    ) -> None:
-        super().__init__()
-        form: dict[str, Any] = {"memory": memory, "bias": bias, "spatial_dims": spatial_dims}
-        inside: dict[str, Any] = {"dropout_after_bottleneck": dropout_after_bottleneck}
-        for i in range(num_layers):
-            channels = num_input_features + i * growth_rate
-            self[f"denselayer{i + 1}"] = (
-                PlainDenseLayer(channels, growth_rate, drop_rate, **form)
-                if bn_size is None
-                else DenseLayer(channels, growth_rate, bn_size, drop_rate, memory_efficient, **inside, **form)
-            )
-
-    def obstacle(self) -> str | None:
-        """Why the block runs its layers one by one at the moment, or None where it runs as a whole."""
-        if (reason := global_obstacle()) is not None:
-            return reason
-        layers: list[Any] = list(self.values())
-        if not layers:
-            return "it has no layers"
-        kind = kind_of(layers[0]) if kind_of(layers[0]) in _LAYERS else DenseLayer
-        for name, layer in zip(self, layers, strict=True):
-            reason = module_obstacle(name, layer, (kind,))
-            if reason is None and (inner := layer.obstacle()) is not None:
-                reason = f"{name}: {inner}"
-            if reason is None and layer._memory != layers[0]._memory:
-                reason = (
-                    f"{name}.memory is {layer._memory!r}, not {layers[0]._memory!r} like the first layer's"
-                )
-            if reason is None and not same_processes((layers[0].norm1, layer.norm1)):
-                reason = f"{name}: {PROCESSES}"
-            if reason is not None:
-                return reason
-        return None
-
-    def chains(self) -> tuple[list[Chain], str] | None:
-        """What run_stage takes of it; None where there is an obstacle."""
-        return None if global_obstacle() is not None else look(self, self._chains)
-
-    def _chains(self) -> tuple[list[Chain], str] | None:
-        if self.obstacle() is not None:
-            return None
-        layers: list[Any] = list(self.values())
-        chains = Chains(_chain(name, layer) for name, layer in zip(self, layers, strict=True))
-        return chains, layers[0]._memory
-
-    def forward(self, init_features: Tensor) -> Tensor:
-        """[N, num_input_features, *spatial] -> [N, num_input_features + num_layers * growth_rate, *spatial].
-
-        Fused, the output is the block's feature buffer, in channels-last layout.
-        """
-        stage = self.chains() if isinstance(init_features, Tensor) else None
-        if stage is not None and takes(init_features, dimensions_of(stage[0])):
-            return run_stage(*stage, init_features)
-        features = [init_features]
-        for layer in self.values():
-            features.append(layer(features))
-        return torch.cat(features, 1)
-
-
-NAMES = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight", "conv.bias")
-
-
-class Transition(nn.Sequential):
-    """norm-relu-conv(1x1)-pool(2x2 average); drop-in for torchvision's `_Transition`.
-
-    Args:
-        num_input_features: channels of the input.
-        num_output_features: channels of the output.
-        bias: whether the convolution has a bias.
-        spatial_dims: 1, 2 or 3.
-    """
-
-    __prepare_scriptable__ = refuse_scripting
-
-    def __init__(
-        self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
-    ) -> None:
-        place = check_spatial_dims("Transition", spatial_dims)
-        conv = CONVS[place]
-        super().__init__(
-            OrderedDict(
-                norm=NORMS[place](num_input_features),
-                relu=nn.ReLU(inplace=True),
-                conv=conv(num_input_features, num_output_features, kernel_size=1, stride=1, bias=bias),
-                pool=AVG_POOLS[place](kernel_size=2, stride=2),
-            )
-        )
-
-    def obstacle(self) -> str | None:
-        """Why the transition runs its submodules one by one at the moment, or None where it runs fused."""
-        return transition_obstacle(self._modules)
-
-    def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
-        """The norm, the pool's kernel size and the convolution, where the pool can be taken first (an average: they commute)."""
-        if self.obstacle() is not None:
-            return None
-        kernel = plain_avg_pool(self._modules["pool"], self._modules["norm"])
-        return None if kernel is None or not fits(x, kernel) else (self.norm, kernel, self.conv)
-
-    def _takes(self, x: Tensor) -> bool:
-        conv: Any = self.conv
-        return takes(x, conv.weight.dim())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
-        if not isinstance(x, Tensor) or self.obstacle() is not None or not self._takes(x):
-            return super().forward(x)
-        if (passage := self.passage(x)) is not None:
-            return run_transition(x, *passage)
-        last: Any = self._modules["pool"]
-        result: Tensor = last(run_unpooled(x, self.norm, self.conv))
-        return result
-
-
-def fits(x: Tensor, kernel: Sequence[int]) -> bool:
-    """Whether a pool finds at least one window."""
-    return all(n >= k for n, k in zip(x.shape[2:], kernel, strict=False))
-
-
-def run_unpooled(x: Tensor, norm: Any, conv: Any) -> Tensor:
-    """A transition's BN-ReLU-convolution, for a pool that cannot come first; `x`: what `takes` agrees to."""
-
-    def fused(x: Tensor) -> Tensor:
-        weights = conv.weight, conv.bias
-        y, mean, var = dense_layer.bottleneck("Transition", NAMES, [x], read_module(norm), *weights)
-        update_modules([(norm, mean, var)], x.numel() // x.shape[1])
-        return y
-
-    return through(x, fused)
-
-
-def run_transition(x: Tensor, norm: Any, kernel: tuple[int, ...], conv: Any) -> Tensor:
-    """A transition by itself: BN-ReLU-average-pool, then the convolution; `x`: what `takes` agrees to."""
-
-    def fused(x: Tensor) -> Tensor:
-        y, mean, var = pool.bn_relu_avg_pool("Transition", NAMES[:4], x, read_module(norm), kernel)
-        update_modules([(norm, mean, var)], x.numel() // x.shape[1])
-        result: Tensor = conv(y)
-        return result
-
-    return through(x, fused)

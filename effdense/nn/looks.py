@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from effdense._extension import extension
-from effdense.modules import walk
+from effdense.nn.modules import walk
+from effdense.ops.extension import extension
 
 KEPT = "_effdense_kept"  # the attribute; a module's own, so that it goes with the module
 Found = TypeVar("Found")

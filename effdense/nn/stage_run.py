@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdense import dense_block
-from effdense.autograd import autocast_enabled, prepare, without_autocast
-from effdense.batch_norm import Norm, StageUpdate, read_module
-from effdense.checks import check_conv_weight, check_norm, check_vector
-from effdense.inputs import through
+from effdense.engine import node
+from effdense.engine.autograd import autocast_enabled, prepare, without_autocast
+from effdense.engine.batch_norm import StageUpdate, read_module
+from effdense.engine.inputs import through
+from effdense.engine.norm import Norm
+from effdense.engine.stage import Stage, StageConfig
+from effdense.engine.validation import check_conv_weight, check_norm, check_vector
+from effdense.nn.chain import Chain, Drop
 from effdense.nn.looks import State, can_keep
-from effdense.nn.structure import Chain, Drop
-from effdense.stage import Settings, Stage
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -35,7 +36,7 @@ class Chains(list[Chain]):
 class _Run(NamedTuple):
     """What the engine takes, but for the input."""
 
-    settings: Settings
+    settings: StageConfig
     parameters: list[Tensor | None]
     running: list[Tensor | None]
     dtype: torch.dtype | None  # of the result, under autocast
@@ -120,7 +121,7 @@ def _run_stage(
     drop, masks = _masks(chains, x)
     settings = run.settings._replace(drop=drop) if drop else run.settings
     with without_autocast(x):
-        out, vectors = dense_block.run(settings, x, run.parameters, run.running, masks)
+        out, vectors = node.run(settings, x, run.parameters, run.running, masks)
     run.update(vectors, values)
     if run.returned is not None:
         out = out[:, run.returned]
@@ -164,7 +165,7 @@ def _prepare(
         norms.append(norm)
         all_norms.append(pool_norm)
     dilation = [chain.convs[-1].dilation[0] for chain in chains]
-    settings = Settings(
+    settings = StageConfig(
         bottleneck=bottleneck,
         memory=memory,
         lowest=-1,

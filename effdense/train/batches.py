@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effdense.train.images import DataSet, Images, InMemory, pixels
-from effdense.train.settings import Recipe
+from effdense.models.preparation import Preparation, padded
+from effdense.train.images import Images, InMemory, pixels
 
 BORDER = 4  # pixels, for crop-flip
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # for resized-crop: Szegedy et al., arXiv 1409.4842, section 6
@@ -50,20 +50,14 @@ class Batches:
     """The model's inputs and labels, for given images.
 
     Args:
-        data: where they come from.
-        recipe: says how they are padded, augmented and resized.
-        input_channels: what the model takes; gray images are repeated to that.
+        prepare: what is done to images, beside the augmentation.
         like: a tensor with the model's device and dtype.
         channels_last: whether the batches have that layout.
     """
 
-    def __init__(
-        self, data: DataSet, recipe: Recipe, input_channels: int, like: Tensor, channels_last: bool
-    ) -> None:
-        self._recipe, self._like = recipe, like
-        self._channels = input_channels
+    def __init__(self, prepare: Preparation, like: Tensor, channels_last: bool) -> None:
+        self._prepare, self._like = prepare, like
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._mean, self._std = (t.to(device=like.device, dtype=like.dtype) for t in (data.mean, data.std))
         self._ahead = ThreadPoolExecutor(1)
 
     def each(
@@ -88,30 +82,18 @@ class Batches:
     def _assemble(
         self, images: Images, x: Tensor, numbers: Tensor, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
-        recipe = self._recipe
-        if recipe.pad is not None:
-            x = pad(x, recipe.pad)
+        prepare = self._prepare
+        x = x if prepare.pad is None else padded(x, prepare.pad)
         if draws is not None and draws.flips is not None:
             offsets = None if draws.offsets is None else draws.offsets[numbers]
             x = crop_and_flip(x, offsets, draws.flips[numbers])
-        x = x.to(self._like.device, non_blocking=True)
-        x = (x.to(self._like.dtype) / 255 - self._mean) / self._std
-        size = recipe.resize or x.shape[-1]
+        x = prepare.normalised(x.to(self._like.device, non_blocking=True), self._like.dtype)
         if draws is not None and draws.boxes is not None and isinstance(images, InMemory):
-            x = cut(x, draws.boxes[numbers], size)
-        elif x.shape[-2:] != (size, size) and recipe.resize is not None:
-            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
-        x = x.expand(-1, self._channels, -1, -1) if x.shape[1] == 1 else x
+            x = cut(x, draws.boxes[numbers], prepare.resize or x.shape[-1])
+        else:
+            x = prepare.fitted(x)
+        x = prepare.repeated(x)
         return x.contiguous(memory_format=self._layout), images.labels[numbers].to(x.device)
-
-
-def pad(x: Tensor, size: int) -> Tensor:
-    """Zeros around images [n, C, H, W] up to [n, C, size, size]."""
-    height, width = x.shape[-2:]
-    if size < max(height, width):
-        raise ValueError(f"--pad must be at least the images' size, {height}x{width}, got {size}")
-    top, left = (size - height) // 2, (size - width) // 2
-    return F.pad(x, (left, size - width - left, top, size - height - top))
 
 
 def crop_and_flip(x: Tensor, offsets: Tensor | None, flips: Tensor) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from effdense import values
 from effdense.train.settings import (
     AMP,
     AUGMENTATIONS,
@@ -20,22 +21,10 @@ from effdense.train.settings import (
     OPTIMIZERS,
     RECIPES,
     Recipe,
-    Settings,
+    RunConfig,
 )
 
 STOPPED = 130  # a shell's status for Ctrl-C
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of 1 or more was expected, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1 was expected, got {text!r}")
-    return int(text)
 
 
 def _at_least_zero(text: str) -> float:
@@ -49,7 +38,7 @@ def _at_least_zero(text: str) -> float:
 
 
 def _size(text: str) -> int | None:
-    return None if text == "none" else _positive(text)
+    return None if text == "none" else values.side(text)
 
 
 def _drops(text: str) -> tuple[float, ...]:
@@ -76,8 +65,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         choices=DATA,
         help="folder: your images, in DIR/train and DIR/val (or test), a folder per class",
     )
-    add("--data-root", type=Path, metavar="DIR", help="where the data are, or are downloaded to (data)")
-    add("--out", required=True, type=Path, metavar="DIR", help="for checkpoints and metrics")
+    add(
+        "--data-root", type=values.path, metavar="DIR", help="where the data are, or are downloaded to (data)"
+    )
+    add(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        help="with which a folder's images are read: 1 is grey (3, grey ones repeated)",
+    )
+    add("--out", required=True, type=values.new_path, metavar="DIR", help="for checkpoints and metrics")
     add(
         "--impl",
         choices=IMPLS,
@@ -91,29 +88,49 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="minimal: less, a little slower (balanced)",
     )
     add(
-        "--weights", type=Path, metavar="FILE", help="begin with these (of torch.save); the classifier is new"
+        "--weights",
+        type=values.path,
+        metavar="FILE",
+        help="begin with these (of torch.save); the classifier is new",
+    )
+    add(
+        "--keep-classifier",
+        action="store_true",
+        help="with --weights: their classifier, too, for the same classes in the same order",
     )
     add("--freeze-features", action="store_true", help="train the classifier alone; statistics stay, too")
     add(
-        "--limit-train", type=_positive, metavar="N", help="train on the first N images; the test stays whole"
+        "--limit-train",
+        type=values.count,
+        metavar="N",
+        help="train on the first N images; the test stays whole",
     )
-    add("--accumulate", type=_positive, default=1, metavar="N", help="compute each batch in N parts (1)")
+    add("--accumulate", type=values.count, default=1, metavar="N", help="compute each batch in N parts (1)")
     add("--amp", choices=tuple(AMP), default="off", help="automatic mixed precision (off)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and images (float32)")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--channels-last", action="store_true", help="keep weights and images in that layout")
     add("--sync-bn", action="store_true", help="batch norm over the images of all processes")
-    add("--seed", type=_seed, default=0, help="of weights, order, augmentation and dropout (0)")
+    add(
+        "--seed",
+        type=values.whole(0, 2**32 - 1),
+        default=0,
+        help="of weights, order, augmentation and dropout (0)",
+    )
     add("--device", default=None, help="cpu, cuda or cuda:N (cuda where there is one)")
     add(
         "--workers",
-        type=_positive,
+        type=values.whole(1, 1024),
         default=2,
         metavar="N",
         help="threads per process that read a folder's images (2)",
     )
-    add("--resume", action="store_true", help="go on from DIR/last.pt, with the same settings")
-    add("--save-steps", type=_positive, metavar="N", help="also save every N steps")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from DIR/last.pt, with the same settings; to more --epochs, if they are given",
+    )
+    add("--save-steps", type=values.count, metavar="N", help="also save every N steps")
     add(
         "--save-seconds",
         type=_at_least_zero,
@@ -122,7 +139,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="also save every S seconds (600)",
     )
     add(
-        "--log-every", type=_positive, default=50, metavar="N", help="steps between lines of metrics.csv (50)"
+        "--log-every",
+        type=values.count,
+        default=50,
+        metavar="N",
+        help="steps between lines of metrics.csv (50)",
     )
     recipe = command.add_argument_group("the recipe, and its values, each of which can be set")
     told = "; ".join(
@@ -134,9 +155,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     def value(name: str, help: str, **form: Any) -> None:
         recipe.add_argument(name, default=argparse.SUPPRESS, help=help, **form)
 
-    value("--epochs", "passes over the training images", type=_positive, metavar="N")
+    value("--epochs", "passes over the training images", type=values.count, metavar="N")
     value(
-        "--batch-size", "images per optimizer step, over all processes and parts", type=_positive, metavar="N"
+        "--batch-size",
+        "images per optimizer step, over all processes and parts",
+        type=values.count,
+        metavar="N",
     )
     value("--optimizer", "stochastic gradient descent, or Adam", choices=OPTIMIZERS)
     value("--lr", "learning rate at the start", type=_at_least_zero)
@@ -155,7 +179,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     value("--pad", "pad images with zeros to NxN, before all else; none: do not", type=_size, metavar="N")
 
 
-def read_settings(arguments: argparse.Namespace) -> Settings:
+def read_settings(arguments: argparse.Namespace) -> RunConfig:
     """The run that a command line describes."""
     given = dict(vars(arguments))
     name = given["recipe"]
@@ -163,22 +187,31 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     recipe = dataclasses.replace(RECIPES[name], **changed)
     if recipe.augment == "none" and "drop_rate" not in given:
         recipe = dataclasses.replace(recipe, drop_rate=DROP_RATE.get(name, recipe.drop_rate))
+    if given["keep_classifier"] and given["weights"] is None:
+        raise ValueError("--keep-classifier needs --weights, whose classifier it keeps")
     if recipe.nesterov and not recipe.momentum:
         raise ValueError("--nesterov needs --momentum above 0")
-    given["device"] = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    others = {f.name: given[f.name] for f in dataclasses.fields(Settings) if f.name in given}
-    return Settings(**(others | {"recipe_name": name, "recipe": recipe}))
+    if given["device"] is None:
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    others = {f.name: given[f.name] for f in dataclasses.fields(RunConfig) if f.name in given}
+    return RunConfig(**(others | {"recipe_name": name, "recipe": recipe, "epochs_given": "epochs" in given}))
 
 
-def _train(settings: Settings) -> None:
+def _train(settings: RunConfig) -> None:
+    from effdense.train import folder
     from effdense.train.loop import Training
     from effdense.train.processes import Processes
 
     processes = Processes(settings.device)
     try:
-        Training(settings, processes).run()
+        with folder.held(settings) if processes.first else contextlib.nullcontext():
+            Training(settings, processes).run()
     finally:
         processes.leave()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -197,7 +230,17 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"effdense train: stopped {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
+        print("effdense train: stopped at once, nothing more is saved", file=sys.stderr)
         return STOPPED
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            "effdense train: there is not enough memory for this run: a smaller --batch-size, --accumulate, a smaller --resize or "
+            f"--memory minimal need less, and effdense plan says how much ({str(error).partition(chr(10))[0]})",
+            file=sys.stderr,
+        )
+        return 1
     except FloatingPointError as error:
         print(f"effdense train: {error}", file=sys.stderr)
         return 1

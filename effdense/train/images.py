@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,16 +17,10 @@ import torch
 from torch import Tensor
 
 from effdense import extras
+from effdense.models.preparation import STATISTICS, Preparation, for_test
 from effdense.train import idx
-from effdense.train.settings import Settings
-
-# Mean and standard deviation of the training images, as fractions of 255; a folder's are ImageNet's.
-STATISTICS = {
-    "fashion-mnist": ((0.2860,), (0.3530,)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+from effdense.train.listing import images_by_class
+from effdense.train.settings import RunConfig
 
 
 class Images(Protocol):
@@ -34,7 +29,18 @@ class Images(Protocol):
     labels: Tensor
 
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
-        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds."""
+        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds.
+
+        Where one has 16 bits they are float32, of 0 to 255 all the same.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Tells these images from others, and from themselves in another order."""
+        ...
+
+    def file_sizes(self) -> str:
+        """Tells files from others of the same names; empty where the fingerprint is of all they hold."""
         ...
 
 
@@ -44,13 +50,26 @@ class DataSet(NamedTuple):
     train: Images
     test: Images
     class_names: list[str]
-    channels: int
-    mean: Tensor
-    std: Tensor
+    prepare: Preparation  # of its `channels`, what the model takes is not known yet
+
+    @property
+    def channels(self) -> int:
+        """That images are read with."""
+        return len(self.prepare.mean)
 
     @property
     def classes(self) -> int:
         return len(self.class_names)
+
+    def fixed(self, root: Path | None) -> dict[str, Any]:
+        """What is compared where a run goes on; `root`: the folder of the data."""
+        return {
+            "class names": self.class_names,
+            "training data": self.train.fingerprint(),
+            "test data": self.test.fingerprint(),
+            "file sizes": f"{self.train.file_sizes()} {self.test.file_sizes()}",
+            "data root": os.path.realpath(root or ""),
+        }
 
 
 @dataclasses.dataclass
@@ -64,41 +83,70 @@ class InMemory:
         """See Images. Boxes are cut out by `cut`, on the device and after all else."""
         return self.images[chosen]
 
+    def fingerprint(self) -> str:
+        """See Images. Of every value and its place."""
+        return f"{len(self.labels)} images, {_checksum(self.images) ^ _checksum(self.labels):x}"
+
+    def file_sizes(self) -> str:
+        """See Images."""
+        return ""
+
+
+def _checksum(values: Tensor) -> int:
+    parts = values.flatten().split(2**20)
+    places = torch.arange(1, len(parts[0]) + 1) if parts else values
+    sums = ((part.long() * places[: len(part)]).sum().item() for part in parts)
+    return sum(i * int(n) for i, n in enumerate(sums, 1)) % 2**48
+
 
 DOWNLOADS = Path("data")  # where torchvision puts what it downloads, without --data-root
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Folder:
-    """The images of a folder with one folder a class, as torchvision's ImageFolder has them; [3, size, size] each.
+    """The images of a folder with one folder a class, as torchvision's ImageFolder has them.
 
     The first of every class come first, then the second, so that --limit-train leaves some of each.
 
     Args:
         root: the folder.
-        size: to which the square in an image's middle is brought; None: images stay as they are.
+        prepare: how an image's pixels become those that are read.
         workers: how many threads read.
-        centre: what part of that square's sides is taken.
     """
 
-    def __init__(self, root: Path, size: int | None, workers: int, centre: float = 1.0) -> None:
-        folders = (entry.name for entry in root.iterdir() if entry.is_dir())
-        self.classes = sorted(name for name in folders if not name.startswith("."))
-        if len(self.classes) < 2:
-            raise ValueError(
-                f"{root}: folders of two classes or more were expected, found {self.classes or 'none'}"
-            )
-        found = [sorted(_images_below(root / name)) for name in self.classes]
-        if empty := [name for name, paths in zip(self.classes, found, strict=True) if not paths]:
-            raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(empty[:5])}")
+    def __init__(self, root: Path, prepare: Preparation, workers: int) -> None:
+        found, self.left_out = images_by_class(root)
+        self.classes = list(found)
         ordered = sorted(
-            (i, label, path) for label, paths in enumerate(found) for i, path in enumerate(paths)
+            (i, label, path) for label, paths in enumerate(found.values()) for i, path in enumerate(paths)
         )
         self.paths = [path for _, _, path in ordered]
+        self._root = root
         self.labels = torch.tensor([label for _, label, _ in ordered])
-        self._size, self._centre = size, centre
+        self._prepare = prepare
         self._threads = ThreadPoolExecutor(max(1, workers))
         self._pil = extras.load("PIL.Image", "a folder of images")
+
+    def fingerprint(self) -> str:
+        """See Images. Of all names below the folder, which may move."""
+        names = "\0".join(os.path.relpath(path, self._root) for path in self.paths)
+        return f"{len(self.paths)} images, {_digest(names)}"
+
+    def file_sizes(self) -> str:
+        """See Images. Of a thousand files."""
+        some = self.paths[:: 1 + len(self.paths) // 1000]
+        return _digest(str(list(self._threads.map(os.path.getsize, some))))
+
+    def kinds(self) -> tuple[int, Counter[str]]:
+        """How many images were looked at, up to some thousand of them, and how many of which kind there are."""
+        some = self.paths[:: 1 + len(self.paths) // 2000]
+        return len(some), Counter(kind for kind in self._threads.map(self._kind_of, some) if kind)
+
+    def _kind_of(self, path: str) -> str:
+        try:
+            with self._pil.open(path) as image:
+                return self._prepare.loses(image)
+        except Exception:  # whatever a damaged one makes of it, it is named when it is read
+            return ""
 
     def sizes(self) -> list[tuple[int, int]]:
         """Every image's width and height."""
@@ -120,31 +168,17 @@ class Folder:
         """See Images."""
         own: Sequence[Any] = [None] * len(chosen) if boxes is None else boxes.tolist()
         paths = [self.paths[i] for i in chosen.tolist()]
-        return torch.stack(list(self._threads.map(self._read_one, paths, own)))
+        read = list(self._threads.map(self._read_one, paths, own))
+        exact = next((image.dtype for image in read if image.dtype != torch.uint8), torch.uint8)
+        return torch.stack([image.to(exact) for image in read])
 
     def _read_one(self, path: str, box: Any) -> Tensor:
         with self._opened(path) as file:
-            if file.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
-                raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode})")
-            image = file.convert("RGB")
-        if self._size is not None:
-            width, height = image.size
-            side = self._centre * min(width, height)
-            left, top, w, h = (width - side) / 2, (height - side) / 2, side, side
-            if box is not None:
-                left, top, w, h = pixels(box, width, height)
-            size = (self._size, self._size)
-            box = (left, top, min(left + w, width), min(top + h, height))  # rounding aside
-            image = image.resize(size, self._pil.Resampling.BILINEAR, box=box)
-        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return values.view(image.height, image.width, 3).permute(2, 0, 1)
+            return self._prepare.pixels(file, None if box is None else pixels(box, *file.size))
 
 
-def _images_below(folder: Path) -> Iterator[str]:
-    for where, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(where, name)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -155,7 +189,7 @@ def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float,
     return x * (width - w), y * (height - h), w, h
 
 
-def load(settings: Settings) -> DataSet:
+def load(settings: RunConfig) -> DataSet:
     """Reads the data set of a run, or finds the images.
 
     Raises:
@@ -165,7 +199,11 @@ def load(settings: Settings) -> DataSet:
     """
     if settings.data not in STATISTICS:
         raise ValueError(f"data must be one of {', '.join(STATISTICS)}, got {settings.data!r}")
-    parts, names = _read(settings)
+    if settings.channels is not None and settings.data != "folder":
+        raise ValueError(f"--channels is for --data folder; {settings.data} has its own")
+    recipe, channels = settings.recipe, settings.channels or len(STATISTICS[settings.data][0])
+    prepare = for_test(settings.data, channels, recipe.augment, recipe.resize, recipe.pad)
+    parts, names = _read(settings, prepare)
     for name, part in zip(("training", "test"), parts, strict=True):
         if not len(part.labels):
             raise ValueError(f"{settings.data}: there are no {name} images")
@@ -174,11 +212,10 @@ def load(settings: Settings) -> DataSet:
             raise ValueError(
                 f"{settings.data}: the {name} labels must be 0 to {len(names) - 1}, found {found}"
             )
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in STATISTICS[settings.data])
-    return DataSet(*parts, names, mean.shape[1], mean, std)
+    return DataSet(*parts, names, prepare)
 
 
-def _read(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
+def _read(settings: RunConfig, prepare: Preparation) -> tuple[tuple[Images, Images], list[str]]:
     """Training and test images, and the classes' names; in Fashion-MNIST's form classes have numbers only."""
     if settings.data == "fashion-mnist":
         root = _find_fashion_mnist(settings.data_root)
@@ -186,7 +223,7 @@ def _read(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
         train, test = (InMemory(x.unsqueeze(1), y.long()) for x, y in gray)
         return (train, test), [str(label) for label in range(idx.CLASSES)]
     if settings.data == "folder":
-        return _read_folder(settings)
+        return _read_folder(settings, prepare)
     root = settings.data_root or DOWNLOADS
     both = [_torchvisions("cifar", settings.data.upper(), root, train=train) for train in (True, False)]
     train, test = (
@@ -238,7 +275,7 @@ def _damaged(reader: Any, root: Path) -> str:
     )
 
 
-def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
+def _read_folder(settings: RunConfig, prepare: Preparation) -> tuple[tuple[Images, Images], list[str]]:
     """DATA_ROOT/train and DATA_ROOT/val or DATA_ROOT/test."""
     root = settings.data_root
     if root is None:
@@ -257,8 +294,7 @@ def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
         raise ValueError(
             "--pad and --resize exclude each other for --data folder, whose images are resized first"
         )
-    train = Folder(root / names[0], size, settings.workers)
-    test = Folder(root / names[1], size, settings.workers, centre=0.875 if crops else 1.0)
+    train, test = (Folder(root / name, prepare, settings.workers) for name in names)
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: {names[0]} and {names[1]} have different classes: {', '.join(differ[:5])}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a terminal that is closed
 
 
 class Stopped(Exception):
@@ -13,23 +16,26 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM are remembered until a step has ended; a second one ends the program at once."""
+    """These signals are remembered until a step or a batch of the test has ended; a second one ends the program at once.
+
+    One that is ignored (SIGHUP under nohup) stays ignored.
+    """
 
     def __enter__(self) -> Interrupt:
         self.asked = False
         here = threading.current_thread() is threading.main_thread()  # Python's rule for handlers
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if here}
+        before = {s: signal.getsignal(s) for s in SIGNALS if here}
+        self._before = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}
         for number in self._before:
             signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
-        if os.environ.get("RANK", "0") == "0":
-            os.write(
-                2, b"effdense train: stopping behind this step; once more stops at once, without saving\n"
-            )
         signal.signal(number, self._before[signal.Signals(number)])
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.write(2, b"effdense train: stopping soon, then saving; once more stops at once, without\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

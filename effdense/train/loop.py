@@ -4,54 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import os
 import random
-import tempfile
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from effdense.train import checkpoint, images, net, results
+from effdense.train import checkpoint, header, images, net, results
 from effdense.train.batches import Batches, draw
+from effdense.train.display import Display
+from effdense.train.folder import BEST, LAST
 from effdense.train.interrupt import Interrupt, Stopped
-from effdense.train.metrics import Display, Metrics, Row, peak_bytes
+from effdense.train.metrics import Metrics, Row, Sums, peak_bytes
 from effdense.train.processes import Processes
-from effdense.train.settings import AMP, Recipe, Settings
-
-LAST, BEST = "last.pt", "best.pt"
-
-
-@dataclasses.dataclass
-class _Sums:
-    """Of the steps since some moment."""
-
-    loss: float = 0.0
-    correct: float = 0.0
-    images: int = 0
-    seconds: float = 0.0
-
-    def add(self, loss: float, correct: float, images: int, seconds: float) -> None:
-        self.loss += loss
-        self.correct += correct
-        self.images += images
-        self.seconds += seconds
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(trained, recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        trained,
-        recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
+from effdense.train.settings import AMP, RunConfig
 
 
 class Training:
@@ -69,12 +42,10 @@ class Training:
     _started: float
     _saved_at: float
 
-    def __init__(self, settings: Settings, processes: Processes) -> None:
+    def __init__(self, settings: RunConfig, processes: Processes) -> None:
         self.settings, self.processes, recipe = settings, processes, settings.recipe
-        if processes.first:
-            _check_folder(settings)
         here = settings.resume and processes.first
-        saved = processes.from_first(checkpoint.load(settings.out / LAST) if here else None)
+        saved = processes.from_first(checkpoint.load_latest(settings.out) if here else None)
         for turn in (True, False):  # the first process of a machine may have to fetch them
             if processes.first_here == turn:
                 self.data = images.load(settings)
@@ -86,29 +57,29 @@ class Training:
         self.steps = self.count // recipe.batch_size
 
         torch.manual_seed(settings.seed)
-        self.model, self.options = net.build(settings, self.data.classes, self.data.channels)
+        self.model, self.options = net.build(settings, self.data.class_names, self.data.channels)
         self.model.to(processes.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = _optimizer(recipe, self.model)
+        self.optimizer = net.optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "fp16")
         torch.manual_seed(settings.seed + processes.rank)  # dropout is every process's own
         random.seed(settings.seed + processes.rank)
 
         self.epoch = self.step_in_epoch = self.step = 0  # done
         self.best = -1.0
-        self.in_epoch, self.in_row = _Sums(), _Sums()
+        self.in_epoch, self.in_row = Sums(), Sums()
         self.seconds = 0.0  # of former parts of the run
         self._metrics_size = 0
+        self._fixed = self._what_is_fixed()
         if saved is not None:
             self._restore(saved)
         self._saved_step = self.step
         self._wrapped: Any = processes.wrap(self.model, settings.sync_bn)
         self._run: Any = torch.compile(self._wrapped) if settings.compile else self._wrapped
         like = next(self.model.parameters())
-        self._batches = Batches(
-            self.data, recipe, net.input_channels(self.model), like, settings.channels_last
-        )
+        self._prepare = dataclasses.replace(self.data.prepare, channels=net.input_channels(self.model))
+        self._batches = Batches(self._prepare, like, settings.channels_last)
 
     def _check_sizes(self) -> None:
         settings = self.settings
@@ -124,6 +95,7 @@ class Training:
                 f"--batch-size {recipe.batch_size} is more than there are training images, {self.count}"
             )
         own, rest = divmod(recipe.batch_size, parts * count)
+        _check_input(settings, own * self.data.channels)
         if rest or own < 1:
             raise ValueError(
                 f"--batch-size {recipe.batch_size} must be a multiple of --accumulate {parts} times {count} processes"
@@ -143,9 +115,9 @@ class Training:
             "processes": self.processes.count,
         }
 
-    def _fixed(self) -> dict[str, Any]:
+    def _what_is_fixed(self) -> dict[str, Any]:
         """What must be the same where the run goes on."""
-        return self.settings.fixed() | self._sizes()
+        return self.settings.fixed() | self._sizes() | self.data.fixed(self.settings.data_root)
 
     def _state(self) -> dict[str, Any]:
         cuda = self.processes.device.type == "cuda"
@@ -158,10 +130,11 @@ class Training:
             "model": self.settings.model,
             "options": self.options,
             "class_names": self.data.class_names,
-            "in_channels": net.input_channels(self.model),
+            "in_channels": self._prepare.channels,
+            "preparation": dataclasses.asdict(self._prepare),
             "state_dict": self.model.state_dict(),
             "recipe": {"name": self.settings.recipe_name, **dataclasses.asdict(self.settings.recipe)},
-            "settings": self._fixed(),
+            "settings": self._fixed,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
@@ -175,13 +148,23 @@ class Training:
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        checkpoint.check_same(self.settings.out / LAST, saved["settings"], self._fixed())
+        before, epochs = saved["settings"], self.settings.recipe.epochs
+        free = ["data root", *(["epochs"] if self.settings.epochs_given else [])]
+        if before.get("data root") == self._fixed["data root"]:  # images there may be repaired
+            free += ["file sizes", "test data"]
+        named = {"class names": saved["class_names"], **before}  # earlier versions have them there only
+        checkpoint.check_same(self.settings.out / LAST, named, self._fixed, free)
+        if before["epochs"] != epochs and self.processes.first:
+            print(
+                f"effdense train: --epochs was {before['epochs']} and is {epochs}, which the learning rate follows from now on",
+                file=sys.stderr,
+            )
         self.model.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         for name in ("epoch", "step_in_epoch", "step", "best", "seconds"):
             setattr(self, name, saved[name])
-        self.in_epoch, self.in_row = _Sums(**saved["in_epoch"]), _Sums(**saved["in_row"])
+        self.in_epoch, self.in_row = Sums(**saved["in_epoch"]), Sums(**saved["in_row"])
         self._metrics_size = saved["metrics_size"]
         chance = saved["random"][self.processes.rank]
         torch.set_rng_state(chance["torch"])
@@ -221,10 +204,9 @@ class Training:
                     contextlib.closing(Metrics(self.settings.out, self._metrics_size, self.step))
                 )
                 self._display = stack.enter_context(
-                    contextlib.closing(Display(self.settings.recipe.epochs, self.steps))
+                    contextlib.closing(Display(self.settings.recipe, self.steps))
                 )
-            if self.epoch == self.settings.recipe.epochs and self.processes.first:
-                print(f"epoch {self.epoch} was the last: nothing to do; best test accuracy {self.best:.4f}")
+                self._begin()
             try:
                 while self.epoch < self.settings.recipe.epochs:
                     self._train_epoch()
@@ -233,6 +215,18 @@ class Training:
                 if self.processes.count == 1 and self.step > self._saved_step:
                     self._save(LAST)
                 raise
+
+    def _begin(self) -> None:
+        if self.epoch < self.settings.recipe.epochs:
+            about = (self.data, self.count, self.steps, self.model, self.processes.device)
+            for line in header.lines(self.settings, *about):
+                self._display.say(line)
+            if self.step:
+                self._display.say(f"going on after step {self.step}, in epoch {self.epoch + 1}")
+        else:
+            best = f"best test accuracy {self.best:.4f}"
+            self._display.say(f"epoch {self.epoch} was the last: nothing to do; {best}")
+            self._write_results()
 
     def _train_epoch(self) -> None:
         for group in self.optimizer.param_groups:
@@ -320,9 +314,9 @@ class Training:
         self._display.show(row, self.step_in_epoch)
         if self.step % self.settings.log_every == 0:
             self._metrics.write(row)
-            self.in_row = _Sums()
+            self.in_row = Sums()
 
-    def _row(self, split: str, sums: _Sums) -> Row:
+    def _row(self, split: str, sums: Sums) -> Row:
         return Row(
             epoch=self.epoch + 1,
             step=self.step,
@@ -338,6 +332,9 @@ class Training:
     def _finish_epoch(self) -> None:
         """Tests, reports and saves."""
         tested = self._test()
+        if tested is None:
+            self._save(LAST)
+            raise Stopped(f"in the test of epoch {self.epoch + 1}; --resume goes on with that test")
         if not math.isfinite(tested.loss):
             what = f"the test loss is {tested.loss / tested.images} after step"
             raise FloatingPointError(self._diverged(what, self.step))
@@ -351,44 +348,62 @@ class Training:
             self._metrics.write(train)
             self._metrics.write(test)
             self._display.line(train, test)
-            sizes = {
-                **self._sizes(),
-                "test images": tested.images,
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-            }
-            results.write(self.settings.out, self.settings, sizes, self.processes.device)
         self.best = max(self.best, tested.correct / tested.images)
-        self.epoch, self.step_in_epoch, self.in_epoch = self.epoch + 1, 0, _Sums()
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.in_epoch, self.in_row = Sums(), Sums()  # no line is of two epochs
         self._save(*([BEST] if better else []), LAST)  # killed in between, the epoch's end comes again
+        if self.processes.first:
+            self._write_results()
+
+    def _write_results(self) -> None:
+        sizes = {
+            **self._sizes(),
+            "test images": len(self.data.test.labels),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        results.write(self.settings.out, self.settings, sizes, self.processes.device)
 
     @torch.no_grad()
-    def _test(self) -> _Sums:
-        """Of the whole test set, which the processes share."""
-        start = time.monotonic()
+    def _test(self) -> Sums | None:
+        """Of the whole test set, which the processes share; None: the user has asked for an end."""
+        start, count = time.monotonic(), len(self.data.test.labels)
         self.processes.same_buffers(self.model)
-        self.model.eval()
-        numbers = self.processes.share(torch.arange(len(self.data.test.labels)))
+        numbers = self.processes.share(torch.arange(count))
         size = max(1, self.settings.recipe.batch_size // (self.settings.accumulate * self.processes.count))
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         own = [part for part in numbers.split(size) if len(part)]
-        for x, labels in self._batches.each(self.data.test, own, None):
-            loss, hits = self._loss(self.model, x, labels)
-            loss_sum += loss * len(labels)
-            correct += hits
-        self.model.train()
+        batches = self._batches.each(self.data.test, own, None)
+        rounds = math.ceil(math.ceil(count / self.processes.count) / size)  # of the process with most
+        self.model.eval()
+        try:
+            for i in range(rounds):
+                if self._all_stop():
+                    return None
+                if self.processes.first:
+                    self._display.show_test(self.epoch + 1, i, rounds)
+                for x, labels in itertools.islice(batches, 1):
+                    loss, hits = self._loss(self.model, x, labels)
+                    loss_sum += loss * len(labels)
+                    correct += hits
+        finally:
+            self.model.train()
         total, hit = self.processes.sum([loss_sum, correct])
-        return _Sums(total, hit, len(self.data.test.labels), time.monotonic() - start)
+        return Sums(total, hit, count, time.monotonic() - start)
+
+    def _all_stop(self) -> bool:
+        """Whether one of the processes has been asked to stop."""
+        if self.processes.count == 1:
+            return self._interrupt.asked
+        return self.processes.sum([float(self._interrupt.asked)])[0] > 0
 
 
-def _check_folder(settings: Settings) -> None:
-    """Refuses to train for hours towards a folder that takes nothing, or over another run."""
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.out):
-            pass
-    except OSError as error:
-        raise OSError(f"--out {settings.out} cannot be written: {error.strerror or error}") from error
-    if not settings.resume and (settings.out / LAST).exists():
+def _check_input(settings: RunConfig, maps: int) -> None:
+    """Refuses images that a machine does not hold even alone; `maps`: images times channels."""
+    side = settings.recipe.resize or settings.recipe.pad or 0
+    needed = maps * side**2 * torch.finfo(getattr(torch, settings.dtype)).bits // 8
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
         raise ValueError(
-            f"--out {settings.out} holds a run: --resume goes on with it, another --out begins anew"
+            f"a batch of images of {side}x{side} pixels alone takes {needed / 2**30:.0f} GiB, and this machine has "
+            f"{there / 2**30:.0f}: a smaller --resize, --pad or --batch-size is needed"
         )

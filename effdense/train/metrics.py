@@ -1,12 +1,15 @@
-"""What a run reports while it goes: metrics.csv, TensorBoard, and the terminal."""
+"""What a run writes down while it goes: metrics.csv, and TensorBoard's events."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import importlib
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ from effdense import extras
 class Row(NamedTuple):
     """A line of metrics.csv.
 
-    `split` is "step" (mean of the steps since the line before), "train" (mean of an epoch) or "test"; `epoch` counts from 1,
+    `split` is "step" (mean of the epoch's steps since the line before), "train" (mean of an epoch) or "test"; `epoch` counts from 1,
     `step` from the run's beginning; `loss` is the cross entropy in nats; `peak_bytes` is the first process's, in "train" and "test" the
     largest of all processes'; `seconds` is the time that the run has taken, all parts of it.
     """
@@ -32,6 +35,23 @@ class Row(NamedTuple):
     images_per_second: float
     peak_bytes: int
     seconds: float
+
+
+@dataclasses.dataclass
+class Sums:
+    """Of the steps since some moment, of one epoch."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: float, correct: float, images: int, seconds: float) -> None:
+        """One more step."""
+        self.loss += loss
+        self.correct += correct
+        self.images += images
+        self.seconds += seconds
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -55,7 +75,9 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, size: int, step: int) -> None:
-        path = folder / "metrics.csv"
+        self._path = path = folder / "metrics.csv"
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} cannot be written: it is no regular file")
         kept = path.read_bytes()[:size] if path.exists() else b""
         size = kept.rfind(b"\n") + 1  # whoever has shortened it may have left half a line
         self._file = path.open("r+" if size else "w", newline="")
@@ -67,87 +89,50 @@ class Metrics:
         self._board: Any = None
         try:
             board = importlib.import_module("torch.utils.tensorboard")
-            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with self._while_the_board_takes_it():
+                self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except ImportError:
             hint = extras.pip_install("tensorboard")
             print(f"TensorBoard is not installed and gets nothing: {hint}", file=sys.stderr)
 
+    @contextlib.contextmanager
+    def _while_the_board_takes_it(self) -> Iterator[None]:
+        """The curves are a second copy: where they cannot be written the run goes on without them."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            print(f"TensorBoard gets nothing more: {error.strerror or error}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written: {error.strerror or error}") from error
+
     def write(self, row: Row) -> None:
-        self._csv.writerow(row)
-        self._file.flush()
+        with self._on_disk():
+            self._csv.writerow(row)
+            self._file.flush()
         if self._board is not None:
-            for name in ("loss", "accuracy", "lr", "images_per_second", "peak_bytes"):
-                self._board.add_scalar(f"{name}/{row.split}", getattr(row, name), row.step)
+            with self._while_the_board_takes_it():
+                for name in ("loss", "accuracy", "lr", "images_per_second", "peak_bytes"):
+                    self._board.add_scalar(f"{name}/{row.split}", getattr(row, name), row.step)
 
     def size(self) -> int:
         """Of metrics.csv, in bytes, all of them on the disk; TensorBoard's events are too."""
         if self._board is not None:
-            self._board.flush()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            with self._while_the_board_takes_it():
+                self._board.flush()
+        with self._on_disk():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with self._on_disk():
+            self._file.close()
         if self._board is not None:
-            self._board.close()
-
-
-class Display:
-    """A bar on a terminal that has one, and a line for every epoch.
-
-    Args:
-        epochs: how many there will be.
-        steps: in an epoch.
-    """
-
-    def __init__(self, epochs: int, steps: int) -> None:
-        self._epochs, self._steps = epochs, steps
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            try:
-                self._bar = self._start_bar()
-            except ImportError:
-                hint = extras.pip_install("rich", "train")
-                print(f"no progress bar without rich: {hint}", file=sys.stderr)
-
-    def _start_bar(self) -> Any:
-        progress, console = (importlib.import_module(f"rich.{name}") for name in ("progress", "console"))
-        bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[now]}"),
-            console=console.Console(file=sys.stderr),
-            transient=True,
-            redirect_stdout=False,
-        )
-        bar.start()
-        self._task = bar.add_task("", total=self._steps, now="")
-        return bar
-
-    def show(self, row: Row, done: int) -> None:
-        """How far the epoch is."""
-        if self._bar is not None:
-            epoch = f"epoch {row.epoch}/{self._epochs}"
-            self._bar.update(self._task, completed=done, description=epoch, now=_words(row))
-
-    def line(self, train: Row, test: Row) -> None:
-        """Says what an epoch has come to."""
-        text = f"epoch {train.epoch}/{self._epochs}: {_words(train)}; test loss {test.loss:.4f}, accuracy {test.accuracy:.4f}"
-        if self._bar is not None and sys.stdout.isatty():
-            self._bar.console.print(text, highlight=False)  # above the bar
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _words(row: Row) -> str:
-    return (
-        f"loss {row.loss:.4f}, accuracy {row.accuracy:.4f}, {row.images_per_second:.1f} images/s, "
-        f"peak {row.peak_bytes / 2**20:.0f} MiB"
-    )
+            with self._while_the_board_takes_it():
+                self._board.close()

@@ -1,26 +1,28 @@
-"""The model of a run: built by its name for the data, and run as --impl says."""
+"""The model of a run, built by its name for the data and run as --impl says, and its optimizer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from effdense import models
-from effdense.convert import convert
-from effdense.nn.classes import is_fused_kind
-from effdense.nn.obstacles import CONVS
+from effdense import models, tensor_files
+from effdense.conversion import convert
+from effdense.conversion.class_swap import is_fused_kind
+from effdense.nn.kinds import CONVS
 from effdense.nn.plain import run_plain
-from effdense.train.settings import Settings
+from effdense.train.settings import Recipe, RunConfig
 
 
-def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, dict[str, Any]]:
+def build(settings: RunConfig, class_names: list[str], channels: int) -> tuple[nn.Module, dict[str, Any]]:
     """The model with weights from the global random state, and the options that `effdense.models.build` had.
 
     Args:
         settings: the run's.
-        classes: how many the data have.
+        class_names: the data's.
         channels: of the data's images. torchvision's models have three whatever comes.
 
     Raises:
@@ -28,7 +30,7 @@ def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, d
         ValueError: there is no such model, or not with these options; the weights do not fit.
     """
     library = settings.model.partition(":")[0] if ":" in settings.model else ""
-    options: dict[str, Any] = {"num_classes": classes}
+    options: dict[str, Any] = {"num_classes": len(class_names)}
     if library != "torchvision":
         options["in_chans" if library == "timm" else "in_channels"] = channels
     if settings.recipe.drop_rate:
@@ -41,7 +43,7 @@ def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, d
     except TypeError as error:
         raise ValueError(f"model {settings.model!r} cannot be built with {options}: {error}") from error
     if settings.weights is not None and not settings.resume:
-        models.load_weights(model, settings.weights, strip_classifier=True)
+        _begin_with(model, settings.weights, class_names if settings.keep_classifier else None)
     if settings.freeze_features:
         if not isinstance(features := getattr(model, "features", None), nn.Module):
             raise ValueError(f"--freeze-features: model {settings.model!r} has no part called features")
@@ -55,6 +57,41 @@ def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, d
     elif not library:
         run_plain(model, checkpointed=settings.impl == "checkpoint")
     return model, options
+
+
+def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's, of the parameters that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(trained, recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        trained,
+        recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def _begin_with(model: nn.Module, path: Path, class_names: list[str] | None) -> None:
+    """Loads the weights, with `class_names` those of the classifier, too, if they are those of these classes."""
+    weights = tensor_files.load_tensors(path)
+    theirs = weights.get("class_names") if isinstance(weights, Mapping) else None
+    if class_names is not None and theirs is not None and theirs != class_names:
+        raise ValueError(
+            f"--keep-classifier: {path} is for other classes, or for these in another order: {_shortly(theirs)}, and the "
+            f"data have {_shortly(class_names)}"
+        )
+    try:
+        models.load_weights(model, weights, strip_classifier=class_names is None)
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("; strip_classifier")[0]
+        hint = "" if class_names is None else "; without --keep-classifier the classifier is new"
+        raise ValueError(f"--weights {path}: {reason}{hint}") from error
+
+
+def _shortly(names: list[str]) -> str:
+    return ", ".join(map(str, names[:10])) + (f" … ({len(names)})" if len(names) > 10 else "")
 
 
 def input_channels(model: nn.Module) -> int:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from effdense import values
+
 
 class Processes:
     """The run's processes; one where nothing else was started.
@@ -29,11 +31,7 @@ class Processes:
         self._here = int(os.environ.get("LOCAL_RANK", "0")) if several else 0
         if several and device.startswith("cuda"):
             device = f"cuda:{self._here}"
-        try:
-            self.device = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"--device {device} cannot be used here: {reason}") from error
+        self.device = values.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.count > 1 and not dist.is_initialized():

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from effdense import files
-from effdense._extension import build_info
-from effdense.train.settings import Settings
+from effdense.ops.extension import build_info
+from effdense.train.settings import RunConfig
 
 
-def write(folder: Path, settings: Settings, sizes: dict[str, int], device: torch.device) -> None:
+def write(folder: Path, settings: RunConfig, sizes: dict[str, int], device: torch.device) -> None:
     """Writes `folder`/results.json, with the epochs that metrics.csv has.
 
     Args:
@@ -33,7 +33,7 @@ def write(folder: Path, settings: Settings, sizes: dict[str, int], device: torch
     content = {
         "settings": {name: _plain(value) for name, value in dataclasses.asdict(settings).items()},
         **sizes,
-        "machine": _machine(device),
+        "machine": machine(device),
         "epochs": epochs,
         "best test accuracy": max((epoch["test"]["accuracy"] for epoch in epochs), default=None),
     }
@@ -63,7 +63,8 @@ def _values(row: dict[str, str], names: tuple[str, ...]) -> dict[str, float]:
     return {name: json.loads(row[name]) for name in names}
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine, and the software that decides about times."""
     build = build_info()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),

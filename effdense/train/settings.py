@@ -67,7 +67,7 @@ DROP_RATE = {"cifar": 0.2}  # with --augment none
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class RunConfig:
     """A run: the recipe, what is trained on what, and how."""
 
     model: str
@@ -78,7 +78,9 @@ class Settings:
     impl: str = "effdense"
     memory: str = "balanced"
     data_root: Path | None = None
-    weights: Path | None = None  # to begin with; the classifier is new
+    channels: int | None = None  # with which a folder's images are read; None: 3
+    weights: Path | None = None  # to begin with; the classifier is new, unless it is kept
+    keep_classifier: bool = False
     freeze_features: bool = False
     limit_train: int | None = None
     accumulate: int = 1  # parts of a batch, one after the other
@@ -91,6 +93,7 @@ class Settings:
     device: str = "cpu"
     workers: int = 2  # threads that read a folder's images
     resume: bool = False
+    epochs_given: bool = False  # not left to the recipe: a run that goes on may have others
     save_steps: int | None = None
     save_seconds: float = 600.0
     log_every: int = 50  # steps
@@ -101,6 +104,7 @@ class Settings:
             "model",
             "impl",
             "data",
+            "keep_classifier",
             "freeze_features",
             "limit_train",
             "accumulate",
@@ -109,5 +113,9 @@ class Settings:
             "sync_bn",
             "seed",
         )
-        plain = {"drops": list(self.recipe.drops), "weights": self.weights and str(self.weights)}
+        plain = {
+            "drops": list(self.recipe.drops),
+            "weights": self.weights and str(self.weights),
+            "channels": self.channels or 3,
+        }
         return {name: getattr(self, name) for name in names} | dataclasses.asdict(self.recipe) | plain

@@ -1,0 +1,140 @@
+"""convert: the dense parts of an existing model run fused, in place; report: what was done; revert: as it was.
+
+A module is recognised by its structure, then its own forward is compared with ours on a copy with random weights, in
+training and in evaluation, outputs and gradients (examine.py, probe.py). Only then does it change its class: the object,
+its submodules, parameters, buffers and hooks stay what they are. What has torchvision's names becomes one of effdense.nn's
+classes; a block or transition with others keeps its own class with a fused forward in front, and its layers stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from effdense.conversion.class_swap import OURS, Foreign, Form, adopt, give_back, is_fused_kind
+from effdense.conversion.examine import Examiner
+from effdense.engine.validation import check_memory
+from effdense.nn.modules import named, walk
+
+
+class Entry(NamedTuple):
+    """One line of a report."""
+
+    name: str  # as in model.named_modules()
+    kind: str  # the class in effdense.nn that it has, or would have
+    converted: bool
+    reason: str | None  # why it was not converted, or why it runs its submodules one by one at the moment
+
+
+class Report(list[Entry]):
+    """What of a model runs fused; `print(effdense.report(model))`."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "effdense: the model has no dense layers"
+        lines = []
+        for kind in (c.__name__ for c in OURS):
+            entries = [e for e in self if e.kind == kind]
+            if entries:
+                fused = sum(e.converted and e.reason is None for e in entries)
+                lines.append(f"{kind}: {fused} of {len(entries)} run fused")
+        for e in self:
+            if e.reason is not None:
+                state = "converted, but runs one by one" if e.converted else "not converted"
+                lines.append(f"  {e.name or '(the model itself)'}: {state}: {e.reason}")
+        return "\n".join(lines)
+
+
+def _check_model(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in named(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{op}: {name or 'model'} is a {type(module).__name__}: its code is fixed already; "
+                "convert before torch.jit.trace"
+            )
+
+
+def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
+    """Makes the dense layers, blocks, transitions, stem and head of `model` run fused, in place.
+
+    Parameters, buffers, submodules, hooks, modes and state_dict keys stay the same objects and names, so an optimizer
+    built before keeps working; converted modules change their class. What is not recognised stays as it is, and
+    `report(model)` says why. Converting again changes `memory` only.
+
+    Layers that were checkpointed (torchvision's `memory_efficient=True`) are not any more. Their batch norm statistics
+    then move once per step, as without checkpointing; so they do inside a user's own `torch.utils.checkpoint`.
+
+    Args:
+        model: any module that holds dense layers or blocks, or one itself.
+        memory: "balanced" keeps each layer's bottleneck output for the backward, "minimal" computes it again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is not a module, or has parts that torch.jit has compiled.  ValueError: there is no such memory mode.
+        The model is then as it was, whatever is raised.
+    """
+    _check_model("convert", model)
+    check_memory("convert", memory)
+    examine = Examiner()
+    found = [(m, target) for _, m, target, reason in examine.find(model) if reason is None]
+    before = [(m, type(m), dict(vars(m))) for m, _ in found]
+    try:
+        for module, target in found:
+            adopt(module, target, memory, examine.forms.get(module, Form()))
+    except BaseException:  # such as Ctrl-C: all or nothing
+        for module, original, state in before:
+            object.__setattr__(module, "__class__", original)
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        raise
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Gives back to every module that `convert` has changed the class that it had, in place.
+
+    For torch.jit.script, export by tools that know the original classes, or saving the model where effdense is not
+    installed. Modules that were built as effdense.nn's stay what they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in walk(model):
+        give_back(module)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Says of every part of `model` that effdense knows whether it runs fused, and why not.
+
+    It looks at the model as it is now: a hook that was put on after `convert` shows.
+    """
+    _check_model("report", model)
+    entries = Report()
+    for name, module, target, reason in Examiner().find(model):
+        converted = is_fused_kind(module)
+        if converted:
+            reason = type(module).obstacle(module)  # type: ignore[attr-defined]
+        elif reason is None:
+            reason = "effdense.convert has not been called since it was built"
+        kind = (
+            target.kind
+            if issubclass(target, Foreign)
+            else next(c.__name__ for c in OURS if issubclass(target, c))
+        )
+        entries.append(Entry(name, kind, converted, reason))
+    return entries
+
+
+__all__ = ["Entry", "Report", "convert", "report", "revert"]

@@ -1,0 +1,364 @@
+"""The planner: what one training step would take at its peak, and what for, without running it.
+
+The step is walked through on meta tensors, which have shapes and no memory, while storages are followed from birth to
+death; so is the inside of the block engine (engine/passes.py), so that a plan comes from what the engine does and not from
+a description of it. "naive" and "checkpoint" are followed by PyTorch's own MemTracker.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from effdense.conversion import convert, report
+from effdense.engine import passes, stem
+from effdense.engine.stage import StageConfig
+from effdense.nn.foreign import ForeignBlock
+from effdense.nn.modules import kind_of
+from effdense.nn.plain import CHECKPOINTED
+from effdense.ops import dispatch
+
+MEMORY = ("naive", "checkpoint", "balanced", "minimal")
+CATEGORIES = ("features", "bottlenecks", "scratch", "stem", "activations", "gradients", "other")
+
+
+class Plan(NamedTuple):
+    """The memory of one training step, in bytes.
+
+    `total` is the peak above the built model, for which parameters, buffers, gradients and optimizer exist before and the
+    workspace does not; `breakdown` is where it comes from, at the moment of the peak:
+
+    features: the feature buffers.  bottlenecks: y, the bottlenecks' outputs that are kept.  scratch: the workspace and
+    what a stage's forward makes in passing.  stem: what comes before the first block.  activations: naive and
+    checkpoint, everything that a forward makes.  gradients: of features, of activations, and of parameters before they
+    are added to those that exist.  other: the head, dropout's masks, norms' vectors, what effdense does not know.
+    """
+
+    memory: str
+    input_shape: tuple[int, ...]
+    total: int
+    breakdown: Mapping[str, int]
+    parameters: int  # with the buffers
+    gradients: int  # of all parameters that want them
+    optimizer: int  # of SGD with momentum: one more copy of these parameters
+
+    @property
+    def everything(self) -> int:
+        """The peak with parameters, gradients and optimizer."""
+        return self.total + self.parameters + self.gradients + self.optimizer
+
+    def __str__(self) -> str:
+        rows = [(f"{self.memory}, input {'x'.join(map(str, self.input_shape))}", self.total)]
+        rows += [(f"  {name}", size) for name, size in self.breakdown.items() if size]
+        rows += [("parameters and buffers", self.parameters), ("parameters' gradients", self.gradients)]
+        rows += [("optimizer (SGD with momentum)", self.optimizer), ("everything", self.everything)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {size / 2**20:10.1f} MiB" for name, size in rows)
+
+
+# What operators take for their tiles while they run, in bytes a thread: up to twice that on large images, less on small
+# ones (csrc/cpu; what stays in a core's cache).
+_TILES = 2**19
+_TILED = {f"effdense::{name}{way}" for name in ("bottleneck", "bn_relu_conv3x3") for way in ("", "_backward")}
+
+# A stem's operators: what they do, and how many of their arguments come before the settings.
+_STEM: dict[Any, tuple[Callable[..., Any], int]] = {
+    torch.ops.effdense.stem.default: (stem.forward, stem.FORWARD_TENSORS),
+    torch.ops.effdense.stem_backward.default: (stem.backward, stem.BACKWARD_TENSORS),
+}
+
+
+@dataclasses.dataclass
+class _Block:
+    """Some memory that exists at the moment."""
+
+    size: int
+    category: str
+
+
+class _Timeline(TorchDispatchMode):
+    """Follows every storage that an operator makes, and knows what existed when the sum was largest."""
+
+    effdense_may_fuse = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = self.peak = 0
+        self._live: dict[int, _Block] = {}  # by the storage's id
+        self._at_peak: list[_Block] = []
+        self._workspace = _Block(0, "scratch")
+        self._in_stage = self._in_stem = self._after_stem = False
+
+    def finish(self) -> tuple[int, dict[str, int]]:
+        """The peak and its breakdown."""
+        self._note()
+        sums = {c: sum(b.size for b in self._at_peak if b.category == c) for c in CATEGORIES}
+        if not self._after_stem:  # no block runs as a whole
+            sums["activations"], sums["stem"] = sums["stem"], 0
+        return self.peak, sums
+
+    def _note(self, tiles: int = 0) -> None:
+        """Called before anything goes: in between the level only rises. `tiles`: what an operator takes in passing."""
+        if self.level + tiles > self.peak:
+            self.peak = self.level + tiles
+            self._at_peak = [*self._live.values(), _Block(self._workspace.size + tiles, "scratch")]
+
+    def _follow(self, tensor: Tensor, category: str) -> None:
+        """Counts a tensor's storage from now until it dies."""
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._live:
+            self._live[id(storage)] = _Block(storage.nbytes(), category)
+            self.level += storage.nbytes()
+            weakref.finalize(storage, self._forget, id(storage)).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self._note()
+        self.level -= self._live.pop(key).size
+
+    def _lease(self, size: int) -> None:
+        """What workspace._Pool.take does for a single thread, for which there is never more than one block."""
+        if not size <= self._workspace.size <= 2 * size:
+            self._note()
+            self.level += size - self._workspace.size
+            self._workspace.size = size
+
+    def _category(self) -> str:
+        if self._in_stem:
+            return "stem"
+        if torch._C._current_graph_task_id() != -1:
+            return "gradients"
+        return "scratch" if self._in_stage else "other" if self._after_stem else "stem"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.effdense.dense_stage.default:
+            self._after_stem = True
+            stage: list[Tensor] = self._inside(passes.forward, args[:4], StageConfig(*args[4:]))
+            for tensor, category in zip(stage, ("other", "features", "bottlenecks", "other"), strict=True):
+                self._live[id(tensor.untyped_storage())].category = category
+            return tuple(stage)
+        if func is torch.ops.effdense.dense_stage_backward.default:
+            return self._inside(passes.backward, args[:8], StageConfig(*args[8:]))
+        if func in _STEM:
+            function, count = _STEM[func]
+            self._in_stem = True
+            try:
+                made = self._inside(function, args[:count], stem.StemConfig(*args[count:]))
+            finally:
+                self._in_stem = False
+            return tuple(made) if function is stem.forward else made
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **kwargs or {})
+        if self._in_stage and func.name() in _TILED:
+            self._note(_TILES * torch.get_num_threads())
+        if func is torch.ops.aten.convolution.default:  # on meta it does not follow its arguments' layout
+            layouts = {suggest_memory_format(t) for t in args[:2]} - {torch.contiguous_format}
+            result = result.contiguous(memory_format=layouts.pop()) if layouts else result
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor) or id(tensor.untyped_storage()) in given:
+                continue
+            if self._in_stage and tensor.dtype == torch.uint8 and tensor.dim() == 1:
+                self._lease(tensor.numel())
+            else:
+                self._follow(tensor, self._category())
+        return result
+
+    def _inside(self, function: Callable[..., Any], tensors: Any, settings: Any) -> list[Tensor]:
+        """Walks through one function of the engine, or of a stem."""
+        self._in_stage = True
+        try:
+            with torch.no_grad(), self:
+                result = function(dispatch.operators(tensors[0]), settings, *tensors)
+        finally:
+            self._in_stage = False
+        return [t for t in result if t is not None]
+
+
+@contextmanager
+def _compiled_on_meta() -> Iterator[None]:
+    """Meta tensors take the way of the compiled operators, whose fakes know what those allocate."""
+    with dispatch.override("meta", *dispatch.implementation("cpu")):
+        yield
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A copy on meta tensors. Hooks are there, because they stand in the way of fusing, but do nothing."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith("_hooks"):
+                memo[id(value)] = OrderedDict.fromkeys(value, _nothing)
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor):
+                bare: Tensor = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+                )
+                memo[id(tensor)] = (
+                    nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+                )
+    bare_model = copy.deepcopy(model, memo)
+    for module in bare_model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            module.momentum = 0.1  # the average over all batches would read the counter
+    for parameter in bare_model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    return bare_model
+
+
+class NotCheckpointed(ValueError):
+    """What memory="checkpoint" would be of other libraries' blocks is not known."""
+
+
+def _step(model: nn.Module, x: Tensor) -> None:
+    """A forward and a backward, with a loss that keeps as much as the output."""
+    losses = [y.square().sum() for y in tree_leaves(model(x)) if isinstance(y, Tensor) and y.requires_grad]
+    if losses:
+        torch.stack(losses).sum().backward()
+
+
+def _one_by_one(model: nn.Module, x: Tensor) -> tuple[int, dict[str, int]]:
+    """Peak and breakdown of a step without effdense: MemTracker's hooks make every module call its submodules."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class Tracker(MemTracker):
+        """Without the account of every module, which takes most of the time."""
+
+        def _update_peak_stats(self, peak_state: Any) -> None:
+            modules, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
+            super()._update_peak_stats(peak_state)
+            self.memory_tracking = modules
+
+    tracker = Tracker()
+    tracker.track_external(model, x)
+    before = tracker.get_tracker_snapshot()[x.device]["Total"]
+    with tracker:
+        _step(model, x)
+    peak = {str(getattr(k, "value", k)): n for k, n in tracker.get_tracker_snapshot("peak")[x.device].items()}
+    total = peak["Total"] - before
+    breakdown = {**dict.fromkeys(CATEGORIES, 0), "activations": peak["Activation"]}
+    breakdown["gradients"] = total - peak["Activation"]
+    return total, breakdown
+
+
+def check_input_shape(op: str, input_shape: Any) -> tuple[int, ...]:
+    """Checks and returns the shape of a batch of images."""
+    sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
+    if not 3 <= len(sizes) <= 5 or not all(type(n) is int and n > 0 for n in sizes):
+        raise ValueError(
+            f"{op}: input_shape must be batch, channels and one to three sizes, all positive, got {input_shape!r}"
+        )
+    return sizes
+
+
+def _checked(model: Any, input_shape: Any, memory: str) -> tuple[int, ...]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"plan: model must be a torch.nn.Module, got {type(model).__name__}")
+    if memory not in MEMORY:
+        raise ValueError(f"plan: memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+    return check_input_shape("plan", input_shape)
+
+
+def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balanced") -> Plan:
+    """Predicts the memory of one training step of `model` on the CPU, without running it.
+
+    The model is not touched: a copy without memory is converted, in the dtype and the modes that the model is in.
+    "balanced" and "minimal" are within a few per cent of what is measured. Not modelled is what oneDNN takes for itself
+    in passing, and a loss that keeps more than one copy of the output.
+
+    Args:
+        model: any module that `effdense.convert` could convert, or has converted.
+        input_shape: of one batch, [N, C, *spatial].
+        memory: "balanced" or "minimal" as in `effdense.convert`; "naive": its submodules one by one; "checkpoint": the
+            same with every layer's bottleneck (of a plain layer: all of it) computed again in the backward, for
+            blocks with torchvision's layers only.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: input_shape or memory is wrong, nothing of the model can be converted, or it does not run.
+    """
+    shape = _checked(model, input_shape, memory)
+    return _Prepared(model, memory).at(shape)
+
+
+class _Prepared:
+    """A copy without memory, converted for a mode, that is walked through for any number of shapes."""
+
+    def __init__(self, model: nn.Module, memory: str) -> None:
+        self.memory, self._model = memory, bare_copy(model)
+        convert(self._model, memory="minimal" if memory == "minimal" else "balanced")
+        if not any(entry.converted for entry in report(self._model)):
+            raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
+        for module in self._model.modules() if memory == "checkpoint" else ():
+            if isinstance(module, ForeignBlock):
+                raise NotCheckpointed(
+                    f'plan: memory="checkpoint" is not known of {type(module).__name__}, only of blocks with torchvision\'s layers'
+                )
+            module.__class__ = CHECKPOINTED.get(kind_of(module), type(module))
+
+    def at(self, shape: tuple[int, ...]) -> Plan:
+        """For a batch of that shape."""
+        bare, memory = self._model, self.memory
+        tensors = [*bare.parameters(), *bare.buffers()]
+        wanted = [p for p in bare.parameters() if p.requires_grad]
+        dtype = next((p.dtype for p in tensors if p.is_floating_point()), torch.float32)
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.device("meta"),
+                _compiled_on_meta(),
+            ):
+                x = torch.empty(shape, dtype=dtype)
+                if memory in ("naive", "checkpoint"):
+                    total, breakdown = _one_by_one(bare, x)
+                else:
+                    with _Timeline() as timeline:
+                        _step(bare, x)
+                    total, breakdown = timeline.finish()
+        except Exception as error:
+            raise ValueError(f"plan: the model does not run on an input of shape {shape}: {error}") from error
+        return Plan(memory, shape, total, breakdown, _bytes(tensors), _bytes(wanted), _bytes(wanted))
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def largest_batch(
+    model: nn.Module, input_shape: Sequence[int], budget: int, *, memory: str = "balanced"
+) -> int:
+    """The largest batch of which `plan(...).everything` is at most `budget` bytes; 0 where one image is too much.
+
+    By bisection from the batch of `input_shape`, where possible at the place where a straight line crosses the budget.
+    """
+    shape = _checked(model, input_shape, memory)
+    prepared = _Prepared(model, memory)
+
+    def size(batch: int) -> int:
+        return prepared.at((batch, *shape[1:])).everything
+
+    batch = shape[0]
+    last, fits, too_large, slope = (0, 0), 0, 2**31, 0.0
+    while too_large - fits > 1:
+        now = size(batch)
+        fits, too_large = (batch, too_large) if now <= budget else (fits, batch)
+        slope = (now - last[1]) / (batch - last[0]) or 1.0
+        last = batch, now
+        batch = min(max(batch + math.floor((budget - now) / slope), fits + 1), too_large - 1)
+    return fits
