@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import devices, isa, measure, models
 from benchmarks.program import reports_missing_packages
-from benchmarks.worker import Settings, Worker, WorkerError
+from benchmarks.worker import Worker, WorkerConfig, WorkerError
 
 if TYPE_CHECKING:  # measuring does without
     from rich.console import Console
@@ -33,7 +33,10 @@ OnProgress = Callable[[str], None]
 
 
 def run(
-    settings: Settings, impls: Sequence[str], repeats: int = 7, on_progress: OnProgress = lambda what: None
+    settings: WorkerConfig,
+    impls: Sequence[str],
+    repeats: int = 7,
+    on_progress: OnProgress = lambda what: None,
 ) -> dict[str, Any]:
     """Measure every implementation and return `{"environment": {...}, "rows": [{...}, ...]}`.
 
@@ -74,7 +77,7 @@ def run(
     return result
 
 
-def _empty_row(settings: Settings, impl: str) -> dict[str, Any]:
+def _empty_row(settings: WorkerConfig, impl: str) -> dict[str, Any]:
     numbers = ("median_ms", "p20_ms", "p80_ms", "peak_bytes", "peak_rss_bytes")
     parsed = models.parse_impl(impl)
     return {
@@ -169,7 +172,7 @@ def milliseconds(row: dict[str, Any]) -> str:
     return f"{row['median_ms']:.0f}" if row["median_ms"] >= 100 else f"{row['median_ms']:.1f}"
 
 
-def title(settings: Settings) -> str:
+def title(settings: WorkerConfig) -> str:
     """Return one line that says what was measured."""
     size = f"{settings.image_size}x{settings.image_size}"
     step = "training step" if settings.mode == "train" else "inference"
@@ -177,7 +180,7 @@ def title(settings: Settings) -> str:
     return f"{settings.model}, {step}, batch {settings.batch}, {size}, {settings.dtype}{data}{elsewhere(settings)}"
 
 
-def elsewhere(settings: Settings) -> str:
+def elsewhere(settings: WorkerConfig) -> str:
     """Return the end of a title: the device, where it is not the CPU."""
     return "" if settings.device == "cpu" else f", {settings.device}"
 
@@ -237,7 +240,7 @@ def console(stderr: bool = False) -> Console:
     return Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings, list[str]]:
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, WorkerConfig, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -295,7 +298,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Setting
         parser.error(str(error))
     shared = {key: getattr(parsed, key) for key in ("model", "mode", "dtype", "data", "threads", "isa")}
     sizes = {"batch": parsed.batch or batch, "image_size": parsed.image_size or image_size}
-    return parsed, Settings(**shared, **sizes, device=parsed.device.name), impls
+    return parsed, WorkerConfig(**shared, **sizes, device=parsed.device.name), impls
 
 
 def positive(text: str) -> int:

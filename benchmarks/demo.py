@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks import compare, data, models
 from benchmarks.program import reports_missing_packages
-from benchmarks.worker import Settings
+from benchmarks.worker import WorkerConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             losses[dtype, impl] = train(impl, images, labels, dtype, lambda name=name: on_progress(name))
     agree = _show_agreement(console, losses, ours)
 
-    settings = Settings(model=MEASURED, batch=MEASURED_BATCH, image_size=32, data="fashion-mnist")
+    settings = WorkerConfig(model=MEASURED, batch=MEASURED_BATCH, image_size=32, data="fashion-mnist")
     impls = ["naive", "checkpoint", *ours]
     with compare.progress((REPEATS + 2) * len(impls), quiet) as on_progress:
         result = compare.run(settings, impls, REPEATS, on_progress)

@@ -21,7 +21,7 @@ import torch
 from benchmarks import compare, devices, measure, models
 from benchmarks.compare import MIB, OnProgress
 from benchmarks.program import reports_missing_packages
-from benchmarks.worker import Settings, Worker, WorkerError
+from benchmarks.worker import Worker, WorkerConfig, WorkerError
 
 if TYPE_CHECKING:  # measuring does without
     from rich.table import Table
@@ -53,7 +53,7 @@ def parameters(name: str) -> int:
 
 
 def run(
-    settings: Settings,
+    settings: WorkerConfig,
     growth_rate: int,
     depths: Sequence[int],
     impls: Sequence[str],
@@ -79,7 +79,7 @@ def run(
 
 def within_budget(
     result: dict[str, Any],
-    settings: Settings,
+    settings: WorkerConfig,
     growth_rate: int,
     budget_bytes: int,
     on_progress: OnProgress = lambda what: None,
@@ -108,7 +108,7 @@ def within_budget(
     return {"bytes": budget_bytes, "method": METHOD, "rows": found}
 
 
-def counted_step(impl: str, settings: Settings) -> dict[str, int]:
+def counted_step(impl: str, settings: WorkerConfig) -> dict[str, int]:
     """Return the `peak_bytes` and `peak_rss_bytes` of one step, untimed, in a process of its own.
 
     One step comes before it, after which gradients and momentum exist. Raises WorkerError.
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.plot:
         from benchmarks import plots
     device = parsed.device.name
-    settings = Settings("", parsed.batch, parsed.image_size, threads=parsed.threads, device=device)
+    settings = WorkerConfig("", parsed.batch, parsed.image_size, threads=parsed.threads, device=device)
     title = f"DenseNet-BC, growth {parsed.growth}, training step, batch {parsed.batch}, "
     title += f"{parsed.image_size}x{parsed.image_size}, {settings.dtype}{compare.elsewhere(settings)}"
     pieces = len(parsed.impl) * ((parsed.repeats + 2) * len(parsed.depths) + 2 * bool(parsed.budget))

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import compare, measure, models
 from benchmarks.program import reports_missing_packages
-from benchmarks.worker import Settings, batch_for, loss_of
+from benchmarks.worker import WorkerConfig, batch_for, loss_of
 
 SIZES = {"densenet_bc_100_12": (4, 4), "densenet121": (2, 32)}  # images, and their size
 IMPLS = ("naive", "checkpoint", "compile", "effdense-balanced", "effdense-minimal")
@@ -40,7 +40,7 @@ def run(
         rows: list[dict[str, Any]] = []
         for name in names:
             images, size = SIZES[name]
-            settings = Settings(name, images, size, threads=1)
+            settings = WorkerConfig(name, images, size, threads=1)
             calls = {}
             for impl in impls:
                 on_progress(f"{name}, {impl}")
@@ -56,7 +56,7 @@ def run(
         torch.set_num_threads(threads)
 
 
-def _calls(settings: Settings, impl: str) -> dict[str, Callable[[], Any]]:
+def _calls(settings: WorkerConfig, impl: str) -> dict[str, Callable[[], Any]]:
     """A training step and a forward of models of their own, warmed up."""
     calls: dict[str, Callable[[], Any]] = {}
     for way in ("training", "inference"):

@@ -23,7 +23,7 @@ from benchmarks.compare import MIB, OnProgress
 from benchmarks.nets import Parts
 from benchmarks.parts import fused
 from benchmarks.program import reports_missing_packages
-from benchmarks.worker import Settings, batch_for, loss_of
+from benchmarks.worker import WorkerConfig, batch_for, loss_of
 
 if TYPE_CHECKING:  # measuring does without
     from rich.table import Table
@@ -79,10 +79,10 @@ def pieces(repeats: int) -> int:
     return (repeats + 2) * len(IMPLS) + 1
 
 
-def settings_of(name: str, threads: int | None = None) -> Settings:
+def settings_of(name: str, threads: int | None = None) -> WorkerConfig:
     """Return the sizes at which a net is measured."""
     batch, image_size = models.default_sizes(name)
-    return Settings(name, batch // 2 if name in LARGE else batch, image_size, threads=threads)
+    return WorkerConfig(name, batch // 2 if name in LARGE else batch, image_size, threads=threads)
 
 
 def parts_of(name: str) -> Parts:
@@ -90,7 +90,7 @@ def parts_of(name: str) -> Parts:
     return nets.NETS[name].parts if name in nets.NETS else Parts(4, 3, 1, 1)
 
 
-def differences(settings: Settings) -> dict[str, Any]:
+def differences(settings: WorkerConfig) -> dict[str, Any]:
     """Return how many blocks and other parts run fused, and how far one training step's results are from the unconverted net's.
 
     The errors are those of the output and of all gradients together: |after - before| / |before|, Euclidean norms, in float64.

@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 from benchmarks import compare, models
-from benchmarks.worker import Settings
+from benchmarks.worker import WorkerConfig
 
 HEADINGS = ("", "ms/step", "vs fastest peer", "peak MiB", "vs naive")
 
 
-def comparison(result: dict[str, Any], settings: Settings) -> str:
+def comparison(result: dict[str, Any], settings: WorkerConfig) -> str:
     """Return the table of one comparison."""
     blank = [""] * (len(HEADINGS) - 1)
     lines = [HEADINGS, ["---"] * len(HEADINGS), [f"**{_heading(result, settings)}**", *blank]]
@@ -19,7 +19,7 @@ def comparison(result: dict[str, Any], settings: Settings) -> str:
     return "".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|\n" for line in lines)
 
 
-def _heading(result: dict[str, Any], settings: Settings) -> str:
+def _heading(result: dict[str, Any], settings: WorkerConfig) -> str:
     size = f"{settings.image_size}x{settings.image_size}"
     mode = "training" if settings.mode == "train" else "inference"
     what = [model_name(settings.model), f"batch {settings.batch}", size, mode]

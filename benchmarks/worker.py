@@ -25,7 +25,7 @@ LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class WorkerConfig:
     """What is measured; the same for every implementation in a comparison."""
 
     model: str
@@ -65,7 +65,7 @@ class Worker:
             env=environment,
         )
 
-    def build(self, settings: Settings) -> dict[str, Any]:
+    def build(self, settings: WorkerConfig) -> dict[str, Any]:
         return self._ask("build", impl=self._impl, settings=dataclasses.asdict(settings))
 
     def warm_up(self, steps: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class _Session:
 
         from benchmarks import devices, isa, measure, models
 
-        wanted = Settings(**settings)
+        wanted = WorkerConfig(**settings)
         if wanted.isa:
             isa.check_active(wanted.isa)
         self._device = devices.find(wanted.device)
@@ -192,7 +192,7 @@ class _Session:
         return {"peak_rss_bytes": peak_rss_bytes, **self._device.count(self._step)}
 
 
-def batch_for(settings: Settings, model: Any) -> tuple[Any, Any]:
+def batch_for(settings: WorkerConfig, model: Any) -> tuple[Any, Any]:
     """Return images and labels that suit the model."""
     import torch
 

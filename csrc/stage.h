@@ -14,7 +14,7 @@ namespace effdense {
 // The schemas' types for lists of tensors, in which undefined stands for None, and of truth values.
 using OptionalTensors = c10::List<std::optional<Tensor>>;
 
-// stage.py's Settings without the group.
+// stage.py's StageConfig without the group.
 struct StageSettings {
   bool bottleneck;
   std::string_view memory;

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import compare, depth_sweep, devices, kernels, models
-from benchmarks.worker import Settings, _Session, _train_step
+from benchmarks.worker import WorkerConfig, _Session, _train_step
 
-TINY = Settings("densenet_bc_10_4", 2, 8, device="cuda:1")
+TINY = WorkerConfig("densenet_bc_10_4", 2, 8, device="cuda:1")
 GPU = types.SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=2**33)
 ANSWERS = {  # of torch.cuda's functions
     "set_device": None,

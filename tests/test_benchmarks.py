@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import compare, data, demo, isa, measure, models, plots
-from benchmarks.worker import ROOT, Settings, Worker, WorkerError, batch_for
+from benchmarks.worker import ROOT, Worker, WorkerConfig, WorkerError, batch_for
 from tests.papers import PARAMETERS
 from tests.training import write_idx
 
@@ -119,7 +119,7 @@ def test_plain_layers_have_names_of_their_own_kind():
 def test_synthetic_images_have_the_models_channels(name, channels):
     with torch.device("meta"):
         model = models.build(name, "naive").model
-    images, labels = batch_for(Settings(name, 3, 8), model)
+    images, labels = batch_for(WorkerConfig(name, 3, 8), model)
     assert images.shape == (3, channels, 8, 8) and labels.max() < 10
 
 
@@ -365,7 +365,7 @@ def test_compare_writes_the_contract(tmp_path, capsys):
 
 
 def test_compare_measures_compiled_effdense():
-    settings = Settings("densenet_bc_40_4", 4, 32, threads=1)
+    settings = WorkerConfig("densenet_bc_40_4", 4, 32, threads=1)
     naive, *ours = compare.run(settings, ["naive", "effdense-balanced", "effdense-minimal"], repeats=1)[
         "rows"
     ]
@@ -376,7 +376,7 @@ def test_compare_measures_compiled_effdense():
 
 
 def test_compare_inference_on_real_images():
-    settings = Settings("densenet_bc_22_4", 2, 32, mode="inference", data="fashion-mnist", threads=1)
+    settings = WorkerConfig("densenet_bc_22_4", 2, 32, mode="inference", data="fashion-mnist", threads=1)
     (row,) = compare.run(settings, ["naive+channels-last"], repeats=1)["rows"]
     assert row["mode"] == "inference" and row["channels_last"] and row["peak_bytes"] > 0
 
@@ -391,7 +391,7 @@ def test_a_failing_row_says_why_and_the_others_go_on(monkeypatch, capsys):
 
 
 def test_a_failing_batch_is_reported():
-    settings = Settings("densenet_bc_22_4", 10**13, 32, threads=1)
+    settings = WorkerConfig("densenet_bc_22_4", 10**13, 32, threads=1)
     (row,) = compare.run(settings, ["naive"], repeats=1)["rows"]
     assert "allocate" in row["error"] and row["median_ms"] is None
 
@@ -452,7 +452,7 @@ def test_compare_writes_readmes_rows(tmp_path, monkeypatch, capsys):
 
 def test_compiled_code_is_limited_too():
     """Its own processor would otherwise be what GCC writes scalar loops for."""
-    settings = Settings("densenet_bc_10_4", 1, 32, threads=1, isa="default")
+    settings = WorkerConfig("densenet_bc_10_4", 1, 32, threads=1, isa="default")
     (row,) = compare.run(settings, ["compile"], repeats=1)["rows"]
     assert "error" not in row, row["error"]
     assert row["cpu_capability"] == "DEFAULT"
@@ -478,7 +478,7 @@ def test_an_instruction_set_that_is_not_there(monkeypatch):
 def test_an_instruction_set_is_checked_where_it_runs(monkeypatch):
     """A worker that does not run on it measures nothing, whatever the command line has found."""
     monkeypatch.setattr(isa, "variables", lambda name: {"ATEN_CPU_CAPABILITY": "default"})
-    settings = Settings("densenet_bc_10_4", 1, 32, threads=1, isa="avx2")
+    settings = WorkerConfig("densenet_bc_10_4", 1, 32, threads=1, isa="avx2")
     (row,) = compare.run(settings, ["naive"], repeats=1)["rows"]
     assert row["error"] == "isa: avx2 was asked for, and this process runs on default"
 
@@ -534,7 +534,7 @@ def test_a_killed_worker_is_reported():
     worker = Worker("naive")
     worker._process.kill()
     with pytest.raises(WorkerError, match="killed by SIGKILL during build, probably out of memory"):
-        worker.build(Settings("densenet_bc_22_4", 2, 32))
+        worker.build(WorkerConfig("densenet_bc_22_4", 2, 32))
     worker.close()
 
 

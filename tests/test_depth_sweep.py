@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import compare, depth_sweep, measure, plots
 from benchmarks.depth_sweep import STEP, largest_within
-from benchmarks.worker import Settings, WorkerError
+from benchmarks.worker import WorkerConfig, WorkerError
 from tests.test_benchmarks import CONTRACT
 
 pytestmark = pytest.mark.tools
@@ -120,12 +120,12 @@ def test_sweep_end_to_end(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     naive = result["rows"][0]
-    settings = Settings(naive["model"], 2, 8, threads=1)
+    settings = WorkerConfig(naive["model"], 2, 8, threads=1)
     assert depth_sweep.counted_step("naive", settings)["peak_bytes"] == naive["peak_bytes"]
 
 
 def test_sweep_measures_compiled_effdense():
-    settings = Settings("", 2, 8, threads=1)
+    settings = WorkerConfig("", 2, 8, threads=1)
     (row,) = depth_sweep.run(settings, 4, [10], ["effdense-minimal"], repeats=1)["rows"]
     assert "error" not in row, row["error"]
     assert row["compiled"] is True and row["depth"] == 10 and row["parameters"] == 2666

@@ -13,13 +13,13 @@ import torch
 
 import effdense
 from benchmarks import cifar_structures, libraries, measure, models, nets
-from benchmarks.worker import Settings, batch_for, loss_of
+from benchmarks.worker import WorkerConfig, batch_for, loss_of
 
 # PyTorch, and what is written in this repository.
 STRUCTURES = [name for name, net in nets.NETS.items() if net.package is None]
 
 
-def measured(settings: Settings, impls: Sequence[str], *_: Any) -> dict[str, Any]:
+def measured(settings: WorkerConfig, impls: Sequence[str], *_: Any) -> dict[str, Any]:
     """What compare.run returns, as far as it is used here."""
     rows = [
         {**dataclasses.asdict(settings), "impl": impl, "peak_bytes": size * 2**20, "median_ms": ms}

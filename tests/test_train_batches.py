@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from effdense.train import batches, images
-from effdense.train.settings import RECIPES, Settings
+from effdense.train.settings import RECIPES, RunConfig
 from tests.training import TEST, TRAIN, assert_same_end, load, rows, train, write_data
 
 
-def settings(data: str, root: Path | None, **recipe: Any) -> Settings:
+def settings(data: str, root: Path | None, **recipe: Any) -> RunConfig:
     changed = dataclasses.replace(RECIPES["d2l"], **({"resize": None} | recipe))
-    return Settings("densenet_bc_10_4", data, "d2l", changed, Path("out"), data_root=root)
+    return RunConfig("densenet_bc_10_4", data, "d2l", changed, Path("out"), data_root=root)
 
 
 def test_an_epochs_chance_is_its_own() -> None:

@@ -46,7 +46,7 @@ def measure(model: str, impl: str, batch: int, size: int, small: int, device: An
     import torch
 
     from benchmarks import models
-    from benchmarks.worker import Settings, batch_for, training_step
+    from benchmarks.worker import WorkerConfig, batch_for, training_step
 
     torch.manual_seed(0)
     built = models.build(model, impl, device=device.name, dtype="bfloat16")
@@ -55,7 +55,7 @@ def measure(model: str, impl: str, batch: int, size: int, small: int, device: An
         torch.cuda.synchronize(device.name)
 
     def step(images: int, pixels: int) -> Callable[[], Any]:
-        settings = Settings(model, images, pixels, dtype="bfloat16", device=device.name)
+        settings = WorkerConfig(model, images, pixels, dtype="bfloat16", device=device.name)
         x, labels = (tensor.to(device.name) for tensor in batch_for(settings, built.model))
         x = x.contiguous(memory_format=torch.channels_last)
         return training_step(built.model, x, labels, "bfloat16")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import devices
 from benchmarks.gpu import results
-from benchmarks.worker import Settings, Worker, WorkerError
+from benchmarks.worker import Worker, WorkerConfig, WorkerError
 
 REPEATS, WARM_UP_STEPS = 10, 5
 IMPLS = ("naive", "checkpoint", "effdense-balanced", "effdense-minimal")
@@ -38,9 +38,9 @@ class Config(NamedTuple):
     dtype: str = "float32"
     channels_last: bool = False
 
-    def settings(self, device: str) -> Settings:
+    def settings(self, device: str) -> WorkerConfig:
         """What a worker is told."""
-        return Settings(self.model, self.batch, self.image_size, dtype=self.dtype, device=device)
+        return WorkerConfig(self.model, self.batch, self.image_size, dtype=self.dtype, device=device)
 
     def impl(self, name: str) -> str:
         """The implementation's full name."""

@@ -25,7 +25,7 @@ from effdense.engine.batch_norm import plain_bn_relu, refuse_group
 from effdense.engine.convolution import convolve, plain_bn_relu_convolve
 from effdense.engine.passes import backward, empty_buffer, forward
 from effdense.engine.pool import plain_avg_pool
-from effdense.engine.stage import Parameters, PoolParameters, Settings, Stage
+from effdense.engine.stage import Parameters, PoolParameters, Stage, StageConfig
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype
 
@@ -48,7 +48,7 @@ _library.define(
 def _dense_stage(
     x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ops, s = operators(x), Settings(*settings)
+    ops, s = operators(x), StageConfig(*settings)
     with torch.no_grad():
         way = compiled_forward if _is_compiled(ops, s) else forward
         return way(ops, s, x, parameters, running, masks)
@@ -67,20 +67,20 @@ def _dense_stage_backward(
     *settings: Any,
 ) -> list[Tensor]:
     """Without the gradients that are not needed: an operator cannot return None."""
-    ops, s = operators(features), Settings(*settings)
+    ops, s = operators(features), StageConfig(*settings)
     with torch.no_grad():
         way = compiled_backward if _is_compiled(ops, s) else backward
         grads = way(ops, s, grad, channels, features, saved, vectors, parameters, masks, needs)
     return [g for g in grads if g is not None]
 
 
-def _is_compiled(ops: Any, settings: Settings) -> bool:
+def _is_compiled(ops: Any, settings: StageConfig) -> bool:
     """Whether csrc/stage.cpp runs on these operators: it knows no other processes."""
     return not settings.group and hasattr(ops, "stage_forward")
 
 
 def compiled_forward(
-    ops: Any, settings: Settings, x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters
+    ops: Any, settings: StageConfig, x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As engine.forward, in csrc/stage.cpp."""
     flat = settings[:-1]
@@ -94,7 +94,7 @@ def compiled_forward(
 
 def compiled_backward(
     ops: Any,
-    settings: Settings,
+    settings: StageConfig,
     grad: Tensor,
     channels: int,
     features: Tensor,
@@ -120,7 +120,7 @@ def compiled_backward(
 def _(
     x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stage = Stage(Settings(*settings), x.shape[1], parameters, masks)
+    stage = Stage(StageConfig(*settings), x.shape[1], parameters, masks)
     features, pool = empty_buffer(x, stage.channels), stage.settings.pool
     out = x.new_empty(0)
     if pool:
@@ -177,7 +177,7 @@ class StageNode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         parameters, running, drops = _parts(norms, masks, tensors)
         out, features, saved, vectors = _call("dense_stage", x, parameters, running, drops, *settings)
-        return (out, vectors, saved, features) if Settings(*settings).pool else (features, vectors, saved)
+        return (out, vectors, saved, features) if StageConfig(*settings).pool else (features, vectors, saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,7 +186,7 @@ class StageNode(torch.autograd.Function):
         ctx.channels, ctx.count, ctx.place = x.shape[1], len(parameters), None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        features = output[-1] if Settings(*ctx.settings).pool else output[0]
+        features = output[-1] if StageConfig(*ctx.settings).pool else output[0]
         ctx.save_for_backward(features, output[2], output[1], *parameters, *drops)
 
     @staticmethod
@@ -203,7 +203,7 @@ class StageNode(torch.autograd.Function):
             return [next(made) if need else None for need in needs]
 
         def inputs() -> list[Tensor | None]:
-            stage = Stage(Settings(*ctx.settings), ctx.channels, parameters, masks)
+            stage = Stage(StageConfig(*ctx.settings), ctx.channels, parameters, masks)
             x = features.detach()[:, stage.at(0, ctx.channels)]
             return [x if ctx.place is None else At.apply(ctx.place, x), *parameters, vectors, *masks]
 
@@ -219,7 +219,7 @@ def _saved(ctx: Any, grad: Tensor) -> Any:
     except RuntimeError as error:
         if "output 0 of StageNode" not in str(error):
             raise
-        layers = ctx.count // Settings(*ctx.settings).step
+        layers = ctx.count // StageConfig(*ctx.settings).step
         raise RuntimeError(
             f"DenseBlock ({layers} layers, from {ctx.channels} to {grad.shape[1]} channels): its output, which its backward "
             "needs, was changed in place, as by nn.ReLU(inplace=True), y.relu_() or y += z right behind the block; write "
@@ -230,12 +230,12 @@ def _saved(ctx: Any, grad: Tensor) -> Any:
 def is_kept(x: Tensor) -> bool:
     """Whether x is a block's output, or a view of one, that the block's backward will read."""
     node: Any = (x if x._base is None else x._base).grad_fn
-    return isinstance(node, StageNode._backward_cls) and not Settings(*node.settings).pool  # type: ignore[attr-defined]
+    return isinstance(node, StageNode._backward_cls) and not StageConfig(*node.settings).pool  # type: ignore[attr-defined]
 
 
 def _plain(settings: tuple[Any, ...], count: int, x: Tensor, *tensors: Tensor | None) -> Tensor:
     """The stage by PyTorch's own operators; `tensors`: `count` parameters, the norms' vectors, masks."""
-    s, wide = Settings(*settings), accumulate_dtype(x.dtype)
+    s, wide = StageConfig(*settings), accumulate_dtype(x.dtype)
     refuse_group("DenseBlock", [s.group])
     parameters = [None if p is None else p.to(wide) for p in tensors[:count]]
     stage = Stage(s, x.shape[1], parameters, tensors[count + 1 :])
@@ -277,7 +277,7 @@ def _parts(
 
 
 def run(
-    settings: Settings,
+    settings: StageConfig,
     x: Tensor,
     parameters: Parameters,
     running: Parameters,

@@ -43,8 +43,8 @@ from effdense.engine.stage import (
     LayerParameters,
     Parameters,
     PoolParameters,
-    Settings,
     Stage,
+    StageConfig,
     Vectors,
     by_name,
 )
@@ -139,7 +139,7 @@ def layer_forward(
 
 def forward(
     ops: Any,
-    settings: Settings,
+    settings: StageConfig,
     x: Tensor,
     parameters: Parameters,
     running: Parameters,
@@ -184,7 +184,7 @@ def forward(
 
 def backward(
     ops: Any,
-    settings: Settings,
+    settings: StageConfig,
     grad: Tensor,
     channels: int,
     features: Tensor,

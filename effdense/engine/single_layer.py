@@ -33,7 +33,7 @@ from effdense.engine.autograd import (
 from effdense.engine.batch_norm import Folded, fold, refuse_group
 from effdense.engine.convolution import plain_bn_relu_convolve
 from effdense.engine.norm import Norm
-from effdense.engine.stage import LayerParameters, Settings, Stage, Vectors
+from effdense.engine.stage import LayerParameters, Stage, StageConfig, Vectors
 from effdense.engine.synchronize import join_statistics
 from effdense.engine.validation import check_conv_weight, check_norm, check_vector
 from effdense.ops.dispatch import operators
@@ -218,7 +218,7 @@ class DenseLayerNode(torch.autograd.Function):
         def once(grad_new: Tensor) -> tuple[Tensor | None, ...]:
             return _layer_backward(ctx.settings, norms, y, tensors, grad_new, needs)
 
-        settings = Settings(*ctx.settings)
+        settings = StageConfig(*ctx.settings)
         fixed = [None if batch else own for batch, own in zip(settings.batch_statistics, norms, strict=True)]
         plain = functools.partial(_plain_layer, fixed, settings.eps, settings.group)
         return (None,) * 5 + gradients("DenseLayer", once, plain, grad_new, lambda: tensors, needs)
@@ -231,7 +231,7 @@ def _split(tensors: Sequence[Any]) -> tuple[LayerParameters, list[Any]]:
 
 
 def _stage(settings: tuple[Any, ...], own: LayerParameters, features: Sequence[Tensor]) -> Stage:
-    return Stage(Settings(*settings), sum(x.shape[1] for x in features), own, ())
+    return Stage(StageConfig(*settings), sum(x.shape[1] for x in features), own, ())
 
 
 class _Fresh(workspace.Lease):
@@ -338,7 +338,7 @@ def dense_layer(
         check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, x)
         check_vector(op, f"conv{i}.bias", bias, conv.out_channels, x, "the convolution's output channels")
     norms = norm1, norm2
-    settings = Settings(
+    settings = StageConfig(
         bottleneck=True,
         memory=memory if torch.is_grad_enabled() else "inference",
         lowest=-1,

@@ -17,7 +17,7 @@ Vectors = list[tuple[Tensor, Tensor]]
 Parameters = Sequence[Tensor | None]
 
 
-class Settings(NamedTuple):
+class StageConfig(NamedTuple):
     """What a stage is made of, beside its tensors. Flat, because operators' schemas are."""
 
     bottleneck: bool  # BN-ReLU-conv1x1-BN-ReLU-conv3x3, else BN-ReLU-conv3x3
@@ -70,7 +70,7 @@ class PoolParameters(NamedTuple):
     conv_bias: Any = None
 
 
-def by_name(settings: Settings, flat: Sequence[Any]) -> tuple[list[LayerParameters], PoolParameters]:
+def by_name(settings: StageConfig, flat: Sequence[Any]) -> tuple[list[LayerParameters], PoolParameters]:
     """What the operators have in one list, one after the other: layer by layer, then the pool's."""
     names, behind = (
         LayerParameters.names(settings.bottleneck),
@@ -107,7 +107,7 @@ class Stage:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: StageConfig,
         channels: int,
         parameters: Sequence[Tensor | None],
         masks: Sequence[Tensor | None],

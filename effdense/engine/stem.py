@@ -32,7 +32,7 @@ from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype, channels_last
 
 
-class Settings(NamedTuple):
+class StemConfig(NamedTuple):
     """What a stem is made of, beside its tensors. Flat, because operators' schemas are."""
 
     stride: Sequence[int]  # of the convolution
@@ -95,13 +95,13 @@ def _in_layout(conv_weight: Tensor) -> Tensor:
     return channels_last(conv_weight) if conv_weight.dim() > 3 else conv_weight
 
 
-def _convolve(settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(settings: StemConfig, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = torch.ops.aten.convolution(x, _in_layout(weight), bias, *settings.convolution)
     return y
 
 
 def forward(
-    ops: Any, settings: Settings, x: Tensor, *tensors: Tensor | None
+    ops: Any, settings: StemConfig, x: Tensor, *tensors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pool's output, which tap of its window each value was, the norm's mean and variance.
 
@@ -121,7 +121,7 @@ def forward(
 
 def backward(
     ops: Any,
-    settings: Settings,
+    settings: StemConfig,
     grad: Tensor,
     where: Tensor,
     mean: Tensor,
@@ -145,7 +145,7 @@ def backward(
 
 
 def _of_convolution(
-    settings: Settings,
+    settings: StemConfig,
     grad_y: Tensor,
     x: Tensor,
     own: Parameters,
@@ -171,7 +171,7 @@ def _of_convolution(
 
 
 def _to_map(
-    ops: Any, settings: Settings, grad: Tensor, where: Tensor, y: Tensor, norm: Folded, out: Tensor
+    ops: Any, settings: StemConfig, grad: Tensor, where: Tensor, y: Tensor, norm: Folded, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Writes the gradient of the convolution's map y into `out`; sum d, sum d (y - mean)."""
     ops.max_pool_backward(grad, where, *settings.windows, out)
@@ -185,7 +185,7 @@ def _fits_in_place(y: Tensor, norm: Folded) -> bool:
 
 
 def _to_map_in_place(
-    ops: Any, settings: Settings, grad: Tensor, where: Tensor, y: Tensor, norm: Folded
+    ops: Any, settings: StemConfig, grad: Tensor, where: Tensor, y: Tensor, norm: Folded
 ) -> tuple[Tensor, Tensor]:
     """The same into y, through scratch for half of the channels; whole vectors in each, so that no bit changes."""
     channels = y.shape[1]
@@ -205,7 +205,7 @@ def _to_map_in_place(
 
 @torch.library.impl(_library, "stem", "CompositeExplicitAutograd")
 def _stem(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors, settings = arguments[: FORWARD_TENSORS - 1], Settings(*arguments[FORWARD_TENSORS - 1 :])
+    tensors, settings = arguments[: FORWARD_TENSORS - 1], StemConfig(*arguments[FORWARD_TENSORS - 1 :])
     with torch.no_grad():
         return forward(operators(x), settings, x, *tensors)
 
@@ -213,7 +213,7 @@ def _stem(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.impl(_library, "stem_backward", "CompositeExplicitAutograd")
 def _stem_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Without the gradients that are not needed: an operator cannot return None."""
-    tensors, settings = arguments[: BACKWARD_TENSORS - 1], Settings(*arguments[BACKWARD_TENSORS - 1 :])
+    tensors, settings = arguments[: BACKWARD_TENSORS - 1], StemConfig(*arguments[BACKWARD_TENSORS - 1 :])
     with torch.no_grad():
         grads = backward(operators(grad), settings, grad, *tensors)
     return [g for g in grads if g is not None]
@@ -221,7 +221,7 @@ def _stem_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("effdense::stem")
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, settings = arguments[0], Settings(*arguments[FORWARD_TENSORS - 1 :])
+    weight, settings = arguments[0], StemConfig(*arguments[FORWARD_TENSORS - 1 :])
     sizes = zip(settings.spatial(x, weight), *settings.windows, strict=True)
     shape = x.shape[0], *((n + 2 * p - k) // s + 1 for n, k, s, p in sizes), weight.shape[0]
     out, where = (x.new_empty(shape, dtype=dtype).movedim(-1, 1) for dtype in (x.dtype, torch.uint8))
@@ -244,7 +244,7 @@ class StemNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        settings: Settings,
+        settings: StemConfig,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         x: Tensor,
@@ -278,7 +278,7 @@ class StemNode(torch.autograd.Function):
         return (None,) * 3 + gradients("stem", once, plain, grad, lambda: tensors, needs)
 
 
-def _plain(settings: Settings, fixed: tuple[Tensor, Tensor], x: Tensor, *tensors: Any) -> Tensor:
+def _plain(settings: StemConfig, fixed: tuple[Tensor, Tensor], x: Tensor, *tensors: Any) -> Tensor:
     """The stem by PyTorch's own operators, which can be differentiated any number of times."""
     refuse_group("stem", [settings.group])
     own = Parameters(*tensors)
@@ -304,7 +304,7 @@ def run(x: Tensor, conv: Any, norm: Norm, windows: Windows) -> tuple[Tensor, Ten
         ]
     x, weight, bias = tensors
     form = conv.stride, conv.padding, conv.dilation, conv.groups
-    settings = Settings(*form, *windows, norm.eps, norm.batch_statistics, norm.group)
+    settings = StemConfig(*form, *windows, norm.eps, norm.batch_statistics, norm.group)
     running = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
     with without_autocast(x):
         out, _, mean, var = StemNode.apply(settings, *running, x, weight, bias, norm.weight, norm.bias)

@@ -17,7 +17,7 @@ from effdense.engine.autograd import autocast_enabled, prepare, without_autocast
 from effdense.engine.batch_norm import StageUpdate, read_module
 from effdense.engine.inputs import through
 from effdense.engine.norm import Norm
-from effdense.engine.stage import Settings, Stage
+from effdense.engine.stage import Stage, StageConfig
 from effdense.engine.validation import check_conv_weight, check_norm, check_vector
 from effdense.nn.looks import State, can_keep
 from effdense.nn.structure import Chain, Drop
@@ -36,7 +36,7 @@ class Chains(list[Chain]):
 class _Run(NamedTuple):
     """What the engine takes, but for the input."""
 
-    settings: Settings
+    settings: StageConfig
     parameters: list[Tensor | None]
     running: list[Tensor | None]
     dtype: torch.dtype | None  # of the result, under autocast
@@ -165,7 +165,7 @@ def _prepare(
         norms.append(norm)
         all_norms.append(pool_norm)
     dilation = [chain.convs[-1].dilation[0] for chain in chains]
-    settings = Settings(
+    settings = StageConfig(
         bottleneck=bottleneck,
         memory=memory,
         lowest=-1,

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from effdense.conversion import convert, report
 from effdense.engine import passes, stem
-from effdense.engine.stage import Settings
+from effdense.engine.stage import StageConfig
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.modules import kind_of
 from effdense.nn.plain import CHECKPOINTED
@@ -144,17 +144,17 @@ class _Timeline(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.effdense.dense_stage.default:
             self._after_stem = True
-            stage: list[Tensor] = self._inside(passes.forward, args[:4], Settings(*args[4:]))
+            stage: list[Tensor] = self._inside(passes.forward, args[:4], StageConfig(*args[4:]))
             for tensor, category in zip(stage, ("other", "features", "bottlenecks", "other"), strict=True):
                 self._live[id(tensor.untyped_storage())].category = category
             return tuple(stage)
         if func is torch.ops.effdense.dense_stage_backward.default:
-            return self._inside(passes.backward, args[:8], Settings(*args[8:]))
+            return self._inside(passes.backward, args[:8], StageConfig(*args[8:]))
         if func in _STEM:
             way, count = _STEM[func]
             self._in_stem = True
             try:
-                made = self._inside(way, args[:count], stem.Settings(*args[count:]))
+                made = self._inside(way, args[:count], stem.StemConfig(*args[count:]))
             finally:
                 self._in_stem = False
             return tuple(made) if way is stem.forward else made

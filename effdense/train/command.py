@@ -20,7 +20,7 @@ from effdense.train.settings import (
     OPTIMIZERS,
     RECIPES,
     Recipe,
-    Settings,
+    RunConfig,
 )
 
 STOPPED = 130  # a shell's status for Ctrl-C
@@ -155,7 +155,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     value("--pad", "pad images with zeros to NxN, before all else; none: do not", type=_size, metavar="N")
 
 
-def read_settings(arguments: argparse.Namespace) -> Settings:
+def read_settings(arguments: argparse.Namespace) -> RunConfig:
     """The run that a command line describes."""
     given = dict(vars(arguments))
     name = given["recipe"]
@@ -166,11 +166,11 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     if recipe.nesterov and not recipe.momentum:
         raise ValueError("--nesterov needs --momentum above 0")
     given["device"] = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    others = {f.name: given[f.name] for f in dataclasses.fields(Settings) if f.name in given}
-    return Settings(**(others | {"recipe_name": name, "recipe": recipe}))
+    others = {f.name: given[f.name] for f in dataclasses.fields(RunConfig) if f.name in given}
+    return RunConfig(**(others | {"recipe_name": name, "recipe": recipe}))
 
 
-def _train(settings: Settings) -> None:
+def _train(settings: RunConfig) -> None:
     from effdense.train.loop import Training
     from effdense.train.processes import Processes
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from effdense import extras
 from effdense.train import idx
-from effdense.train.settings import Settings
+from effdense.train.settings import RunConfig
 
 # Mean and standard deviation of the training images, as fractions of 255; a folder's are ImageNet's.
 STATISTICS = {
@@ -155,7 +155,7 @@ def pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float,
     return x * (width - w), y * (height - h), w, h
 
 
-def load(settings: Settings) -> DataSet:
+def load(settings: RunConfig) -> DataSet:
     """Reads the data set of a run, or finds the images.
 
     Raises:
@@ -178,7 +178,7 @@ def load(settings: Settings) -> DataSet:
     return DataSet(*parts, names, mean.shape[1], mean, std)
 
 
-def _read(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
+def _read(settings: RunConfig) -> tuple[tuple[Images, Images], list[str]]:
     """Training and test images, and the classes' names; in Fashion-MNIST's form classes have numbers only."""
     if settings.data == "fashion-mnist":
         root = _find_fashion_mnist(settings.data_root)
@@ -238,7 +238,7 @@ def _damaged(reader: Any, root: Path) -> str:
     )
 
 
-def _read_folder(settings: Settings) -> tuple[tuple[Images, Images], list[str]]:
+def _read_folder(settings: RunConfig) -> tuple[tuple[Images, Images], list[str]]:
     """DATA_ROOT/train and DATA_ROOT/val or DATA_ROOT/test."""
     root = settings.data_root
     if root is None:

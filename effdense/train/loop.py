@@ -20,7 +20,7 @@ from effdense.train.batches import Batches, draw
 from effdense.train.interrupt import Interrupt, Stopped
 from effdense.train.metrics import Display, Metrics, Row, peak_bytes
 from effdense.train.processes import Processes
-from effdense.train.settings import AMP, Recipe, Settings
+from effdense.train.settings import AMP, Recipe, RunConfig
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -69,7 +69,7 @@ class Training:
     _started: float
     _saved_at: float
 
-    def __init__(self, settings: Settings, processes: Processes) -> None:
+    def __init__(self, settings: RunConfig, processes: Processes) -> None:
         self.settings, self.processes, recipe = settings, processes, settings.recipe
         if processes.first:
             _check_folder(settings)
@@ -380,7 +380,7 @@ class Training:
         return _Sums(total, hit, len(self.data.test.labels), time.monotonic() - start)
 
 
-def _check_folder(settings: Settings) -> None:
+def _check_folder(settings: RunConfig) -> None:
     """Refuses to train for hours towards a folder that takes nothing, or over another run."""
     try:
         settings.out.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ from effdense.conversion import convert
 from effdense.conversion.class_swap import is_fused_kind
 from effdense.nn.obstacles import CONVS
 from effdense.nn.plain import run_plain
-from effdense.train.settings import Settings
+from effdense.train.settings import RunConfig
 
 
-def build(settings: Settings, classes: int, channels: int) -> tuple[nn.Module, dict[str, Any]]:
+def build(settings: RunConfig, classes: int, channels: int) -> tuple[nn.Module, dict[str, Any]]:
     """The model with weights from the global random state, and the options that `effdense.models.build` had.
 
     Args:

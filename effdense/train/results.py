@@ -14,10 +14,10 @@ import torch
 
 from effdense import files
 from effdense.ops.extension import build_info
-from effdense.train.settings import Settings
+from effdense.train.settings import RunConfig
 
 
-def write(folder: Path, settings: Settings, sizes: dict[str, int], device: torch.device) -> None:
+def write(folder: Path, settings: RunConfig, sizes: dict[str, int], device: torch.device) -> None:
     """Writes `folder`/results.json, with the epochs that metrics.csv has.
 
     Args:

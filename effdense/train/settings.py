@@ -67,7 +67,7 @@ DROP_RATE = {"cifar": 0.2}  # with --augment none
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class RunConfig:
     """A run: the recipe, what is trained on what, and how."""
 
     model: str
