@@ -38,6 +38,7 @@ SMALLER = {
     },
     "docs/fit.md": {"torchvision.models.densenet121()": "torchvision.models.DenseNet(8, (2, 2), 8)"},
     "docs/lightning.md": {"(64, 3, 32, 32)": "(2, 3, 32, 32)", "(64,)": "(2,)"},
+    "docs/models.md": {"torchvision.models.densenet121()": "torchvision.models.DenseNet(8, (2, 2), 8)"},
     "docs/medical.md": {
         "num_classes=2)  # DenseNet-121's blocks": "num_classes=2, block_config=(1, 1))",
         'num_classes=2, memory="minimal")': 'num_classes=2, block_config=(2, 2), memory="minimal")',

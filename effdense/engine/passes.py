@@ -9,7 +9,7 @@ every norm that reads it:
 
 The backward walks the layers in reverse over one gradient buffer of the same size. What batch normalisation's backward
 subtracts is affine in x, so each reader adds two numbers per channel to (a, b) and the correction is made once, when the
-channel's own gradient is taken (docs/design.md, "The mathematics"). node.py makes this a node of autograd.
+channel's own gradient is taken (docs/mathematics.md). node.py makes this a node of autograd.
 """
 
 from __future__ import annotations
