@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ def _is_free(event: Any) -> bool:
 def on_harness(simt: Any) -> Iterator[None]:
     """Makes the CPU run the CUDA operators."""
     types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    with mock.patch.dict(dispatch._COMPILED, {"cpu": (simt, types)}):
+    with dispatch.override("cpu", simt, types):
         yield
 
 

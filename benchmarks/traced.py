@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -119,9 +118,9 @@ def _in_cudnns_layout(result: Any, inputs: Sequence[Tensor]) -> Any:
 @contextlib.contextmanager
 def _as_on_cuda() -> Iterator[None]:
     """Meta tensors take the operators that CUDA has."""
-    names = [name for name in self_test.OPERATORS if name not in self_test.ON_CPU_ALONE]
+    names = [n for n in self_test.OPERATORS if dispatch.has_kernel(torch.ops.effdense, n, "cuda")]
     cuda = SimpleNamespace(**{name: getattr(torch.ops.effdense, name) for name in names})
-    with mock.patch.dict(dispatch._COMPILED, {"meta": (cuda, (torch.half, torch.float32))}):
+    with dispatch.override("meta", cuda, (torch.half, torch.float32)):
         yield
 
 

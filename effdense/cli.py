@@ -15,7 +15,7 @@ from torch import nn
 
 from effdense import extras, files
 from effdense.models import build, load_checkpoint
-from effdense.nn.obstacles import CONVS
+from effdense.nn.kinds import CONVS
 from effdense.ops import gpu_check, reference
 from effdense.ops.dispatch import operators
 from effdense.ops.extension import build_info

@@ -5,6 +5,7 @@ With EFFDENSE_FORCE_REFERENCE=1 it is plain PyTorch, and what is run is blocks a
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -143,12 +144,13 @@ def any_ops(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def runs_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def runs_on(request: pytest.FixtureRequest) -> Iterator[str]:
     """What effdense runs on in a test: its CPU kernels, its CUDA kernels on the CPU, a GPU (where tensors are then made), or none."""
+    within = contextlib.ExitStack()
     if request.param in SIMT:
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        monkeypatch.setitem(dispatch._COMPILED, "cpu", (request.getfixturevalue(request.param), dtypes))
-    with torch.device("cuda" if request.param == "cuda" else "cpu"):
+        within.enter_context(dispatch.override("cpu", request.getfixturevalue(request.param), dtypes))
+    with within, torch.device("cuda" if request.param == "cuda" else "cpu"):
         yield request.param
 
 

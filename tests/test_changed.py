@@ -112,7 +112,7 @@ def test_what_changes_after_convert_is_noticed(name: str) -> None:
         assert_same(copy.deepcopy(naive), model, torch.randn(2, channels, *spatial, dtype=torch.float64))
 
 
-OURS = ("memory", "kind", "read", "parts", "obstacle", "chains", "fused", "enter", "passage", "head")
+OURS = ("memory", "kind", "read", "parts", "obstacle", "chains", "fused", "enter", "pool_first", "head")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effdense import cli
-from effdense.ops import reference, self_test
+from effdense.ops import dispatch, reference, self_test
 
 
 @pytest.mark.core
@@ -24,13 +24,39 @@ def test_everything_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert "compiled operators on cpu" in out
 
 
+SCHEMAS = Path(__file__).parents[1] / "csrc" / "schemas.h"
+
+
+def defined_in(text: str) -> set[str]:
+    return set(re.findall(r'm\.def\(\s*"(\w+)\(', text))
+
+
 @pytest.mark.core
 def test_every_operator_is_checked() -> None:
-    schemas = Path(__file__).parents[1] / "csrc" / "schemas.h"
-    registered = set(re.findall(r'm\.def\(\s*"(\w+)\(', schemas.read_text()))
+    registered = defined_in(SCHEMAS.read_text())
     assert all(hasattr(torch.ops.effdense, name) for name in registered)
     assert set(self_test.OPERATORS) == registered
     assert all(hasattr(reference, name) for name in registered)
+
+
+def test_the_dispatcher_knows_what_only_the_cpu_has() -> None:
+    _, marker, of_cpu = SCHEMAS.read_text().partition("define_cpu_operators")
+    ops = torch.ops.effdense
+    not_on_cuda = {name for name in self_test.OPERATORS if not dispatch.has_kernel(ops, name, "cuda")}
+    assert marker and defined_in(of_cpu) == not_on_cuda
+    assert all(
+        dispatch.has_kernel(ops, name, kind) for name in self_test.OPERATORS for kind in ("cpu", "meta")
+    )
+    assert not dispatch.has_kernel(ops, "no_such_operator", "cpu")
+
+
+def test_what_takes_an_operators_place_does_so_until_it_is_left() -> None:
+    x, before = torch.empty(1), dispatch.operators(torch.empty(1))
+    with dispatch.override("cpu", SimpleNamespace(), (torch.float32,)):
+        assert dispatch.operators(x) is not before and dispatch.operators(x.double()) is reference
+        with dispatch.override("meta", before, (torch.float32,)):
+            assert dispatch.operators(x.to("meta")) is before
+    assert dispatch.operators(x) is before and dispatch.operators(x.to("meta")) is reference
 
 
 def test_a_wrong_operator_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ pytestmark = pytest.mark.core
 
 
 @pytest.fixture
-def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(dispatch, "_COMPILED", {})
+def twin() -> Iterator[Callable[[], None]]:
+    with contextlib.ExitStack() as until_the_end:
+        yield lambda: until_the_end.enter_context(dispatch.override("cpu", reference, ()))
 
 
 @pytest.mark.parametrize("memory", MEMORY)

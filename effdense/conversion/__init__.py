@@ -35,7 +35,7 @@ class Report(list[Entry]):
         if not self:
             return "effdense: the model has no dense layers"
         lines = []
-        for kind in (ours.__name__ for ours in OURS):
+        for kind in (c.__name__ for c in OURS):
             entries = [e for e in self if e.kind == kind]
             if entries:
                 fused = sum(e.converted and e.reason is None for e in entries)
@@ -82,11 +82,11 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     _check_model("convert", model)
     check_memory("convert", memory)
     examine = Examiner()
-    found = [(m, ours) for _, m, ours, reason in examine.find(model) if reason is None]
+    found = [(m, target) for _, m, target, reason in examine.find(model) if reason is None]
     before = [(m, type(m), dict(vars(m))) for m, _ in found]
     try:
-        for module, ours in found:
-            adopt(module, ours, memory, examine.forms.get(module, Form()))
+        for module, target in found:
+            adopt(module, target, memory, examine.forms.get(module, Form()))
     except BaseException:  # such as Ctrl-C: all or nothing
         for module, original, state in before:
             object.__setattr__(module, "__class__", original)
@@ -122,14 +122,16 @@ def report(model: nn.Module) -> Report:
     """
     _check_model("report", model)
     entries = Report()
-    for name, module, ours, reason in Examiner().find(model):
+    for name, module, target, reason in Examiner().find(model):
         converted = is_fused_kind(module)
         if converted:
             reason = type(module).obstacle(module)  # type: ignore[attr-defined]
         elif reason is None:
             reason = "effdense.convert has not been called since it was built"
         kind = (
-            ours.kind if issubclass(ours, Foreign) else next(c.__name__ for c in OURS if issubclass(ours, c))
+            target.kind
+            if issubclass(target, Foreign)
+            else next(c.__name__ for c in OURS if issubclass(target, c))
         )
         entries.append(Entry(name, kind, converted, reason))
     return entries

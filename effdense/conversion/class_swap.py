@@ -33,7 +33,7 @@ from effdense.nn.looks import KEPT
 from effdense.nn.modules import kind_of, original
 from effdense.nn.network import DenseFeatures, DenseNet
 from effdense.nn.obstacles import global_obstacle, refuse_scripting, shadowed
-from effdense.nn.structure import MODULE_STATE, Obstacle, Seen, read_block, read_transition, see
+from effdense.nn.structure import MODULE_STATE, Obstacle, Snapshot, read_block, read_transition, snapshot
 
 LAYERS = (DenseLayer, PlainDenseLayer)
 OURS = (*LAYERS, DenseBlock, Transition, DenseFeatures, DenseNet)
@@ -73,8 +73,8 @@ def has_base(cls: type, kind: type) -> bool:
 @functools.cache
 def _names_of(kind: type) -> frozenset[str]:
     """What a fused forward looks up in a module that runs as a `kind`."""
-    ours = (c for c in kind.__mro__ if c.__module__.startswith("effdense."))
-    return frozenset(n for c in ours for n in vars(c) if not n.startswith("__")) - _UNUSED
+    own = (c for c in kind.__mro__ if c.__module__.startswith("effdense."))
+    return frozenset(n for c in own for n in vars(c) if not n.startswith("__")) - _UNUSED
 
 
 class _NotThere:
@@ -124,14 +124,14 @@ def changed_since(module: Any) -> str | None:
         return None  # nn.Sequential: there was nothing to compare
     try:
         noted = noted_of(module)
-        noted.check(_see_ours(module, type(module), noted.form.reads))
+        noted.check(_snapshots_of(module, type(module), noted.form.reads))
     except Obstacle as reason:
         return str(reason)
     return None
 
 
-def _see_ours(module: nn.Module, kind: type, reads: Reads) -> list[Seen]:
-    return [see(module, reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
+def _snapshots_of(module: nn.Module, kind: type, reads: Reads) -> list[Snapshot]:
+    return [snapshot(module, reads, "drop_rate" if issubclass(kind, LAYERS) else None)]
 
 
 @functools.cache
@@ -181,16 +181,16 @@ def adopt(module: Any, kind: type, memory: str, form: Form = NO_FORM) -> None:
         if (noted := state.get("_effdense")) is not None:
             state["_effdense"] = noted._replace(memory=memory)
     elif not isinstance(module, OURS):
-        seen: Sequence[Seen]
+        snapshots: Sequence[Snapshot]
         if issubclass(kind, Foreign):
             read: Any = read_block if kind is ForeignBlock else read_transition
-            seen = read(module, hooks=False, reads=form.reads)[1]
+            snapshots = read(module, hooks=False, reads=form.reads)[1]
         else:
-            seen = _see_ours(module, kind, form.reads)
+            snapshots = _snapshots_of(module, kind, form.reads)
         own: Any = type(module)
         object.__setattr__(module, "__class__", fused_class(kind, own))
         outside: Any = (None, ()) if kind is DenseFeatures else outside_of(module, form)
-        state["_effdense"] = Noted(memory, form, tuple(s.frozen() for s in seen), *outside)
+        state["_effdense"] = Noted(memory, form, tuple(s.frozen() for s in snapshots), *outside)
     if isinstance(module, LAYERS):
         state["_memory"] = memory
 

@@ -1,4 +1,4 @@
-"""Which parts of a model are dense layers, blocks, transitions …, and why one cannot become ours.
+"""Which parts of a model are dense layers, blocks, transitions …, and why one cannot become one of effdense's.
 
 By structure first, then by a comparison on a copy (probe.py). Nothing here changes the model.
 """
@@ -18,9 +18,10 @@ from effdense.conversion.widths import growing
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
 from effdense.nn.code import Reads, code_of_tree, counts, is_known
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
+from effdense.nn.kinds import ACTIVATIONS, CONVS
 from effdense.nn.modules import kind_of, named, original, walk
 from effdense.nn.network import head_of, stem_of
-from effdense.nn.obstacles import ACTIVATIONS, CONVS, chain_obstacle, transition_obstacle
+from effdense.nn.obstacles import chain_obstacle, transition_obstacle
 from effdense.nn.structure import (
     MODULE_STATE,
     Obstacle,
@@ -90,8 +91,8 @@ def _why_no_block(layers: dict[str, nn.Module]) -> str:
     )
 
 
-def _structure_obstacle(module: nn.Module, ours: type, reads: Reads) -> str | None:
-    """Why a module is not made like ours, or None."""
+def _structure_obstacle(module: nn.Module, kind: type, reads: Reads) -> str | None:
+    """Why a module is not made like a `kind`, or None."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if type(module).forward is nn.Module.forward:
@@ -100,27 +101,27 @@ def _structure_obstacle(module: nn.Module, ours: type, reads: Reads) -> str | No
         return "its class has a __call__ of its own"
     if own := own_tensors(module, reads):
         return f"it has parameters or buffers of its own: {', '.join(own)}"
-    if (reason := class_obstacle(module, ours)) is not None:
+    if (reason := class_obstacle(module, kind)) is not None:
         return reason
-    if issubclass(ours, Foreign):
-        read: Any = read_block if ours is ForeignBlock else read_transition
+    if issubclass(kind, Foreign):
+        read: Any = read_block if kind is ForeignBlock else read_transition
         try:
             read(module, hooks=False, reads=reads)
         except Obstacle as obstacle:
             return str(obstacle)
         return None
-    if ours is Transition:
+    if kind is Transition:
         return transition_obstacle(module._modules, ignore_hooks=True)
-    if not issubclass(ours, LAYERS):
+    if not issubclass(kind, LAYERS):
         return None
-    extra = set(module._modules) - set(ours.parts)
+    extra = set(module._modules) - set(kind.parts)
     if extra:
         return f"it has further submodules: {', '.join(sorted(extra))}"
-    return chain_obstacle(module._modules, ours.parts, ignore_hooks=True)
+    return chain_obstacle(module._modules, kind.parts, ignore_hooks=True)
 
 
 class Examiner:
-    """Says why a module cannot become one of ours, or None.
+    """Says why a module cannot become a `kind`, or None.
 
     Every module's structure is looked at. The comparison on a copy is made once for all modules that run the same code:
     the same class with the same attributes, on submodules of the same names and classes.
@@ -147,48 +148,48 @@ class Examiner:
         for name, module in named(model):
             if module in inside:
                 continue
-            ours: type | None = kind_of(module)
+            kind: type | None = kind_of(module)
             reason = None
             if not is_fused_kind(module):
-                ours, reason = self._kind(module, module in behind)
-            if ours is None or ours in (DenseFeatures, DenseNet):
+                kind, reason = self._kind(module, module in behind)
+            if kind is None or kind in (DenseFeatures, DenseNet):
                 layers = growing(module)
                 if not told.issuperset(layers.values()):
                     told.update(layers.values())
                     yield name, module, ForeignBlock, _why_no_block(layers)
-            if ours is None:
+            if kind is None:
                 continue
-            yield name, module, ours, reason
-            if ours is DenseFeatures:
+            yield name, module, kind, reason
+            if kind is DenseFeatures:
                 self.sequences.update(module._modules.values())
-            if issubclass(ours, (DenseBlock, ForeignBlock)):
+            if issubclass(kind, (DenseBlock, ForeignBlock)):
                 behind |= successors.get(module, set())
-            if issubclass(ours, Foreign) and (reason is None or ours is ForeignBlock):
-                lead = lead_of(module) if ours is ForeignBlock else None
+            if issubclass(kind, Foreign) and (reason is None or kind is ForeignBlock):
+                lead = lead_of(module) if kind is ForeignBlock else None
                 inside.update(set(walk(module)) - ({lead, *walk(lead)} if lead is not None else set()))
                 behind |= set() if lead is None else {lead}
 
     def _kind(self, module: nn.Module, behind: bool) -> tuple[type | None, str | None]:
         """What a module might become, and why not."""
-        ours = _looks_like(module)
-        if ours is None or (
-            ours is DenseBlock
+        kind = _looks_like(module)
+        if kind is None or (
+            kind is DenseBlock
             and not (
-                has_base(type(module), ours) and any(self._is_layer(m) for m in module._modules.values())
+                has_base(type(module), kind) and any(self._is_layer(m) for m in module._modules.values())
             )
         ):
-            reason = self._no_foreign_block(module, ours is DenseBlock or type(module) in self.blocks)
+            reason = self._no_foreign_block(module, kind is DenseBlock or type(module) in self.blocks)
             if reason != "":
                 return ForeignBlock, reason
-            ours = None
-        if ours is None and self.dense and module not in self.sequences and self._is_stem(module):
+            kind = None
+        if kind is None and self.dense and module not in self.sequences and self._is_stem(module):
             return DenseFeatures, self(module, DenseFeatures)
-        if ours not in (None, Transition):
-            reason = self(module, ours)
+        if kind not in (None, Transition):
+            reason = self(module, kind)
             # A block with torchvision's names may put its features together in another way.
-            other = ours is DenseBlock and reason is not None and self(module, ForeignBlock) is None
-            return (ForeignBlock, None) if other else (ours, reason)
-        own = ours is Transition and has_base(type(module), ours)
+            other = kind is DenseBlock and reason is not None and self(module, ForeignBlock) is None
+            return (ForeignBlock, None) if other else (kind, reason)
+        own = kind is Transition and has_base(type(module), kind)
         if (behind or self.dense) and looks_like_transition(module):
             # With torchvision's names and all that it has, it can become our own.
             if own and self(module, Transition) is None:
@@ -196,9 +197,9 @@ class Examiner:
             reason = self(module, ForeignTransition)
             if behind or (reason is None and self._has_pool(module)):
                 return ForeignTransition, reason
-        if ours is None or not has_base(type(module), ours):
+        if kind is None or not has_base(type(module), kind):
             return None, None
-        return ours, self(module, ours)
+        return kind, self(module, kind)
 
     def _is_stem(self, module: nn.Module) -> bool:
         """Whether a sequence outside of those that hold blocks has a norm, relu and max pool."""
@@ -230,27 +231,27 @@ class Examiner:
         """Whether it is one of our layers, or can be."""
         if isinstance(module, LAYERS):
             return True
-        ours = _looks_like(module)
-        return ours is not None and issubclass(ours, LAYERS) and self(module, ours) is None
+        kind = _looks_like(module)
+        return kind is not None and issubclass(kind, LAYERS) and self(module, kind) is None
 
-    def __call__(self, module: nn.Module, ours: type) -> str | None:
-        reads = Reads() if ours is DenseFeatures else code_of_tree(module).reads
-        structure = _structure_obstacle(module, ours, reads)
+    def __call__(self, module: nn.Module, kind: type) -> str | None:
+        reads = Reads() if kind is DenseFeatures else code_of_tree(module).reads
+        structure = _structure_obstacle(module, kind, reads)
         if structure is not None:
             return structure
-        if ours is DenseFeatures:  # nn.Sequential's own forward: there is nothing to compare
+        if kind is DenseFeatures:  # nn.Sequential's own forward: there is nothing to compare
             self.forms[module] = Form(reads=reads)
             return None
-        key = _same_code(module, ours)
+        key = _same_code(module, kind)
         if key not in self.known:
-            self.known[key] = self._compare(module, ours, reads)
+            self.known[key] = self._compare(module, kind, reads)
         known = self.known[key]
         if isinstance(known, str):
             return known
         self.forms[module] = known
         return None
 
-    def _compare(self, module: nn.Module, ours: type, reads: Reads) -> str | Form:
+    def _compare(self, module: nn.Module, kind: type, reads: Reads) -> str | Form:
         """Why it does something else; or what the probe has found out."""
         # Whatever is switched on around the call must not reach the probe, nor the probe the random numbers.
         with (
@@ -261,13 +262,13 @@ class Examiner:
             torch.random.fork_rng(devices=[]),
         ):
             first: str | None = None
-            for form in _forms(module, ours, reads):
-                reason = difference(module, ours, form)
+            for form in _forms(module, kind, reads):
+                reason = difference(module, kind, form)
                 if reason is None:
                     break
                 first = first or reason
             else:
-                return str(first) if ours is not ForeignTransition or _has_relu(module, reads) else _NO_RELU
+                return str(first) if kind is not ForeignTransition or _has_relu(module, reads) else _NO_RELU
             switches = {
                 name
                 for m in walk(module)
@@ -277,7 +278,7 @@ class Examiner:
                 and counts(name, reads)
                 and not is_plain(m)
             }
-            same = frozenset(n for n in switches if difference(module, ours, form, n) is None)
+            same = frozenset(n for n in switches if difference(module, kind, form, n) is None)
             return form._replace(reads=reads._replace(without=same))
 
 
@@ -291,19 +292,19 @@ def _has_relu(module: nn.Module, reads: Reads) -> bool:
     return any(type(m) in ACTIVATIONS for m in walk(module)) or any("relu" in name for name in reads.names)
 
 
-def _forms(module: nn.Module, ours: type, reads: Reads) -> Iterator[Form]:
+def _forms(module: nn.Module, kind: type, reads: Reads) -> Iterator[Form]:
     """What is tried on the probe, in this order."""
-    head = head_of(module) if ours is DenseNet else None
+    head = head_of(module) if kind is DenseNet else None
     form = Form(reads=reads) if head is None else Form(reads=reads, head=head)
     yield form
-    if ours is ForeignBlock:
+    if kind is ForeignBlock:
         drops = any(drop_attributes(m) for m in walk(module))
         # A layer alone that gives back what it adds is no block: no more than a norm, ReLU and convolution.
         only = (False, True) if len(layers_of(module)) > 1 else (False,)
-        for new_only, newest_first, everywhere in itertools.product(only, (False, True), (False, True)):
-            if (drops or not everywhere) and (new_only or newest_first or everywhere):
-                yield form._replace(everywhere=everywhere, newest_first=newest_first, new_only=new_only)
-    if ours is ForeignTransition:
+        for new_only, newest_first, after_each in itertools.product(only, (False, True), (False, True)):
+            if (drops or not after_each) and (new_only or newest_first or after_each):
+                yield form._replace(after_each=after_each, newest_first=newest_first, new_only=new_only)
+    if kind is ForeignTransition:
         conv = read_transition(module, hooks=False, reads=reads)[0].conv
         yield form._replace(pool=(2,) * len(conv.kernel_size))
 
@@ -313,10 +314,10 @@ def is_plain(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def _same_code(module: nn.Module, ours: type) -> Any:
+def _same_code(module: nn.Module, kind: type) -> Any:
     """What modules that run the same code have in common; of a foreign one, and of a net, nothing is known before its probe."""
-    if issubclass(ours, (Foreign, DenseNet)):
-        return ours, module
+    if issubclass(kind, (Foreign, DenseNet)):
+        return kind, module
     attributes = {k: repr(v) for k, v in vars(module).items() if k not in MODULE_STATE}
-    children = tuple((n, type(m)) for n, m in named(module)) if ours is not DenseBlock else ()
-    return ours, type(module), *sorted(attributes.items()), *children
+    children = tuple((n, type(m)) for n, m in named(module)) if kind is not DenseBlock else ()
+    return kind, type(module), *sorted(attributes.items()), *children

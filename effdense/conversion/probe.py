@@ -1,4 +1,4 @@
-"""Whether a module's own forward does what ours does: both run on copies with random weights, on a small random input."""
+"""Whether a module's own forward does what effdense's does: both run on copies with random weights, on a small random input."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from effdense.conversion.watch import Attributes, Watch, chance
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, Transition
 from effdense.nn.code import code_of_tree
 from effdense.nn.foreign import NO_FORM, ForeignBlock, ForeignTransition, Form
+from effdense.nn.kinds import CONVS, DROPOUTS
 from effdense.nn.looks import KEPT
 from effdense.nn.modules import named, original, walk
 from effdense.nn.network import tail_of
-from effdense.nn.obstacles import CONVS, global_obstacle, probing
-from effdense.nn.structure import DROPOUTS, StandIn, drop_attributes, layers_of, lead_of, read_transition
+from effdense.nn.obstacles import global_obstacle, probing
+from effdense.nn.structure import StandIn, drop_attributes, layers_of, lead_of, read_transition
 
 
 class _Copier:
@@ -109,7 +110,7 @@ class _Averaged(DenseFeatures):
         return F.relu(self(input)).flatten(2).mean(2)
 
 
-def _bare_copy(module: nn.Module, ours: type, form: Form, flipped: str | None = None) -> nn.Module:
+def _bare_copy(module: nn.Module, kind: type, form: Form, flipped: str | None = None) -> nn.Module:
     """A copy with random weights on which every dropout is switched on.
 
     A block's layers become small ones, a net's features a convolution, and a ReLU if they end with one; a foreign block
@@ -117,10 +118,10 @@ def _bare_copy(module: nn.Module, ours: type, form: Form, flipped: str | None = 
     stand-in. `flipped`: an attribute whose truth values are turned round.
     """
     copier = _Copier()
-    if ours is DenseBlock:
+    if kind is DenseBlock:
         for i, layer in enumerate(module._modules.values()):
             copier.known[id(layer)] = DenseLayer(_CHANNELS + 2 * i, 2, 1, 0.0).double()
-    if ours is DenseNet:
+    if kind is DenseNet:
         tail = tail_of(module, form.head) or []
         width = next((m.in_features for m in tail if type(m) is nn.Linear), _CHANNELS)
         relu = [nn.ReLU()] if form.head.relu_before else []
@@ -129,9 +130,9 @@ def _bare_copy(module: nn.Module, ours: type, form: Form, flipped: str | None = 
         for behind in tail:
             if type(behind) not in (nn.Linear, nn.Dropout):
                 copier.known[id(behind)] = StandIn()
-    if (lead := lead_of(module) if ours is ForeignBlock else None) is not None:
+    if (lead := lead_of(module) if kind is ForeignBlock else None) is not None:
         copier.known[id(lead)] = StandIn()
-    if ours is ForeignTransition:
+    if kind is ForeignTransition:
         for behind in read_transition(module, hooks=False)[0].behind:
             if type(behind).__module__.partition(".")[0] != "torch":
                 copier.known[id(behind)] = StandIn()
@@ -213,22 +214,22 @@ class _Mode(NamedTuple):
         return ", ".join(words)
 
 
-def _further_modes(theirs: nn.Module, ours: type, names: Container[str]) -> Iterator[_Mode]:
+def _further_modes(theirs: nn.Module, kind: type, names: Container[str]) -> Iterator[_Mode]:
     """Modes that differ for a user's code which reads `names`."""
     for training in (True, False):
         if "requires_grad" in names:
             for input_grad, weights_grad in ((False, True), (True, False), (False, False)):
                 yield _Mode(training, (), input_grad, weights_grad)
         if "training" in names:
-            for group in _groups(theirs, ours):
+            for group in _groups(theirs, kind):
                 yield _Mode(training, group)
 
 
-def _groups(theirs: nn.Module, ours: type) -> list[tuple[int, ...]]:
+def _groups(theirs: nn.Module, kind: type) -> list[tuple[int, ...]]:
     """Places of modules to be put into another mode together: in a foreign block, the same of all layers."""
     modules = {m: i for i, m in enumerate(walk(theirs))}
     groups: dict[Any, list[int]] = {}
-    if ours is ForeignBlock:
+    if kind is ForeignBlock:
         for layer in layers_of(theirs).values():
             for path, m in named(layer):
                 groups.setdefault((path, type(m)), []).append(modules.pop(m, -1))
@@ -236,21 +237,21 @@ def _groups(theirs: nn.Module, ours: type) -> list[tuple[int, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def _run(probe: nn.Module, mode: _Mode, ours: type, watch: Watch | None = None) -> list[Tensor]:
+def _run(probe: nn.Module, mode: _Mode, kind: type, watch: Watch | None = None) -> list[Tensor]:
     """Output, buffers and gradients of one step on a small random input of unequal sizes."""
     conv = _first_conv(probe)
     generator = torch.Generator().manual_seed(1)
-    size = 4 if ours in (Transition, ForeignTransition) else 2  # a pool's windows must fit
+    size = 4 if kind in (Transition, ForeignTransition) else 2  # a pool's windows must fit
     shape = (2, conv.in_channels, *(size,) * (len(conv.kernel_size) - 1), size + 1)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     x = (x if watch is None or not watch.codes else watch.asking(x)).requires_grad_(mode.input_grad)
     parameters = _parameters(probe)
     mode.set(probe)
     torch.manual_seed(2)  # the same dropout both times
-    given: Any = [x] if ours in LAYERS else x
+    given: Any = [x] if kind in LAYERS else x
     with _alone(probe):
         y = probe(given)
-        if ours in LAYERS and (len(given) != 1 or given[0] is not x):
+        if kind in LAYERS and (len(given) != 1 or given[0] is not x):
             raise Unseen("its forward changes the list that it is given")
         # Before the backward: checkpointing updates them again there.
         buffers = [b.clone() for b in _buffers(probe)]
@@ -289,21 +290,21 @@ class Unseen(Exception):
     """What a comparison of numbers does not show."""
 
 
-def difference(module: nn.Module, ours: type, form: Form = NO_FORM, flipped: str | None = None) -> str | None:
+def difference(module: nn.Module, kind: type, form: Form = NO_FORM, flipped: str | None = None) -> str | None:
     """Compares a module's forward with the fused one on copies; says what differs, or None. `flipped`: see _bare_copy."""
     with probing():
-        return _difference(module, ours, form, flipped)
+        return _difference(module, kind, form, flipped)
 
 
-def _difference(module: nn.Module, ours: type, form: Form, flipped: str | None) -> str | None:
+def _difference(module: nn.Module, kind: type, form: Form, flipped: str | None) -> str | None:
     others = chance()
     try:
-        theirs, mine = (_bare_copy(module, ours, form, flipped) for _ in range(2))
+        theirs, mine = (_bare_copy(module, kind, form, flipped) for _ in range(2))
         code = code_of_tree(theirs)
         if code.obstacle is not None:
             return code.obstacle
-        adopt(mine, ours, "balanced", form)
-        reason = global_obstacle() if ours is DenseNet else cast(Any, mine).obstacle()
+        adopt(mine, kind, "balanced", form)
+        reason = global_obstacle() if kind is DenseNet else cast(Any, mine).obstacle()
         if reason is not None:
             return f"it cannot be compared: {reason}"  # its own forward would run both times
         outside, inside = _autocasts(), list[Any]()
@@ -316,14 +317,14 @@ def _difference(module: nn.Module, ours: type, form: Form, flipped: str | None) 
         first.__dict__["_call_impl"] = call_conv
         attributes = Attributes(theirs)
         modes = [_Mode(True), _Mode(False)]
-        modes += _further_modes(theirs, ours, code.reads.own) if flipped is None else ()
+        modes += _further_modes(theirs, kind, code.reads.own) if flipped is None else ()
         for mode in modes:
             # Where theirs is checkpointed, its backward has moved the statistics once more.
             for buffer, moved_once in zip(_buffers(theirs), _buffers(mine), strict=True):
                 buffer.copy_(moved_once)
             with Watch(code.own) as watch:
-                expected = _run(theirs, mode, ours, watch)
-            got = _run(mine, mode, ours)
+                expected = _run(theirs, mode, kind, watch)
+            got = _run(mine, mode, kind)
             if any(autocasts != outside for autocasts in inside):
                 return "its forward switches autocast"
             if expected[0].shape != got[0].shape:
@@ -334,8 +335,8 @@ def _difference(module: nn.Module, ours: type, form: Form, flipped: str | None) 
                 return watch.found
             if (name := attributes.changed()) is not None:
                 return f"its forward changes its attribute {name}"
-        expected = _run(theirs, modes[1], ours)
-        if not _close(_run(theirs, modes[1], ours)[0], expected[0]):
+        expected = _run(theirs, modes[1], kind)
+        if not _close(_run(theirs, modes[1], kind)[0], expected[0]):
             return "its forward gives another result when it is called again"
         if chance() != others:
             return "its forward draws random numbers"

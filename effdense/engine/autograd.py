@@ -255,12 +255,12 @@ def empty_channels_last(like: Tensor, channels: int) -> Tensor:
     return empty_rows(like, channels, channels)
 
 
-def empty_rows(like: Tensor, channels: int, step: int) -> Tensor:
-    """The same with `step` elements from pixel to pixel. Not a view of anything: it may be the output of a node."""
-    strides = [step]
+def empty_rows(like: Tensor, channels: int, stride: int) -> Tensor:
+    """The same with `stride` elements from pixel to pixel. Not a view of anything: it may be the output of a node."""
+    strides = [stride]
     for n in reversed(like.shape[3:]):
         strides.insert(0, strides[0] * n)
-    image = like.shape[2:].numel() * step
+    image = like.shape[2:].numel() * stride
     return like.new_empty_strided((like.shape[0], channels, *like.shape[2:]), (image, 1, *strides))
 
 

@@ -29,14 +29,14 @@ class Folded(NamedTuple):
     batch_statistics: bool
     group: str
 
-    def deferred(self, sum_d: Tensor, sum_dx: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def correction(self, sum_d: Tensor, sum_dx: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The coefficients a, b of the part of the gradient that needs the whole batch: -(a + b * (x - mean))."""
         a, b = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
-        self.defer(sum_d, sum_dx, count, a, b)
+        self.add_correction(sum_d, sum_dx, count, a, b)
         return join_coefficients(self.group, a, b, count)
 
-    def defer(self, sum_d: Tensor, sum_dx: Tensor, count: int, a: Tensor, b: Tensor) -> None:
-        """Adds to a and b what one reader of `count` values defers; with a group, what `join_coefficients` takes."""
+    def add_correction(self, sum_d: Tensor, sum_dx: Tensor, count: int, a: Tensor, b: Tensor) -> None:
+        """Adds to a and b what one reader of `count` values leaves; with a group, what `join_coefficients` takes."""
         count = 1 if self.group else count
         operators(sum_d).defer(sum_d, sum_dx, self.rstd, self.scale, count, a, b)
 
@@ -60,8 +60,8 @@ def bn_relu_backward(grad: Tensor, x: Tensor, norm: Folded) -> tuple[Tensor, Ten
     ops, alone = operators(x), norm.batch_statistics and not norm.group
     sum_d, sum_dx = ops.bn_relu_backward(grad, x, norm.scale, norm.shift, norm.mean, norm.rstd, alone)
     if norm.group:
-        deferred = norm.deferred(sum_d, sum_dx, x.numel() // x.shape[1])
-        ops.take_gradient(x, norm.mean, *deferred, grad, grad)
+        correction = norm.correction(sum_d, sum_dx, x.numel() // x.shape[1])
+        ops.take_gradient(x, norm.mean, *correction, grad, grad)
     return sum_d, sum_dx
 
 

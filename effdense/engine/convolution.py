@@ -15,6 +15,7 @@ from torch import Tensor
 from effdense.engine.autograd import sum_per_channel, vector
 from effdense.engine.batch_norm import Folded, plain_bn_relu
 from effdense.engine.workspace import Lease
+from effdense.ops.dispatch import has_kernel
 from effdense.ops.reference import accumulate_dtype, channels_last
 
 
@@ -23,8 +24,7 @@ def fuses(ops: Any, weight: Tensor, dilation: int = 1) -> bool:
     return (
         all(size == 3 for size in weight.shape[2:])
         and dilation == 1
-        and weight.device.type in ("cpu", "meta")
-        and hasattr(ops, "bn_relu_conv3x3")
+        and has_kernel(ops, "bn_relu_conv3x3", weight.device.type)
     )
 
 

@@ -50,8 +50,8 @@ def _dense_stage(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ops, s = operators(x), StageConfig(*settings)
     with torch.no_grad():
-        way = compiled_forward if _is_compiled(ops, s) else forward
-        return way(ops, s, x, parameters, running, masks)
+        implementation = compiled_forward if _is_compiled(ops, s) else forward
+        return implementation(ops, s, x, parameters, running, masks)
 
 
 @torch.library.impl(_library, "dense_stage_backward", "CompositeExplicitAutograd")
@@ -69,8 +69,8 @@ def _dense_stage_backward(
     """Without the gradients that are not needed: an operator cannot return None."""
     ops, s = operators(features), StageConfig(*settings)
     with torch.no_grad():
-        way = compiled_backward if _is_compiled(ops, s) else backward
-        grads = way(ops, s, grad, channels, features, saved, vectors, parameters, masks, needs)
+        implementation = compiled_backward if _is_compiled(ops, s) else backward
+        grads = implementation(ops, s, grad, channels, features, saved, vectors, parameters, masks, needs)
     return [g for g in grads if g is not None]
 
 
@@ -219,7 +219,7 @@ def _saved(ctx: Any, grad: Tensor) -> Any:
     except RuntimeError as error:
         if "output 0 of StageNode" not in str(error):
             raise
-        layers = ctx.count // StageConfig(*ctx.settings).step
+        layers = ctx.count // StageConfig(*ctx.settings).parameters_per_layer
         raise RuntimeError(
             f"DenseBlock ({layers} layers, from {ctx.channels} to {grad.shape[1]} channels): its output, which its backward "
             "needs, was changed in place, as by nn.ReLU(inplace=True), y.relu_() or y += z right behind the block; write "
@@ -289,7 +289,7 @@ def run(
     """
     needs = [p is not None and p.requires_grad for p in parameters] if torch.is_grad_enabled() else []
     if torch.is_grad_enabled() and (x.requires_grad or any(needs)):
-        lowest = -1 if x.requires_grad else needs.index(True) // settings.step
+        lowest = -1 if x.requires_grad else needs.index(True) // settings.parameters_per_layer
         settings = settings._replace(lowest=lowest)
         out, vectors, *_ = StageNode.apply(
             tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks

@@ -196,21 +196,23 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the input (of `channels` channels) and of every parameter, as far as `needs` asks for them."""
     stage = Stage(settings, channels, parameters, masks)
-    way = _Backward(ops, stage, features, saved, vectors, needs[1:])
-    way.pool(grad)
+    run = _Backward(ops, stage, features, saved, vectors, needs[1:])
+    run.pool(grad)
     del grad  # of the pooled size
-    step = settings.step
-    lowest = -1 if needs[0] else next((i - 1 for i, need in enumerate(needs) if need), len(needs)) // step
+    per_layer = settings.parameters_per_layer
+    lowest = (
+        -1 if needs[0] else next((i - 1 for i, need in enumerate(needs) if need), len(needs)) // per_layer
+    )
     size = workspace.size_of(features, stage.backward_scratch(ops))
     for layer in reversed(stage.layers[max(lowest, 0) :]):
         with workspace.lease(features.device, size) as scratch:
-            way.layer(layer, scratch, below=layer.position > lowest)
-    grad_x = way.take(0, channels, empty_channels_last(features, channels)) if needs[0] else None
-    return [grad_x, *way.gradients(parameters)]
+            run.layer(layer, scratch, need_inputs=layer.position > lowest)
+    grad_x = run.take(0, channels, empty_channels_last(features, channels)) if needs[0] else None
+    return [grad_x, *run.gradients(parameters)]
 
 
 class _Backward:
-    """The gradient buffer, the deferred corrections, and the parameters' gradients made so far. `needs`: of which there are any."""
+    """The gradient buffer, the corrections to come, and the parameters' gradients made so far. `needs`: of which there are any."""
 
     def __init__(
         self,
@@ -250,9 +252,9 @@ class _Backward:
         return made
 
     def _correct(self, norm: Folded, sums: Sequence[Tensor], of: slice) -> tuple[Tensor, Tensor]:
-        """The gradients of a norm's weight and bias that reads the buffer; its part of the deferred correction is added."""
+        """The gradients of a norm's weight and bias that reads the buffer; its part of the correction to come is added."""
         if norm.batch_statistics:
-            norm.defer(sums[0], sums[1], self.count, self.a[of], self.b[of])
+            norm.add_correction(sums[0], sums[1], self.count, self.a[of], self.b[of])
         return _affine(norm, sums)
 
     def pool(self, grad: Tensor) -> None:
@@ -278,13 +280,13 @@ class _Backward:
         grads["norm_weight"], grads["norm_bias"] = self._correct(norm, sums, slice(None))
         self.pool_grads = PoolParameters(**grads)
 
-    def layer(self, layer: Layer, scratch: workspace.Lease, below: bool) -> None:
-        """One layer; what it makes is gone when the next one starts. `below`: whether what the layer reads needs a gradient."""
+    def layer(self, layer: Layer, scratch: workspace.Lease, need_inputs: bool) -> None:
+        """One layer; what it makes is gone when the next one starts. `need_inputs`: whether what the layer reads needs a gradient."""
         stage, of = self.stage, self.stage.read_by(layer)
         grad = scratch.channels_last(self.features, layer.growth)
         self.take(layer.channels, layer.channels + layer.growth, grad)
         _drop_(grad, layer.masks[1], layer.keep[1])
-        reads = Reads([self.features[:, of]], [self.grad_features[:, of]], True, below)
+        reads = Reads([self.features[:, of]], [self.grad_features[:, of]], True, need_inputs)
         y, needs = self.kept.get(layer.position), self.needs[layer.position]
         grads, sums = layer_backward(self.ops, stage, layer, grad, reads, self.norms, y, needs, scratch)
         if sums is not None:
@@ -325,7 +327,7 @@ def layer_backward(
     need_features = reads.need or needs.norm1_weight or needs.norm1_bias
     need_y = need_features or needs.conv1_weight or needs.conv1_bias
     # y's gradient is wanted whole where it goes through dropout or is summed up
-    defers = bool(layer.width) and layer.masks[0] is None and not needs.conv1_bias
+    leaves_correction = bool(layer.width) and layer.masks[0] is None and not needs.conv1_bias
     conv2 = bn_relu_convolve_backward(
         ops,
         grad,
@@ -336,7 +338,7 @@ def layer_backward(
         (need_y or needs.norm2_weight or needs.norm2_bias, needs.conv2_weight, needs.conv2_bias),
         scratch,
         None if layer.width else reads.grads[0],
-        defers,
+        leaves_correction,
         layer.dilation,
     )
     grads = {"conv2_weight": conv2.weight, "conv2_bias": conv2.bias}
@@ -347,7 +349,7 @@ def layer_backward(
         else:
             grads["norm2_weight"], grads["norm2_bias"] = _affine(norm, conv2.sums)
             if need_y:
-                grad_y, missing = _grad_y(ops, layer, conv2, source, norm, defers)
+                grad_y, missing = _grad_y(ops, layer, conv2, source, norm, leaves_correction)
                 grads["conv1_bias"] = sum_per_channel(grad_y) if needs.conv1_bias else None
                 grads["conv1_weight"], *sums = ops.bottleneck_backward(
                     reads.features,
@@ -397,20 +399,20 @@ class Correction(NamedTuple):
 
 
 def _grad_y(
-    ops: Any, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, defers: bool
+    ops: Any, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, leaves_correction: bool
 ) -> tuple[Tensor, Correction | None]:
     """The gradient of y, and what it misses."""
     assert conv2.x is not None and conv2.sums is not None
     missing: Correction | None = None
     if norm2.batch_statistics:
         count = y.shape[0] * y.shape[2:].numel()
-        missing = Correction(y, norm2.mean, *norm2.deferred(conv2.sums[0], conv2.sums[1], count))
+        missing = Correction(y, norm2.mean, *norm2.correction(conv2.sums[0], conv2.sums[1], count))
     elif not conv2.masked:
         nothing = torch.zeros_like(norm2.mean)
         missing = Correction(y, norm2.mean, nothing, nothing)
     if missing is not None and not conv2.masked:
         missing = missing._replace(scale=norm2.scale, shift=norm2.shift)
-    if defers:
+    if leaves_correction:
         return conv2.x, missing
     if missing is not None:
         ops.take_gradient(y, missing.mean, missing.a, missing.b, conv2.x, conv2.x)

@@ -60,7 +60,7 @@ class AvgPoolNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.kernel_size, ctx.eps, *ctx.whose, mean, var, weight, bias, x = inputs
+        ctx.kernel_size, ctx.eps, *ctx.source, mean, var, weight, bias, x = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, var, weight, bias, x)
 
@@ -72,18 +72,18 @@ class AvgPoolNode(torch.autograd.Function):
         mean, var, weight, bias, x = ctx.saved_tensors
 
         def once(grad: Tensor) -> tuple[Tensor | None, ...]:
-            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.whose)
+            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.source)
             grad_x = empty_channels_last(x, x.shape[1])
             sum_d, sum_dx = ops.bn_relu_avg_pool_backward(
                 grad, x, norm.scale, norm.shift, norm.mean, list(ctx.kernel_size), grad_x
             )
             if norm.batch_statistics:
-                a, b = norm.deferred(sum_d, sum_dx, x.numel() // x.shape[1])
+                a, b = norm.correction(sum_d, sum_dx, x.numel() // x.shape[1])
                 ops.take_gradient(x, norm.mean, a, b, grad_x, grad_x)
             return _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
 
         pool = functools.partial(plain_avg_pool, kernel_size=ctx.kernel_size)
-        plain = functools.partial(_plain, "bn_relu_avg_pool", pool, ctx.eps, ctx.whose, (mean, var))
+        plain = functools.partial(_plain, "bn_relu_avg_pool", pool, ctx.eps, ctx.source, (mean, var))
         result = gradients("bn_relu_avg_pool", once, plain, grad, lambda: (weight, bias, x), needs)
         return (None,) * 6 + result
 
@@ -109,7 +109,7 @@ class MaxPoolNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.windows, ctx.eps, *ctx.whose, mean, var, weight, bias, x = inputs
+        ctx.windows, ctx.eps, *ctx.source, mean, var, weight, bias, x = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1], mean, var, weight, bias, x)
@@ -122,13 +122,13 @@ class MaxPoolNode(torch.autograd.Function):
         where, mean, var, weight, bias, x = ctx.saved_tensors
 
         def once(grad: Tensor) -> tuple[Tensor | None, ...]:
-            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.whose)
+            ops, norm = operators(x), fold(mean, var, ctx.eps, weight, bias, *ctx.source)
             grad_x = empty_channels_last(x, x.shape[1])
             ops.max_pool_backward(grad, where, *map(list, ctx.windows), grad_x)
             return _gradients(needs, norm, bn_relu_backward(grad_x, x, norm), weight, bias, grad_x)
 
         pool = functools.partial(plain_max_pool, windows=ctx.windows)
-        plain = functools.partial(_plain, "bn_relu_max_pool", pool, ctx.eps, ctx.whose, (mean, var))
+        plain = functools.partial(_plain, "bn_relu_max_pool", pool, ctx.eps, ctx.source, (mean, var))
         result = gradients("bn_relu_max_pool", once, plain, grad, lambda: (weight, bias, x), needs)
         return (None,) * 6 + result
 
@@ -151,14 +151,14 @@ def _plain(
     op: str,
     pool: Callable[[Tensor], Tensor],
     eps: float,
-    whose: Sequence[Any],
+    source: Sequence[Any],
     statistics: tuple[Tensor, Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     x: Tensor,
 ) -> Tensor:
-    """A node's computation by PyTorch's own operators; `whose`: whether the statistics are the batch's, and its group."""
-    batch, group = whose
+    """A node's computation by PyTorch's own operators; `source`: whether the statistics are the batch's, and its group."""
+    batch, group = source
     refuse_group(op, [group])
     return pool(plain_bn_relu(x, None if batch else statistics, eps, weight, bias)).to(x.dtype)
 

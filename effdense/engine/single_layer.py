@@ -97,8 +97,8 @@ def _finish(
     if not norm.batch_statistics or not any(grad.numel() for grad in grads):
         return
     x, sizes = features[0], [x.shape[1] for x in features]
-    deferred = norm.deferred(sums[0], sums[1], x.shape[0] * x.shape[2:].numel())
-    parts = zip(*(v.split(sizes) for v in (norm.mean, *deferred)), strict=True)
+    correction = norm.correction(sums[0], sums[1], x.shape[0] * x.shape[2:].numel())
+    parts = zip(*(v.split(sizes) for v in (norm.mean, *correction)), strict=True)
     for x, grad, (mean, a, b) in zip(features, grads, parts, strict=True):
         if grad.numel():
             operators(x).take_gradient(x, mean, a, b, grad, grad)

@@ -38,7 +38,7 @@ class StageConfig(NamedTuple):
     group: str  # of processes whose batches are one batch for norms with the batch's statistics; see synchronize.py
 
     @property
-    def step(self) -> int:
+    def parameters_per_layer(self) -> int:
         """How many parameters a layer has: weight and bias of every norm and convolution."""
         return 8 if self.bottleneck else 4
 
@@ -114,7 +114,7 @@ class Stage:
     ) -> None:
         self.settings = settings
         of_layers, self.pool_parameters = by_name(settings, parameters)
-        norms = settings.step // 4
+        norms = settings.parameters_per_layer // 4
         self.layers: list[Layer] = []
         for i, own in enumerate(of_layers):
             mask: Any = tuple(masks[2 * i : 2 * i + 2]) or (None, None)

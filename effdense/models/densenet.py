@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effdense import nn as dense
 from effdense.engine.validation import check_memory, check_number, check_spatial_dims
 from effdense.models.weights import load_published
-from effdense.nn.obstacles import AVG_POOLS, CONVS, MAX_POOLS, NORMS
+from effdense.nn.kinds import AVG_POOLS, CONVS, MAX_POOLS, NORMS
 
 # growth_rate, block_config, num_init_features (table 1 of the paper; 161 is the authors' own, wider than the table's)
 IMAGENET = {

@@ -43,8 +43,8 @@ def build(name: str, **options: Any) -> nn.Module:
             raise ValueError(f"model {name!r}: {library} says: {error}") from error
         return model
     if name in _NAMED:
-        ours: nn.Module = _NAMED[name](**options)
-        return ours
+        built: nn.Module = _NAMED[name](**options)
+        return built
     if match := re.fullmatch(r"densenet_(bc_)?(\d+)_(\d+)", name):
         bottleneck = bool(match[1])
         try:

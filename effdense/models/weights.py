@@ -53,10 +53,10 @@ def _read(weights: Any) -> dict[str, Tensor]:
                 f"load_weights: weights must map names to tensors, but {key!r} is {type(tensor).__name__}; a checkpoint "
                 f"may hold them as {' or '.join(map(repr, _HOLDERS))}"
             )
-        ours = _our_key(key)
-        if ours in state:
-            raise ValueError(f"load_weights: two of the weights' keys mean {ours}, one is {key}")
-        state[ours] = tensor
+        own_key = _our_key(key)
+        if own_key in state:
+            raise ValueError(f"load_weights: two of the weights' keys mean {own_key}, one is {key}")
+        state[own_key] = tensor
     return state
 
 

@@ -13,13 +13,12 @@ from effdense.engine import pool, single_layer
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import takes, through
 from effdense.engine.validation import check_spatial_dims
+from effdense.nn.chain import NO_DROP, Chain, Drop
+from effdense.nn.kinds import AVG_POOLS, CONVS, NORMS
 from effdense.nn.layers import DenseLayer, PlainDenseLayer
 from effdense.nn.looks import look
 from effdense.nn.modules import kind_of
 from effdense.nn.obstacles import (
-    AVG_POOLS,
-    CONVS,
-    NORMS,
     PROCESSES,
     global_obstacle,
     module_obstacle,
@@ -29,7 +28,6 @@ from effdense.nn.obstacles import (
     transition_obstacle,
 )
 from effdense.nn.stage_run import Chains, dimensions_of, run_stage
-from effdense.nn.structure import NO_DROP, Chain, Drop
 
 
 def _chain(name: str, layer: Any) -> Chain:
@@ -161,7 +159,7 @@ class Transition(nn.Sequential):
         """Why the transition runs its submodules one by one at the moment, or None where it runs fused."""
         return transition_obstacle(self._modules)
 
-    def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
+    def pool_first(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
         """The norm, the pool's kernel size and the convolution, where the pool can be taken first (an average: they commute)."""
         if self.obstacle() is not None:
             return None
@@ -176,8 +174,8 @@ class Transition(nn.Sequential):
         """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
         if not isinstance(x, Tensor) or self.obstacle() is not None or not self._takes(x):
             return super().forward(x)
-        if (passage := self.passage(x)) is not None:
-            return run_transition(x, *passage)
+        if (parts := self.pool_first(x)) is not None:
+            return run_transition(x, *parts)
         last: Any = self._modules["pool"]
         result: Tensor = last(run_unpooled(x, self.norm, self.conv))
         return result

@@ -300,8 +300,8 @@ class _Reader:
         self.defaults(function)
         for code in codes_in(function.__code__):
             instructions = list(dis.get_instructions(code))
-            for i, step in enumerate(instructions):
-                op, name = step.opname, step.argval
+            for i, instruction in enumerate(instructions):
+                op, name = instruction.opname, instruction.argval
                 if op in ("STORE_ATTR", "DELETE_ATTR"):
                     self.refuse(f"its {function.__name__} sets the attribute {name}")
                 elif op in ("STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME"):
@@ -367,16 +367,16 @@ _SWITCHES = frozenset(("enable_grad", "inference_mode", "set_grad_enabled", "Par
 def _follow(module: Any, behind: list[dis.Instruction], path: str, reached: Reached) -> tuple[Any, str]:
     """What a chain of attributes that begins with a module ends with, as far as it leads through allowed modules."""
     value: Any = module
-    for step in behind:
+    for instruction in behind:
         root = value.__name__.partition(".")[0] if isinstance(value, types.ModuleType) else None
-        if root is None or ("ATTR" not in step.opname and "METHOD" not in step.opname):
+        if root is None or ("ATTR" not in instruction.opname and "METHOD" not in instruction.opname):
             break
         if root not in _MODULES and root not in LIBRARIES:
             break
-        space, path = vars(value), f"{path}.{step.argval}"
-        value = getattr(value, step.argval, None)
-        if step.argval in space:  # else its module makes it when it is asked for
-            reached.name(space, step.argval, path)
+        space, path = vars(value), f"{path}.{instruction.argval}"
+        value = getattr(value, instruction.argval, None)
+        if instruction.argval in space:  # else its module makes it when it is asked for
+            reached.name(space, instruction.argval, path)
     return value, path
 
 

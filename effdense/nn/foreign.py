@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from effdense.engine.inputs import takes
 from effdense.engine.pool import plain_avg_pool
 from effdense.nn.blocks import fits, run_transition, run_unpooled
+from effdense.nn.chain import Chain
 from effdense.nn.code import Reads, code_of_classes, counts, is_function
+from effdense.nn.kinds import DROPOUTS
 from effdense.nn.looks import look
 from effdense.nn.modules import original, walk
 from effdense.nn.obstacles import global_obstacle
 from effdense.nn.outside import frozen, same
 from effdense.nn.stage_run import Chains, dimensions_of, run_stage
 from effdense.nn.structure import (
-    DROPOUTS,
     MODULE_STATE,
-    Chain,
     Obstacle,
-    Passage,
-    Seen,
+    Snapshot,
+    TransitionParts,
     lead_of,
     read_block,
     read_transition,
@@ -47,7 +47,7 @@ class Head(NamedTuple):
 class Form(NamedTuple):
     """What a probe finds out, and no structure shows."""
 
-    everywhere: bool = False  # whether a layer's rate of dropout is for all its convolutions
+    after_each: bool = False  # whether a layer's rate of dropout is for all its convolutions
     newest_first: bool = False  # whether a block puts new features in front of what they are made of
     new_only: bool = False  # whether a block gives back what its layers add, without its input
     pool: tuple[int, ...] = ()  # a transition's, if its forward calls a function
@@ -111,17 +111,17 @@ class Noted(NamedTuple):
 
     memory: str
     form: Form
-    seen: tuple[Seen, ...]  # of its modules when it was compared
+    snapshots: tuple[Snapshot, ...]  # of its modules when it was compared
     outside: Outside | None = None  # what their code reaches
     containers: tuple[Container, ...] = ()  # in their attributes
 
-    def check(self, seen: Sequence[Seen]) -> None:
+    def check(self, snapshots: Sequence[Snapshot]) -> None:
         """What was changed since may do something else, though the structure is the same."""
-        if len(seen) != len(self.seen):
+        if len(snapshots) != len(self.snapshots):
             raise Obstacle(
                 "it has not the modules that effdense.convert has compared (revert, then convert again)"
             )
-        for now, then in zip(seen, self.seen, strict=True):
+        for now, then in zip(snapshots, self.snapshots, strict=True):
             if (change := now.differs(then)) is not None:
                 raise Obstacle(f"effdense.convert has not compared {change} (revert, then convert again)")
 
@@ -178,8 +178,8 @@ class ForeignBlock(Foreign):
     def read(self) -> tuple[list[Chain], str]:
         """What run_stage takes of it."""
         noted = noted_of(self)
-        chains, seen = read_block(self, noted.form.everywhere, reads=noted.form.reads)
-        noted.check(seen)
+        chains, snapshots = read_block(self, noted.form.after_each, reads=noted.form.reads)
+        noted.check(snapshots)
         first, only = noted.form.newest_first, noted.form.new_only
         if first or only:
             chains = [chain._replace(newest_first=first, new_only=only) for chain in chains]
@@ -218,14 +218,14 @@ class ForeignTransition(Foreign):
 
     kind = "Transition"
 
-    def read(self) -> Passage:
+    def read(self) -> TransitionParts:
         """Its parts."""
         noted = noted_of(self)
-        passage, seen = read_transition(self, reads=noted.form.reads)
-        noted.check(seen)
-        return passage._replace(pool=noted.form.pool)
+        parts, snapshots = read_transition(self, reads=noted.form.reads)
+        noted.check(snapshots)
+        return parts._replace(pool=noted.form.pool)
 
-    def passage(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
+    def pool_first(self, x: Tensor) -> tuple[Any, tuple[int, ...], Any] | None:
         """See Transition."""
         try:
             parts = self.read()
@@ -242,7 +242,7 @@ class ForeignTransition(Foreign):
             return None
         return (lambda x: self._run(x, parts)) if takes(x, parts.conv.weight.dim()) else None
 
-    def _run(self, x: Tensor, parts: Passage) -> Tensor:
+    def _run(self, x: Tensor, parts: TransitionParts) -> Tensor:
         kernel = parts.kernel()
         if kernel is not None and fits(x, kernel):
             return run_transition(x, parts.norm, kernel, parts.conv)

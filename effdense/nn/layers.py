@@ -14,9 +14,10 @@ from effdense.engine.autograd import dropout_scale
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import takes, through
 from effdense.engine.validation import check_memory, check_spatial_dims
-from effdense.nn.obstacles import CONVS, NORMS, chain_obstacle, refuse_scripting
+from effdense.nn.chain import Drop
+from effdense.nn.kinds import CONVS, NORMS
+from effdense.nn.obstacles import chain_obstacle, refuse_scripting
 from effdense.nn.stage_run import draw_mask
-from effdense.nn.structure import Drop
 
 
 def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:

@@ -14,13 +14,12 @@ from effdense.engine.autograd import in_its_layout
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import takes, through
 from effdense.nn.blocks import DenseBlock, Transition
+from effdense.nn.chain import Chain
 from effdense.nn.code import code_of, counts
 from effdense.nn.foreign import ForeignBlock, ForeignTransition, Head, Noted
+from effdense.nn.kinds import ACTIVATIONS, CONVS, DROPOUTS, NORMS
 from effdense.nn.modules import kind_of, walk
 from effdense.nn.obstacles import (
-    ACTIVATIONS,
-    CONVS,
-    NORMS,
     changed,
     dimensions,
     global_obstacle,
@@ -32,7 +31,6 @@ from effdense.nn.obstacles import (
     same_processes,
 )
 from effdense.nn.stage_run import dimensions_of, run_stage
-from effdense.nn.structure import DROPOUTS, Chain
 from effdense.ops.reference import channels_last
 
 _BLOCKS = (DenseBlock, ForeignBlock)
@@ -41,8 +39,8 @@ _TRANSITIONS = (Transition, ForeignTransition)
 
 def _is_part(module: nn.Module, kinds: tuple[type, ...]) -> Any:
     """Whether it is a block or transition, of our class or a foreign one, and nothing on it that a call would run."""
-    ours, foreign = kinds
-    return (kind_of(module) is ours or isinstance(module, foreign)) and changed("", module, False) is None
+    own, foreign = kinds
+    return (kind_of(module) is own or isinstance(module, foreign)) and changed("", module, False) is None
 
 
 def _is(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -265,10 +263,10 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
         if stage is None or not takes(x, dimensions_of(stage[0])):
             return None
         x = _enter(first, x)
-        passage = second.passage(x)
-        if passage is None or not _shares_statistics(stage[0], passage[0]):
+        parts = second.pool_first(x)
+        if parts is None or not _shares_statistics(stage[0], parts[0]):
             return 1, run_stage(*stage, x)
-        return 2, run_stage(*stage, x, *passage)
+        return 2, run_stage(*stage, x, *parts)
     count = _count_head(modules[1:])
     stage = first.chains() if count else None
     if stage is None or not takes(x, dimensions_of(stage[0])) or not _shares_statistics(stage[0], second):

@@ -21,19 +21,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
 from effdense.engine.synchronize import processes_of
 from effdense.nn.code import is_librarys
+from effdense.nn.kinds import ACTIVATIONS, AVG_POOLS, CONVS, MAX_POOLS, NORMS
 from effdense.nn.modules import kind_of
 from effdense.nn.outside import replaced
 
-NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-)  # the last for any number of dimensions
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-ACTIVATIONS = (nn.ReLU,)
 PROCESSES = "its norms are synchronised over different processes, or some only"
 TRANSITION = {"norm": None, "relu": None, "conv": 1}
 

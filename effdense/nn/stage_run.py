@@ -19,8 +19,8 @@ from effdense.engine.inputs import through
 from effdense.engine.norm import Norm
 from effdense.engine.stage import Stage, StageConfig
 from effdense.engine.validation import check_conv_weight, check_norm, check_vector
+from effdense.nn.chain import Chain, Drop
 from effdense.nn.looks import State, can_keep
-from effdense.nn.structure import Chain, Drop
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 

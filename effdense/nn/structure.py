@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effdense.nn.chain import NO_DROP, Chain, Drop
 from effdense.nn.code import Reads, code_of_tree, constants_of, counts
+from effdense.nn.kinds import ACTIVATIONS, AVG_POOLS, CONVS, DROPOUTS, MAX_POOLS, NORMS
 from effdense.nn.looks import KEPT
 from effdense.nn.modules import original, walk
 from effdense.nn.obstacles import (
-    ACTIVATIONS,
-    AVG_POOLS,
-    CONVS,
-    MAX_POOLS,
-    NORMS,
     PROCESSES,
     changed,
     conv_obstacle,
@@ -34,45 +31,13 @@ from effdense.nn.obstacles import (
 )
 from effdense.nn.outside import frozen, same
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SILENT = (*ACTIVATIONS, nn.Identity)  # the forward may as well have functions in their place
 _WEIGHTED = (*NORMS, *CONVS)
 _LEAVES = (*_WEIGHTED, *ACTIVATIONS, *DROPOUTS)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-class Drop(NamedTuple):
-    """Dropout behind a convolution, as it would run now."""
-
-    rate: float
-    channels: bool = False  # whole channels
-
-
-NO_DROP = Drop(0.0)
-
-
-class Chain(NamedTuple):
-    """A dense layer's modules: one norm and convolution each (plain) or two (bottleneck), and the dropouts behind these."""
-
-    name: str
-    norms: list[Any]
-    convs: list[Any]
-    drops: list[Drop]
-    newest_first: bool = False  # its block puts new features in front of what they are made of
-    new_only: bool = False  # its block gives back what its layers add, without its input
-
-    @property
-    def channels(self) -> int:
-        """That the layer reads."""
-        return int(self.norms[0].num_features)
-
-    @property
-    def growth(self) -> int:
-        """Channels that the layer adds."""
-        return int(self.convs[-1].out_channels)
-
-
-class Passage(NamedTuple):
+class TransitionParts(NamedTuple):
     """A transition's norm and 1x1 convolution, and what it calls after them."""
 
     norm: Any
@@ -149,53 +114,55 @@ _OF_NORMS = frozenset(("eps", "momentum", "track_running_stats"))  # read at eve
 _NORM_STATE = MODULE_STATE | _OF_NORMS
 
 
-class Seen(NamedTuple):
+class Snapshot(NamedTuple):
     """What a module's forward may depend on beside its submodules and tensors; containers as outside.frozen copies them."""
 
     kind: type
     attributes: dict[str, Any]
 
-    def frozen(self) -> Seen:
+    def frozen(self) -> Snapshot:
         """To be compared later."""
         attributes = {name: frozen(value) for name, value in self.attributes.items()}
         return self if attributes == {} else self._replace(attributes=attributes)
 
-    def differs(self, other: Seen) -> str | None:
+    def differs(self, other: Snapshot) -> str | None:
         """What is not as it was in `other`, which is frozen: names must have the same objects, or equal numbers and strings."""
         if self is other:
             return None
         if self.kind is not other.kind:
             return f"{self.kind.__name__} where there was {other.kind.__name__}"
         for name in self.attributes.keys() | other.attributes.keys():
-            a, b = (seen.attributes.get(name, seen) for seen in (self, other))
+            a, b = (s.attributes.get(name, s) for s in (self, other))
             if a is not b and not same(a, b):
                 return f"{self.kind.__name__}.{name}, which was changed"
         return None
 
 
 # What has no attributes that count. One kind for PyTorch's batch norms: they compute the same.
-_SEEN: dict[type, Seen] = {kind: Seen(kind, {}) for kind in (*CONVS, *_SILENT, *DROPOUTS, *_CONTAINERS)}
-_NORM = Seen(nn.BatchNorm2d, {})
-_SEEN |= dict.fromkeys(NORMS, _NORM)
+_WITHOUT_ATTRIBUTES: dict[type, Snapshot] = {
+    kind: Snapshot(kind, {}) for kind in (*CONVS, *_SILENT, *DROPOUTS, *_CONTAINERS)
+}
+_NORM = Snapshot(nn.BatchNorm2d, {})
+_WITHOUT_ATTRIBUTES |= dict.fromkeys(NORMS, _NORM)
 
 
-def see(module: nn.Module, reads: Reads, rate: str | None = None) -> Seen:
+def snapshot(module: nn.Module, reads: Reads, rate: str | None = None) -> Snapshot:
     """What a forward that `reads` attributes may depend on. `rate`: an attribute that is read at every forward."""
-    if (known := _SEEN.get(type(module))) is not None:
+    if (known := _WITHOUT_ATTRIBUTES.get(type(module))) is not None:
         if known is not _NORM or reads.own.isdisjoint(_OF_NORMS):
             return known
         # The same kind for all PyTorch's norms, here too.
-        return Seen(known.kind, {k: module.__dict__.get(k) for k in sorted(_OF_NORMS & reads.own)})
+        return Snapshot(known.kind, {k: module.__dict__.get(k) for k in sorted(_OF_NORMS & reads.own)})
     kind = original(type(module))
     state, ignored = module.__dict__, _NORM_STATE if isinstance(module, NORMS) else MODULE_STATE
     attributes = {k: None if k == rate else state[k] for k in state.keys() - ignored if counts(k, reads)}
     if not torch.compiler.is_compiling():
         for name in constants_of(kind, reads):
             attributes.setdefault(name, getattr(kind, name))
-    return Seen(kind, attributes)
+    return Snapshot(kind, attributes)
 
 
-def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool) -> Chain:
+def _read_layer(found: list[tuple[str, Any]], rate: str | None, after_each: bool) -> Chain:
     """The chain of a layer, which is the first of the modules `found`, or an Obstacle. `rate`: its attribute."""
     name, layer = found[0]
     norms: list[Any] = []
@@ -234,7 +201,7 @@ def _read_layer(found: list[tuple[str, Any]], rate: str | None, everywhere: bool
             raise Obstacle(reason)
     if layer.training and not dropouts and rate is not None:
         drop = Drop(float(getattr(layer, rate)))
-        drops = [drop if everywhere or i == len(convs) - 1 else NO_DROP for i in range(len(convs))]
+        drops = [drop if after_each or i == len(convs) - 1 else NO_DROP for i in range(len(convs))]
     return Chain(name, norms, convs, drops)
 
 
@@ -295,29 +262,29 @@ def layers_of(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def read_block(
-    block: nn.Module, everywhere: bool = False, hooks: bool = True, reads: Reads | None = None
-) -> tuple[list[Chain], list[Seen]]:
+    block: nn.Module, after_each: bool = False, hooks: bool = True, reads: Reads | None = None
+) -> tuple[list[Chain], list[Snapshot]]:
     """The chains of a dense block, or an Obstacle: layers of which each reads what the one before it reads and adds.
 
-    And what was seen of all modules. `everywhere`: a rate of dropout that a layer keeps is for all its convolutions, not
+    And what was seen of all modules. `after_each`: a rate of dropout that a layer keeps is for all its convolutions, not
     only the last. `reads`: the attributes that count; found out unless given.
     """
     reads = code_of_tree(block).reads if reads is None else reads
     if hooks and (reason := global_obstacle()) is not None:
         raise Obstacle(reason)
-    seen = [see(block, reads)]
+    snapshots = [snapshot(block, reads)]
     if len(block._modules) == 1:
         ((name, only),) = block._modules.items()
         if only is not None:
             _check(name, only, hooks, reads)
-            seen.append(see(only, reads))
+            snapshots.append(snapshot(only, reads))
     chains: list[Chain] = []
     for name, layer in layers_of(block).items():
         found: list[tuple[str, Any]] = []
         _walk(name, layer, hooks, reads, found)
         rate = next(iter(drop_attributes(layer)), None)
-        seen += [see(layer, reads, rate), *(see(module, reads) for _, module in found[1:])]
-        chains.append(_read_layer(found, rate, everywhere))
+        snapshots += [snapshot(layer, reads, rate), *(snapshot(module, reads) for _, module in found[1:])]
+        chains.append(_read_layer(found, rate, after_each))
     if not chains:
         raise Obstacle("it has no layers")
     for before, after in itertools.pairwise(chains):
@@ -330,7 +297,7 @@ def read_block(
             raise Obstacle(f"{after.name} and {before.name} have different numbers of convolutions")
     if not same_processes(norm for chain in chains for norm in chain.norms):
         raise Obstacle(PROCESSES)
-    return chains, seen
+    return chains, snapshots
 
 
 def looks_like_block(module: nn.Module) -> bool:
@@ -372,7 +339,7 @@ def _flatten(name: str, module: nn.Module, hooks: bool, reads: Reads, found: lis
 
 def read_transition(
     module: nn.Module, hooks: bool = True, reads: Reads | None = None
-) -> tuple[Passage, list[Seen]]:
+) -> tuple[TransitionParts, list[Snapshot]]:
     """A norm, ReLUs, a 1x1 convolution and whatever comes behind them; or an Obstacle. And what was seen of all its modules."""
     reads = code_of_tree(module).reads if reads is None else reads
     if hooks and (reason := global_obstacle()) is not None:
@@ -387,9 +354,9 @@ def read_transition(
             if dimensions(norm) not in (None, CONVS.index(type(part)) + 1):
                 raise Obstacle("its submodules have different numbers of spatial dimensions")
             rate = next((name for name in drop_attributes(module) if counts(name, reads)), None)
-            seen = [see(m, reads, rate if m is module else None) for m in walk(module)]
+            snapshots = [snapshot(m, reads, rate if m is module else None) for m in walk(module)]
             dropped = vars(module)[rate] if rate is not None and module.training else 0.0
-            return Passage(norm, part, [m for _, m in found[i + 1 :]], rate=dropped), seen
+            return TransitionParts(norm, part, [m for _, m in found[i + 1 :]], rate=dropped), snapshots
         if is_norm(part) and norm is None:
             norm = part
             inside: list[tuple[str, Any]] = []

@@ -6,7 +6,8 @@ value and does not care.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from effdense.ops.extension import extension
 # device -> the compiled operators, and the dtypes of maps that they take
 _COMPILED: dict[str, tuple[Any, tuple[torch.dtype, ...]]] = {}
 if extension is not None:
-    _everywhere = (torch.float32, torch.float64, torch.bfloat16)
-    _COMPILED["cpu"] = torch.ops.effdense, _everywhere
-    _COMPILED["cuda"] = torch.ops.effdense, (*_everywhere, torch.float16)
+    _on_every_device = (torch.float32, torch.float64, torch.bfloat16)
+    _COMPILED["cpu"] = torch.ops.effdense, _on_every_device
+    _COMPILED["cuda"] = torch.ops.effdense, (*_on_every_device, torch.float16)
 
 
 def _no_card(index: int) -> bool:
@@ -38,9 +39,37 @@ def ask_about_cards(is_usable: Callable[[int], bool]) -> None:
     _card_is_usable = is_usable
 
 
+def implementation(device: str) -> tuple[Any, tuple[torch.dtype, ...]]:
+    """The operators for tensors on a kind of device ("cpu"), and the dtypes of maps that they take; the twins take the rest."""
+    return _COMPILED.get(device, (reference, ()))
+
+
+@contextlib.contextmanager
+def override(device: str, ops: Any, dtypes: Sequence[torch.dtype]) -> Iterator[None]:
+    """Within it, tensors on a kind of device get these operators, in every thread: for plans, measurements and tests."""
+    before = _COMPILED.get(device)
+    _COMPILED[device] = ops, tuple(dtypes)
+    try:
+        yield
+    finally:
+        if before is None:
+            del _COMPILED[device]
+        else:
+            _COMPILED[device] = before
+
+
+# Elsewhere cuDNN's convolutions are hard to beat (csrc/schemas.h, define_cpu_operators).
+_CPU_ALONE = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")
+
+
+def has_kernel(ops: Any, name: str, device: str) -> bool:
+    """Whether there is an operator for tensors on a kind of device. Plans on the meta device are of the CPU."""
+    return hasattr(ops, name) and (name not in _CPU_ALONE or device in ("cpu", "meta"))
+
+
 def operators(x: Tensor) -> Any:
     """The namespace whose operators take tensors like `x` (a map; the vectors that go with it have the device alone)."""
-    compiled, dtypes = _COMPILED.get(x.device.type, (reference, ()))
+    compiled, dtypes = implementation(x.device.type)
     if x.dtype not in dtypes or (x.device.type == "cuda" and not _card_is_usable(x.device.index)):
         return reference
     return compiled

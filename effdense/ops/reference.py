@@ -303,9 +303,9 @@ def bn_relu_max_pool(
     out, index = F.max_pool3d(z, k, s, p, return_indices=True)
     tap = torch.zeros_like(index)
     for dim in range(3):  # the position in the image less the window's first, as one digit of the tap
-        step = math.prod(z.shape[3 + dim :])
+        inner = math.prod(z.shape[3 + dim :])
         first = torch.arange(out.shape[2 + dim], device=x.device) * s[dim] - p[dim]
-        position = index // step % z.shape[2 + dim]
+        position = index // inner % z.shape[2 + dim]
         tap = tap * k[dim] + position - first.view(-1, *[1] * (2 - dim))
     sizes = out.shape[5 - (x.dim() - 2) :]
     flat = [t.reshape(*x.shape[:2], *sizes) for t in (out.to(x.dtype), tap.to(torch.uint8))]

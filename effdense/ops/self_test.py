@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from effdense.ops import reference
+from effdense.ops.dispatch import has_kernel
 from effdense.ops.reference import channels_last
-
-# The operators that only the CPU has: elsewhere cuDNN's convolutions are hard to beat.
-ON_CPU_ALONE = ("bn_relu_conv3x3", "bn_relu_conv3x3_backward")
 
 
 class Number(NamedTuple):
@@ -30,10 +28,10 @@ class Number(NamedTuple):
         return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
 
-_EVERYWHERE = [Number(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+_ON_EVERY_DEVICE = [Number(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
 NUMBERS = {
-    "cpu": _EVERYWHERE,
-    "cuda": [*_EVERYWHERE, Number(torch.float32, tf32=True), Number(torch.float16)],
+    "cpu": _ON_EVERY_DEVICE,
+    "cuda": [*_ON_EVERY_DEVICE, Number(torch.float32, tf32=True), Number(torch.float16)],
 }
 TF32_ROUNDING = 2.0**-10
 # What the products' launches are cut for, in multiprocessors, besides the card itself (0): the last of SHAPES then has each of
@@ -248,8 +246,8 @@ def check(
     mean square: far more than correct code needs and far less than a wrong index gives.
     """
     kind = torch.device(device).type
-    names = [name for name in OPERATORS if hasattr(ops, name) and (kind == "cpu" or name not in ON_CPU_ALONE)]
-    numbers = NUMBERS.get(kind, _EVERYWHERE) if numbers is None else numbers
+    names = [name for name in OPERATORS if has_kernel(ops, name, kind)]
+    numbers = NUMBERS.get(kind, _ON_EVERY_DEVICE) if numbers is None else numbers
     # a product is what TF32 changes
     worst = {
         (name, number): 0.0

@@ -151,13 +151,13 @@ class _Timeline(TorchDispatchMode):
         if func is torch.ops.effdense.dense_stage_backward.default:
             return self._inside(passes.backward, args[:8], StageConfig(*args[8:]))
         if func in _STEM:
-            way, count = _STEM[func]
+            function, count = _STEM[func]
             self._in_stem = True
             try:
-                made = self._inside(way, args[:count], stem.StemConfig(*args[count:]))
+                made = self._inside(function, args[:count], stem.StemConfig(*args[count:]))
             finally:
                 self._in_stem = False
-            return tuple(made) if way is stem.forward else made
+            return tuple(made) if function is stem.forward else made
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **kwargs or {})
         if self._in_stage and func.name() in _TILED:
@@ -174,12 +174,12 @@ class _Timeline(TorchDispatchMode):
                 self._follow(tensor, self._category())
         return result
 
-    def _inside(self, way: Callable[..., Any], tensors: Any, settings: Any) -> list[Tensor]:
-        """Walks through one way of the engine, or of a stem."""
+    def _inside(self, function: Callable[..., Any], tensors: Any, settings: Any) -> list[Tensor]:
+        """Walks through one function of the engine, or of a stem."""
         self._in_stage = True
         try:
             with torch.no_grad(), self:
-                result = way(dispatch.operators(tensors[0]), settings, *tensors)
+                result = function(dispatch.operators(tensors[0]), settings, *tensors)
         finally:
             self._in_stage = False
         return [t for t in result if t is not None]
@@ -188,11 +188,8 @@ class _Timeline(TorchDispatchMode):
 @contextmanager
 def _compiled_on_meta() -> Iterator[None]:
     """Meta tensors take the way of the compiled operators, whose fakes know what those allocate."""
-    dispatch._COMPILED["meta"] = dispatch._COMPILED["cpu"]
-    try:
+    with dispatch.override("meta", *dispatch.implementation("cpu")):
         yield
-    finally:
-        dispatch._COMPILED.pop("meta", None)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

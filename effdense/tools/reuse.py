@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effdense.conversion import convert, report
 from effdense.nn import DenseBlock
 from effdense.nn.foreign import ForeignBlock
-from effdense.nn.obstacles import CONVS
+from effdense.nn.kinds import CONVS
 from effdense.nn.structure import Obstacle, read_block
 from effdense.tools.planner import bare_copy
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effdense.conversion import convert
 from effdense.nn import DenseBlock, DenseFeatures, DenseNet, Transition
 from effdense.nn.foreign import ForeignBlock, ForeignTransition
-from effdense.nn.obstacles import CONVS
+from effdense.nn.kinds import CONVS
 from effdense.tools.planner import bare_copy, check_input_shape
 
 SAVED = ("naive", "balanced", "minimal")

@@ -10,7 +10,7 @@ from torch import nn
 from effdense import models
 from effdense.conversion import convert
 from effdense.conversion.class_swap import is_fused_kind
-from effdense.nn.obstacles import CONVS
+from effdense.nn.kinds import CONVS
 from effdense.nn.plain import run_plain
 from effdense.train.settings import RunConfig
 
