@@ -1,6 +1,6 @@
 // A whole dense stage, forward and backward, over one backend's operators: effdense/engine/passes.py in C++,
 // operator by operator, without the dispatcher and Python in between. That file says what is computed and
-// why; both give the same bits (tests/test_stage_compiled.py). What it leaves to Python: norms synchronised
+// why; both give the same bits (tests/test_dense_block.py). What it leaves to Python: norms synchronised
 // over processes.
 #pragma once
 

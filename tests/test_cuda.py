@@ -194,6 +194,7 @@ def test_the_whole_check_passes_on_the_cuda_kernels(simt: Any) -> None:
     results = self_test.check("cpu", simt, self_test.NUMBERS["cuda"])
     assert all(result.passed for result in results), [r for r in results if not r.passed]
     names = {n for n in self_test.OPERATORS if dispatch.has_kernel(torch.ops.effdense, n, "cuda")}
+    names.remove("update_running_statistics")  # there it is plain PyTorch
     products = {"bottleneck", "bottleneck_backward"}
     assert {(r.operator, str(r.number)) for r in results} == {
         (name, str(n)) for name in names for n in self_test.NUMBERS["cuda"] if not n.tf32 or name in products

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effdense.engine import batch_norm, node
+from effdense.engine import node
+from effdense.ops import reference
 from tests.stages import (
     CHANNELS,
     MEMORY,
@@ -338,7 +339,9 @@ def test_operators_that_move_statistics() -> None:
     torch.library.opcheck(count.default, ([torch.tensor(3), torch.tensor(0)],), test_utils=tests)
 
 
-@pytest.mark.parametrize("update", [torch.ops.effdense.update_running_statistics, batch_norm._update])
+@pytest.mark.parametrize(
+    "update", [torch.ops.effdense.update_running_statistics, reference.update_running_statistics]
+)
 def test_a_norm_that_layers_share_moves_once_for_each(update: Callable[..., None]) -> None:
     running, first, second = (torch.rand(3, dtype=torch.float64) for _ in range(3))
     expected = (running * 0.9 + first * 0.1) * 0.9 + second * 0.1

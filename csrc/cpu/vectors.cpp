@@ -111,7 +111,7 @@ void update_running_statistics(const Tensor& to, const Tensor& batch, double kee
       });
 }
 
-// running <- keep * running + take * batch for every pair; schema in effdense/engine/batch_norm.py, as plain PyTorch
+// running <- keep * running + take * batch for every pair; schema in effdense/ops/schemas.py, as plain PyTorch
 // needs it too.
 void update_running_statistics(TensorList running, TensorList batch, at::ArrayRef<double> keep,
                                at::ArrayRef<double> take) {

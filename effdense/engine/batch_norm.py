@@ -15,8 +15,10 @@ from torch import Tensor
 
 from effdense.engine.norm import Norm
 from effdense.engine.synchronize import group_of, join_coefficients, joint_count
+from effdense.ops import reference
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype
+from effdense.ops.schemas import library
 
 
 class Folded(NamedTuple):
@@ -231,23 +233,7 @@ def _factors(
     ]
 
 
-_library = torch.library.Library("effdense", "FRAGMENT")
-_library.define(
-    "move_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] momentum, bool[] unbiased, SymInt count,"
-    " str group) -> ()"
-)
-_library.define(
-    "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()"
-)
-_library.define("count_batches(Tensor(a!)[] counters) -> ()")
-# The same from a stage's vectors: each running statistic by what starts at its place in there; `any`: not of an empty batch.
-_library.define(
-    "update_from_vectors(Tensor vectors, int[] starts, Tensor(a!)[] running, float[] keep, float[] take,"
-    " Tensor(b!)[] counters, bool any) -> ()"
-)
-
-
-@torch.library.impl(_library, "move_running_statistics", "CompositeExplicitAutograd")
+@torch.library.impl(library, "move_running_statistics", "CompositeExplicitAutograd")
 def _move(
     running: list[Tensor],
     batch: list[Tensor],
@@ -268,33 +254,21 @@ def _move(
     torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], take)
 
 
-def _repeated(buffers: list[Tensor]) -> bool:
-    """Whether layers share a norm: its updates come one after the other, not all at once."""
-    return len({id(b) for b in buffers}) < len(buffers)
+torch.library.impl(library, "update_running_statistics", "CompositeExplicitAutograd")(
+    reference.update_running_statistics
+)
 
 
-@torch.library.impl(_library, "update_running_statistics", "CompositeExplicitAutograd")
-def _update(running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]) -> None:
-    with torch.no_grad():
-        if _repeated(running):
-            for r, b, k, t in zip(running, batch, keep, take, strict=True):
-                r.mul_(k).add_(b.to(r.dtype), alpha=t)
-            return
-        torch._foreach_mul_(running, keep)
-        scaled = torch._foreach_mul([b.to(r.dtype) for r, b in zip(running, batch, strict=True)], take)
-        torch._foreach_add_(running, scaled)
-
-
-@torch.library.impl(_library, "count_batches", "CompositeExplicitAutograd")
+@torch.library.impl(library, "count_batches", "CompositeExplicitAutograd")
 def _count(counters: list[Tensor]) -> None:
-    if _repeated(counters):
+    if reference.has_repeated(counters):
         for counter in counters:
             counter.add_(1)
     else:
         torch._foreach_add_(counters, 1)
 
 
-@torch.library.impl(_library, "update_from_vectors", "CompositeExplicitAutograd")
+@torch.library.impl(library, "update_from_vectors", "CompositeExplicitAutograd")
 def _update_from_vectors(
     vectors: Tensor,
     starts: list[int],

@@ -28,23 +28,10 @@ from effdense.engine.pool import plain_avg_pool
 from effdense.engine.stage import Parameters, PoolParameters, Stage, StageConfig
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype
-
-_SETTINGS = (
-    "bool bottleneck, str memory, int lowest, float[] eps, bool[] batch_statistics, float[] drop, int[] pool,"
-    " int[] dilation, bool newest_first, str group"
-)
-_library = torch.library.Library("effdense", "FRAGMENT")
-_library.define(
-    f"dense_stage(Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor?[] masks, {_SETTINGS})"
-    " -> (Tensor out, Tensor features, Tensor saved, Tensor vectors)"
-)
-_library.define(
-    "dense_stage_backward(Tensor grad, int channels, Tensor features, Tensor saved, Tensor vectors,"
-    f" Tensor?[] parameters, Tensor?[] masks, bool[] needs, {_SETTINGS}) -> Tensor[]"
-)
+from effdense.ops.schemas import library
 
 
-@torch.library.impl(_library, "dense_stage", "CompositeExplicitAutograd")
+@torch.library.impl(library, "dense_stage", "CompositeExplicitAutograd")
 def _dense_stage(
     x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +41,7 @@ def _dense_stage(
         return implementation(ops, s, x, parameters, running, masks)
 
 
-@torch.library.impl(_library, "dense_stage_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "dense_stage_backward", "CompositeExplicitAutograd")
 def _dense_stage_backward(
     grad: Tensor,
     channels: int,

@@ -30,6 +30,7 @@ from effdense.engine.single_layer import statistics
 from effdense.engine.validation import check_norm
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype, channels_last
+from effdense.ops.schemas import library
 
 
 class StemConfig(NamedTuple):
@@ -72,20 +73,6 @@ class Parameters(NamedTuple):
     norm_bias: Any
 
 
-_TENSORS = "Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias"
-_SETTINGS = (
-    "int[] stride, int[] padding, int[] dilation, int groups, int[] kernel_size, int[] pool_stride, int[] pool_padding,"
-    " float eps, bool batch_statistics, str group"
-)
-_library = torch.library.Library("effdense", "FRAGMENT")
-_library.define(
-    f"stem(Tensor x, {_TENSORS}, Tensor? running_mean, Tensor? running_var, {_SETTINGS})"
-    " -> (Tensor out, Tensor where, Tensor mean, Tensor var)"
-)
-_library.define(
-    f"stem_backward(Tensor grad, Tensor where, Tensor mean, Tensor var, Tensor x, {_TENSORS}, bool[] needs, {_SETTINGS})"
-    " -> Tensor[]"
-)
 FORWARD_TENSORS, BACKWARD_TENSORS = 7, 10  # the arguments before the settings
 _NAMES = [f"norm0.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
 
@@ -203,14 +190,14 @@ def _to_map_in_place(
     return sum_d, sum_dx
 
 
-@torch.library.impl(_library, "stem", "CompositeExplicitAutograd")
+@torch.library.impl(library, "stem", "CompositeExplicitAutograd")
 def _stem(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors, settings = arguments[: FORWARD_TENSORS - 1], StemConfig(*arguments[FORWARD_TENSORS - 1 :])
     with torch.no_grad():
         return forward(operators(x), settings, x, *tensors)
 
 
-@torch.library.impl(_library, "stem_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "stem_backward", "CompositeExplicitAutograd")
 def _stem_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Without the gradients that are not needed: an operator cannot return None."""
     tensors, settings = arguments[: BACKWARD_TENSORS - 1], StemConfig(*arguments[BACKWARD_TENSORS - 1 :])

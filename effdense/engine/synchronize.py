@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from effdense.ops.schemas import library
+
 
 # Not of the norm: in torch 2.8 such a function takes no modules.
 def _name_of(processes: Any) -> str:
@@ -67,13 +69,7 @@ def joint_count(group: str, count: int, like: Tensor) -> Tensor:
     return joint
 
 
-_library = torch.library.Library("effdense", "FRAGMENT")
-_PAIR = "(Tensor, Tensor)"
-_library.define(f"join_statistics(Tensor mean, Tensor var, SymInt count, str group) -> {_PAIR}")
-_library.define(f"join_coefficients(Tensor a, Tensor b, SymInt count, str group) -> {_PAIR}")
-
-
-@torch.library.impl(_library, "join_statistics", "CompositeExplicitAutograd")
+@torch.library.impl(library, "join_statistics", "CompositeExplicitAutograd")
 def _join_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
     mine = torch.cat([mean, var, mean.new_full((1,), count)])
     processes = _processes(group)
@@ -85,7 +81,7 @@ def _join_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple
     return joint, (weights * (variances + (means - joint) ** 2)).sum(0)
 
 
-@torch.library.impl(_library, "join_coefficients", "CompositeExplicitAutograd")
+@torch.library.impl(library, "join_coefficients", "CompositeExplicitAutograd")
 def _join_coefficients(a: Tensor, b: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
     joint = torch.cat([a, b, a.new_full((1,), count)])
     dist.all_reduce(joint, group=_processes(group))

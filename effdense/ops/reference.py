@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: the specification, the oracle of the tests, and the fallback.
 
 Every function here has the name, the arguments and the results of the operator `torch.ops.effdense.<name>`
-(schemas: csrc/ops.cpp) and runs on any device and floating dtype. Vectors have the accumulation type:
+(schemas: csrc/schemas.h, schemas.py) and runs on any device and floating dtype. Vectors have the accumulation type:
 float64 for float64, float32 for everything else.
 """
 
@@ -332,3 +332,22 @@ def max_pool_backward(
     flat = torch.zeros(*grad_z.shape[:2], math.prod(image), dtype=g.dtype, device=g.device)
     flat.scatter_add_(2, index.flatten(2), g.flatten(2))
     grad_z.copy_(flat.view(grad_z.shape))
+
+
+def has_repeated(buffers: Sequence[Tensor]) -> bool:
+    """Whether layers share a norm: its updates come one after the other, not all at once."""
+    return len({id(b) for b in buffers}) < len(buffers)
+
+
+def update_running_statistics(
+    running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]
+) -> None:
+    """running <- keep * running + take * batch for every pair, of running statistics in any floating dtype."""
+    with torch.no_grad():
+        if has_repeated(running):
+            for r, b, k, t in zip(running, batch, keep, take, strict=True):
+                r.mul_(k).add_(b.to(r.dtype), alpha=t)
+            return
+        torch._foreach_mul_(running, keep)
+        scaled = torch._foreach_mul([b.to(r.dtype) for r, b in zip(running, batch, strict=True)], take)
+        torch._foreach_add_(running, scaled)

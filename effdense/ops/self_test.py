@@ -192,6 +192,12 @@ def _max_pool_backward(ops: Any, c: _Case) -> list[Tensor]:
     return [c.grad]
 
 
+def _update_running_statistics(ops: Any, c: _Case) -> list[Tensor]:
+    running = [v.clone() for v in c.vectors[:2]]
+    ops.update_running_statistics(running, c.vectors[2:], [0.875, 0.5], [0.125, 0.5])
+    return running
+
+
 OPERATORS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "fold": _fold,
     "defer": _defer,
@@ -210,6 +216,7 @@ OPERATORS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "bn_relu_avg_pool_backward": _bn_relu_avg_pool_backward,
     "bn_relu_max_pool": _bn_relu_max_pool,
     "max_pool_backward": _max_pool_backward,
+    "update_running_statistics": _update_running_statistics,
 }
 
 
