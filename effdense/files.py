@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and tensors read with their checksums."""
+"""Writes files whole or not at all, and reads files of tensors with their checksums."""
 
 from __future__ import annotations
 

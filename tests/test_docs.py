@@ -1,4 +1,4 @@
-"""The pages tell the truth: their Python runs and prints what they show, their commands parse, their links lead somewhere.
+"""The pages: their Python runs and prints what they show, their commands parse, their links lead somewhere.
 
 A page's python blocks run in order in one namespace. A `text` block behind one is what it prints. What a block needs beyond torch
 stands behind its language (```python needs=monai); where that is missing, the page is reported as skipped, after everything else on it has run.

@@ -1,4 +1,4 @@
-// Picks the row loops, and who multiplies, for the machine that this runs on.
+// Picks the row loops, and who multiplies, for the instruction set of this machine.
 #include "cpu/rows.h"
 
 #include <ATen/Version.h>

@@ -1,5 +1,6 @@
-// What is done with one number per channel: fold, defer. As operators of their own because a deep net has
-// hundreds of norms, and a handful of tensor operations for each would cost more than its pixels.
+// Operators on one number per channel: fold, defer, and the update of running statistics. They are operators
+// because a deep net has hundreds of norms, and a handful of tensor operations for each would cost more than
+// its pixels.
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -111,8 +112,8 @@ void update_running_statistics(const Tensor& to, const Tensor& batch, double kee
       });
 }
 
-// running <- keep * running + take * batch for every pair; schema in effdense/ops/schemas.py, as plain PyTorch
-// needs it too.
+// running <- keep * running + take * batch for every pair; schema in effdense/ops/schemas.py, as plain
+// PyTorch needs it too.
 void update_running_statistics(TensorList running, TensorList batch, at::ArrayRef<double> keep,
                                at::ArrayRef<double> take) {
   constexpr const char* op = "update_running_statistics";

@@ -1,4 +1,4 @@
-"""The data sets: where images come from. In memory they are uint8 [N, C, H, W]; a folder's are read when they are wanted."""
+"""The data sets. In memory images are uint8 [N, C, H, W]; a folder's images are read when they are needed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Images(Protocol):
     labels: Tensor
 
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
-        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds."""
+        """uint8 [n, C, H, W]: the images of these numbers, each cut to its box (see `pixels`)."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: metrics.csv, TensorBoard, and the terminal."""
+"""Reports a run while it trains: metrics.csv, TensorBoard, and the terminal."""
 
 from __future__ import annotations
 
