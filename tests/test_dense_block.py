@@ -148,7 +148,7 @@ def test_both_orchestrations_give_the_same_bits(
     for newest_first in (False, True):
         for needs_x in (False, True):
             needs = [needs_x, *(p is not None and p.requires_grad for p in parameters)]
-            lowest = -1 if needs_x else (needs.index(True) - 1) // settings.step
+            lowest = -1 if needs_x else (needs.index(True) - 1) // settings.parameters_per_layer
             case = settings._replace(newest_first=newest_first, lowest=lowest)
             assert_same_bits(ops, case, x, detached(parameters), running, masks, needs)
 
