@@ -134,6 +134,28 @@ def off_the_map(text: str, files: frozenset[str]) -> list[str]:
     return left_out
 
 
+def anchors(text: str) -> set[str]:
+    """What a link to a heading may end with, as GitHub makes it of the heading."""
+    headings = [line.text.lstrip("# ") for line in lines_of(text) if line.text.startswith("#")]
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_anchors(page: str, text: str) -> list[str]:
+    """Every link to a heading that is not there; whether pages are there, test_docs.py asks."""
+    dead = []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text):
+        if "://" not in target:
+            file = (ROOT / page).parent / target if target else ROOT / page
+            if anchor not in anchors(file.read_text()):
+                dead.append(f"{page}: {target}#{anchor}")
+    return dead
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/log.md"])
+def test_headings_exist(page: str) -> None:
+    assert not dead_anchors(page, (ROOT / page).read_text())
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page: str) -> None:
     assert not missing_paths(page, (ROOT / page).read_text(), FILES)
@@ -160,6 +182,9 @@ def test_what_is_wrong_is_found() -> None:
     assert missing_names("page", chain, FILES) == ["page:3: no_such in csrc/stage.cpp"]
     said = "`run_stage` and `no_such` in `effdense/nn/stage_run.py`"
     assert missing_names("page", said, FILES) == ["page:1: no_such in effdense/nn/stage_run.py"]
+    links = "[a](architecture.md#the-map) [b](architecture.md#no-such) [c](#no-such)"
+    dead = ["docs/results.md: architecture.md#no-such", "docs/results.md: #no-such"]
+    assert dead_anchors("docs/results.md", links) == dead
     new = {"effdense/engine/new.py", "csrc/cpu/new.inc", "benchmarks/new/program.py", "tests/new/test_new.py"}
     assert set(off_the_map(text, FILES | new)) - set(off_the_map(text, FILES)) == new
     covered = {"tests/test_new.py", "tests/simt/samples/new.cu", "docs/x.png"}
