@@ -1,4 +1,4 @@
-"""The pages name what there is: every path exists, functions are where a page says, every source file is on the map.
+"""Pages and comments name what there is: paths exist, functions are where a page says, every source file is on the map.
 
 The map is the tables of docs/architecture.md with the columns `folder` and `files`. docs/log.md and CHANGELOG.md are left out: they
 name files as they were on a day. The figures of docs/results.md are compared with the files that they come from.
@@ -6,9 +6,12 @@ name files as they were on a day. The figures of docs/results.md are compared wi
 
 from __future__ import annotations
 
+import ast
 import functools
+import io
 import json
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,9 @@ SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".inc", ".c"}
 # On the map file by file; all else at least by its folder.
 BY_NAME = ("effdense/", "csrc/", "build_backend/")
 OUTPUTS = {"report.md", "tensorboard/"}  # of commands
+# In comments: what is the CUDA toolkit's, or a command's output.
+IN_COMMENT = re.compile(r"(?<![\w*./])\w[\w/.-]*\.(?:py|cpp|h|cu|cuh|inc|md)\b")
+ELSEWHERE = {"cuda_occupancy.h", "cuda_bf16.h", "cuda_fp16.h", "report.md", "script.py", "out.md"}
 PATH = re.compile(r"(?!.*//)[\w.-]*[\w/.-]*(/|\.(py|cpp|h|cu|cuh|inc|c|md|toml|sh|so))")
 
 
@@ -149,6 +155,35 @@ def dead_anchors(page: str, text: str) -> list[str]:
             if anchor not in anchors(file.read_text()):
                 dead.append(f"{page}: {target}#{anchor}")
     return dead
+
+
+def comments_of(file: str, text: str) -> Iterator[str]:
+    """Comments, and the docstrings of a Python file."""
+    if not file.endswith(".py"):
+        yield from (line.partition("//")[2] for line in text.splitlines())
+        return
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    yield from (token.string for token in tokens if token.type == tokenize.COMMENT)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
+def unknown_in_comments(file: str, text: str, files: frozenset[str]) -> list[str]:
+    """Files that comments name and that are not there."""
+    unknown = {name for name in IN_COMMENT.findall(text) if name not in ELSEWHERE and not find(name, files)}
+    if not unknown:  # nor in code, so that most files need not be parsed
+        return []
+    named = (name for comment in comments_of(file, text) for name in IN_COMMENT.findall(comment))
+    return [f"{file}: {name}" for name in named if name in unknown]
+
+
+def test_comments_name_files_that_are_there() -> None:
+    sources = [file for file in sorted(FILES) if Path(file).suffix in SOURCES]
+    assert not [u for f in sources for u in unknown_in_comments(f, (ROOT / f).read_text(), FILES)]
+    python = '"""See engine/node.py."""\n# and no_such.py\n'
+    assert unknown_in_comments("x.py", python, FILES) == ["x.py: no_such.py"]
+    assert unknown_in_comments("x.h", "// csrc/cpu/rows.h, no/rows.h\n", FILES) == ["x.h: no/rows.h"]
 
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/log.md"])
