@@ -1,1 +1,1 @@
-"""What effdense saves against the ways DenseNets are trained today: `python -m benchmarks.compare`."""
+"""Benchmarks: time and memory of effdense beside other ways to train DenseNets. Start with `python -m benchmarks.compare`."""

@@ -1,7 +1,7 @@
-"""What a built library says about its CUDA kernels: cuobjdump's resource usage, PTX and SASS, read into `Kernel`s.
+"""Reads a built library's CUDA kernels with cuobjdump: resource usage, PTX and machine code, as `Kernel`s.
 
-The one thing that no library says is how much dynamic shared memory a kernel is launched with. It is computed from the
-headers that the launches take it from, by a program that g++ compiles.
+No library says how much dynamic shared memory a kernel is launched with. A program that g++ compiles computes it from the headers
+that the launches take it from.
 """
 
 from __future__ import annotations

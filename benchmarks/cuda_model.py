@@ -1,4 +1,4 @@
-"""How long a launch takes on a card: a model to predict with, not a measurement. Nothing in it has been fitted to a GPU.
+"""A time model: predicts how long a kernel launch takes on a GPU. Nothing in it has been fitted to a measurement.
 
 A launch costs a fixed time, and then the longest of four things, in microseconds:
 

@@ -1,6 +1,6 @@
-"""What the launches of a training step are, how they fill a card, and how long cuda_model predicts that they take.
+"""Predicts the launches of a training step on a GPU: what they are, how they fill it, and how long cuda_model expects them to take.
 
-benchmarks.cuda_static writes it (--fill, --predict), for it has read the registers. Nothing here has been measured on a GPU.
+benchmarks.cuda_static calls it (--fill, --predict), because it has read the registers. Nothing here has been measured on a GPU.
 """
 
 from __future__ import annotations

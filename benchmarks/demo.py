@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: the same training on real images, for far less memory.
+"""`make demo`: the same training on real images, plain and converted, for far less memory.
 
     python -m benchmarks.demo
 

@@ -1,4 +1,4 @@
-"""Where a benchmark runs, the CPU or a GPU: how to time and count there, and what to say about the machine.
+"""The devices that benchmarks run on, CPU or GPU: how to time and to count memory there, and how to describe the machine.
 
 `find(name)` returns the device of a name; everything that differs between the two is here. The GPU's side has been
 tested against a stand-in for torch.cuda (tests/test_benchmark_devices.py), and not on a GPU yet.

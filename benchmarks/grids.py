@@ -1,4 +1,4 @@
-"""Which kernels the CUDA operators launch, with which grids: the launchers' own decisions, noted under the harness of tests/simt.
+"""Records the kernels and grids that the CUDA operators launch, on the CPU, under the harness of tests/simt.
 
 Nothing is computed and no memory is touched: a step with 64 images of 224x224 takes seconds. Needs g++ and the CUDA toolkit's headers.
 """

@@ -1,4 +1,4 @@
-"""Host time: models on images so small that hardly anything is computed, so that what is left is what runs around the kernels.
+"""Host time: a step of models on images so small that hardly anything is computed. It is the time around the kernels.
 
     python -m benchmarks.host --json out.json
 

@@ -1,4 +1,4 @@
-"""A smaller instruction set than the machine's, for every library that runs in a measured process.
+"""Prints the environment variables that make every library of a process use a smaller instruction set than the machine's.
 
     env $(python -m benchmarks.isa avx2) python script.py
 

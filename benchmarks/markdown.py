@@ -1,4 +1,4 @@
-"""The comparison as README's tables show it: a line for what was measured, and one for every implementation."""
+"""A comparison as a Markdown table: a line that says what was measured, and one for every implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured and how: the allocator's peak in counted bytes, the process's, times, the machine."""
+"""Measures steps: the allocator's peak in counted bytes, the process's peak, times; and describes the machine."""
 
 from __future__ import annotations
 

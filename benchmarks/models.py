@@ -1,4 +1,4 @@
-"""The measured models, by name: the DenseNet in plain PyTorch (torchvision's twin) and all built from it.
+"""The measured models, by name: the DenseNet in plain PyTorch (torchvision's, written again) and all built from it.
 
 `build(name, impl)` returns the model together with what it is; `parse_impl` reads the implementations' names.
 """

@@ -1,4 +1,4 @@
-"""Nets of other libraries than torchvision by name, LIBRARY:NET, and structures that repositories, books and suites of problems teach."""
+"""Nets by name, LIBRARY:NET: those of libraries beside torchvision, of repositories, of books and of benchmark suites."""
 
 from __future__ import annotations
 

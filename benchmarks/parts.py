@@ -1,4 +1,4 @@
-"""What of a net `effdense.convert` has made run fused: blocks, transitions, the stem and the head."""
+"""Counts the parts of a converted net that run fused: blocks, transitions, stem and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share: a package that is missing is one line on stderr."""
+"""Shared by the benchmarks' command lines: a missing package is one line on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes that a training step of plain PyTorch moves at least, where every module is a kernel of its own.
+"""The fewest bytes that a training step of plain PyTorch can move, where every module is a kernel of its own.
 
 Counted by hand for torchvision's DenseNet ("naive") and with `memory_efficient=True` ("checkpoint"): every operand is read once
 and every result written once, by every kernel, and batch normalisation makes two passes. Not counted, here and in

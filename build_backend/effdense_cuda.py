@@ -1,4 +1,4 @@
-"""Whether and for which cards the build compiles the CUDA kernels: finds the toolkit, reads TORCH_CUDA_ARCH_LIST."""
+"""Decides whether the build compiles the CUDA kernels, and for which GPUs: finds the toolkit, reads TORCH_CUDA_ARCH_LIST."""
 
 from __future__ import annotations
 

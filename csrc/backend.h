@@ -1,4 +1,5 @@
-// The operators of one backend as C++ functions, for callers that want no dispatcher in between (stage.h).
+// One device's operators as C++ functions, for the stage in C++ (stage.h), which calls them without the
+// dispatcher.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// Which torch this module was built for, for effdense/ops/extension.py to read from the file itself: under
-// another torch the module may not load, and then it cannot be asked.
+// The torch that this module was built for, as a string in the file. effdense/ops/extension.py reads it there
+// before it loads the module, which may fail under another torch.
 #include <c10/macros/Export.h>
 #include <torch/version.h>
 

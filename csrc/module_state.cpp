@@ -1,4 +1,4 @@
-// See module_state.h.
+// Whether modules have changed since a look at them; see module_state.h.
 #include "module_state.h"
 
 #include <torch/csrc/autograd/python_variable.h>

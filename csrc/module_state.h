@@ -1,5 +1,5 @@
-// Whether modules are as they were: their attributes, parameters, buffers, hooks and classes. To look at all
-// that in Python before every forward of a deep net costs as much as its small layers.
+// Asks whether modules have changed: their attributes, parameters, buffers, hooks and classes. The same look
+// in Python, before every forward of a deep net, costs as much as its small layers.
 #pragma once
 
 #include <pybind11/pybind11.h>

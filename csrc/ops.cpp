@@ -1,5 +1,5 @@
-// The library of operators (schemas.h) and the Python module: build info.
-// Kernels register themselves for their device in csrc/<device>/; csrc/checks.h says what they refuse.
+// Defines the library of operators (schemas.h) and the Python module. Kernels register themselves for their
+// device in csrc/<device>/.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>

@@ -1,4 +1,4 @@
-// Large pages behind large tensors: fresh memory costs a page fault per page, and a feature buffer is walked
+// Large pages for large tensors: fresh memory costs a page fault per page, and a feature buffer is walked
 // with a wide step.
 #pragma once
 

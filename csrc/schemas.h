@@ -1,5 +1,6 @@
-// The schema of every operator, in one place. A header, since the tests define them once more: as
-// effdense_simt, the CUDA operators on the CPU.
+// The schemas of the operators that are kernels. They are in a header because the tests define them once
+// more: as effdense_simt, the CUDA operators on the CPU. effdense/ops/schemas.py has the schemas of what runs
+// without this extension too.
 #pragma once
 
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// The two ways of a dense stage; see stage.h.
+// A dense stage forward and backward, over one device's operators; see stage.h.
 #include "stage.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -1,7 +1,7 @@
-// A whole dense stage, forward and backward, over one backend's operators: effdense/engine/passes.py in C++,
-// operator by operator, without the dispatcher and Python in between. That file says what is computed and
-// why; both give the same bits (tests/test_dense_block.py). What it leaves to Python: norms synchronised
-// over processes.
+// A whole dense stage, forward and backward, over one backend's operators. It is effdense/engine/passes.py in
+// C++, operator by operator, without the dispatcher and Python in between. That file says what is computed
+// and why; both give the same bits (tests/test_dense_block.py). Norms that are synchronised over processes
+// stay in Python.
 #pragma once
 
 #include <string_view>

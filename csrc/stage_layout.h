@@ -1,5 +1,5 @@
-// What a dense stage is made of, for stage.cpp: its layers' tensors by name, and where in flat tensors its
-// parts lie. effdense/engine/stage.py in C++.
+// The layout of a dense stage for stage.cpp: its layers' tensors by name, and the places of its parts in flat
+// tensors. It is effdense/engine/stage.py in C++.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-"""Packages that effdense does without until something asks for them, and the extra of `pip install 'effdense[EXTRA]'` that brings each."""
+"""Optional packages: imports them where they are needed, else names the extra of `pip install 'effdense[EXTRA]'` that brings them."""
 
 from __future__ import annotations
 

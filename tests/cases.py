@@ -1,4 +1,4 @@
-"""What the operator tests share: shapes, data, layouts, mistakes, and what "as exact as plain PyTorch" means."""
+"""Shared by the operator tests: shapes, data, layouts, wrong arguments, and the bound "as exact as plain PyTorch"."""
 
 from __future__ import annotations
 

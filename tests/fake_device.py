@@ -1,4 +1,4 @@
-"""Trains models on a device that has no kernels of ours, and on the CPU, and compares them.
+"""Trains models on a device without effdense's kernels, and on the CPU, and compares them.
 
 The device is PyTorch's privateuse1 (fake_device.cpp, the library that is the argument). It is a program, since a process
 cannot forget a device.

@@ -1,4 +1,4 @@
-"""Operators of another device for tests that make CPU tensors: arguments go there, results and what is written come back.
+"""Runs the operators of another device for tests that make CPU tensors: copies arguments there, and results back.
 
 Whole storages travel, so that every tensor lies there as it did here: in slices, with its neighbours around it.
 """

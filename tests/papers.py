@@ -1,4 +1,4 @@
-"""What is published of the nets: how many parameters they have exactly (the papers, torchvision)."""
+"""The published numbers of parameters of the nets (the papers, torchvision)."""
 
 PARAMETERS = {
     "densenet121": 7_978_856,

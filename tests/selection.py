@@ -1,4 +1,4 @@
-"""Which tests ask something of the instruction set: `pytest -m isa`, derived from what a test uses, so that none can be forgotten.
+"""Selects the tests that depend on the instruction set (`pytest -m isa`), from what a test uses, so that none can be forgotten.
 
 A test of operators does where it runs on effdense's CPU kernels. Any other test does, unless its file starts programs, tests a
 command, or asks what convert makes of a model: blocks and models run on these kernels too.

@@ -1,4 +1,4 @@
-"""Dense stages, naive and converted, and how they are compared: what the tests of blocks and models share."""
+"""Shared by the tests of blocks and models: dense stages, naive and converted, and how they are compared."""
 
 from __future__ import annotations
 

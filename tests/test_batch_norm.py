@@ -1,4 +1,4 @@
-"""fold, defer, bn_relu and its two backwards against the float64 twin and torch's own batch norm, and what they refuse."""
+"""fold, defer, bn_relu and its backward in three forms, against the float64 reference and torch's batch norm; wrong arguments."""
 
 from __future__ import annotations
 

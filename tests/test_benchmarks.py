@@ -1,4 +1,4 @@
-"""The benchmarks: model twins, counted bytes, the data's reader and one small comparison, end to end."""
+"""The benchmarks: plain models, counted bytes, the data's reader and one small comparison, end to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bottleneck and bottleneck_backward against the float64 twin and torch's convolution, and what they refuse."""
+"""bottleneck and bottleneck_backward against the float64 reference and torch's convolution; wrong arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module's forward depends on beside its submodules: compared where it is converted, noticed where it changes later."""
+"""What a module's forward reads beside its submodules is compared by convert, and noticed where it changes later."""
 
 from __future__ import annotations
 

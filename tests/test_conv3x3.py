@@ -1,4 +1,4 @@
-"""bn_relu_conv3x3 and its backward against the float64 twin and torch's convolution, and what they refuse."""
+"""bn_relu_conv3x3 and its backward against the float64 reference and torch's convolution; wrong arguments."""
 
 from __future__ import annotations
 

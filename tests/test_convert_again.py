@@ -1,4 +1,4 @@
-"""convert on what is half converted."""
+"""convert on models that are converted in part."""
 
 from __future__ import annotations
 

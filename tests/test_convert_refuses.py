@@ -1,4 +1,4 @@
-"""What convert refuses, with its reason, and that the model is as it was then."""
+"""convert refuses, says why, and leaves the model as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which cards get CUDA kernels, the check before their first use, and what a user is told: without a GPU, on its stand-ins."""
+"""The GPUs that get CUDA kernels, the check before their first use, and the messages: without a GPU, with stand-ins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which launches a step has, how full the card is, and that predictions add up."""
+"""The launches of a step, how they fill a GPU, and that the predicted times add up."""
 
 from __future__ import annotations
 

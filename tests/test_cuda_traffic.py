@@ -1,4 +1,4 @@
-"""What the CUDA operators move, counted: little more than they must, and far less than separate kernels."""
+"""The bytes that the CUDA operators move, counted: little more than they must, and far fewer than separate kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block engine on every backend: whole stages against naive twins, what is dropped, frozen and kept, and every option of a norm."""
+"""The engine on every backend: whole stages against naive blocks, with dropout, frozen parts, both memory modes, every option of a norm."""
 
 from __future__ import annotations
 

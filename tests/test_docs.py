@@ -1,4 +1,4 @@
-"""The pages tell the truth: their Python runs and prints what they show, their commands parse, their links lead somewhere.
+"""The pages: their Python runs and prints what they show, their commands parse, their links lead somewhere.
 
 A page's python blocks run in order in one namespace. A `text` block behind one is what it prints. What a block needs beyond torch
 stands behind its language (```python needs=monai); where that is missing, the page is reported as skipped, after everything else on it has run.
@@ -38,6 +38,7 @@ SMALLER = {
     },
     "docs/fit.md": {"torchvision.models.densenet121()": "torchvision.models.DenseNet(8, (2, 2), 8)"},
     "docs/lightning.md": {"(64, 3, 32, 32)": "(2, 3, 32, 32)", "(64,)": "(2,)"},
+    "docs/models.md": {"torchvision.models.densenet121()": "torchvision.models.DenseNet(8, (2, 2), 8)"},
     "docs/medical.md": {
         "num_classes=2)  # DenseNet-121's blocks": "num_classes=2, block_config=(1, 1))",
         'num_classes=2, memory="minimal")': 'num_classes=2, block_config=(2, 2), memory="minimal")',

@@ -1,4 +1,4 @@
-"""channel_statistics, append_features and take_gradient: the float64 twin, plain torch, and what they refuse."""
+"""channel_statistics, append_features and take_gradient against the float64 reference and plain torch; wrong arguments."""
 
 from __future__ import annotations
 

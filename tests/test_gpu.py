@@ -1,4 +1,4 @@
-"""What only a GPU can show: the card's own check, whole models in mixed precision, streams, captured graphs, memory.
+"""Tests that need a GPU: its check, whole models in mixed precision, streams, captured graphs, memory.
 
 `pytest -m gpu` runs these, and the operators' and the engine's tests on the card; without a GPU they are not collected.
 """

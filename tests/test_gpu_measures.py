@@ -1,4 +1,4 @@
-"""What the stages of `make gpu` measure, as far as it can be seen without a GPU: operators, steps, KernelBench's nets, counters."""
+"""`make gpu`: what its stages measure, as far as it can be tested without a GPU: operators, steps, KernelBench's nets, counters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stages of `make gpu` build and check, without a GPU: the offline build, the sample of tests, the launchers' program."""
+"""`make gpu`: what its stages build and check, without a GPU: the offline build, the sample of tests, the launchers' program."""
 
 from __future__ import annotations
 

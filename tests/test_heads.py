@@ -1,4 +1,4 @@
-"""convert on nets whose head is made of modules: norm, ReLU and global average run with the last block, whoever's forward it is."""
+"""convert on nets whose head is made of modules: norm, ReLU and global average run with the last block, in a user's own forward too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes in that is not a plain batch: subclasses of Tensor, an image without a batch; and what goes on in place behind a block."""
+"""Unusual inputs: subclasses of Tensor, an image without a batch dimension; and in-place operations after a block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of effdense may import which: one table, read against every import, the lazy ones inside functions too."""
+"""The parts of effdense import in one direction: one table, checked against every import, the lazy ones inside functions too."""
 
 from __future__ import annotations
 

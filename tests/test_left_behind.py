@@ -1,4 +1,4 @@
-"""What tools leave on modules and cannot change a result does not switch fusing off; what can, is named by report."""
+"""Traces that tools leave on modules: one that cannot change a result leaves a block fused; one that can is named by report."""
 
 from __future__ import annotations
 

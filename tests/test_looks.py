@@ -1,4 +1,4 @@
-"""What a look at modules has found is used again exactly while nothing has changed (nn/looks.py)."""
+"""nn/looks.py: what a look at modules has found is used again exactly as long as nothing has changed."""
 
 from __future__ import annotations
 

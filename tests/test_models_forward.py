@@ -1,4 +1,4 @@
-"""effdense.models run: the same results as the naive twins in every form and dimension, and as a tutorial's own code."""
+"""effdense.models: the same results as naive nets in every form and dimension, and as a tutorial's own code."""
 
 from __future__ import annotations
 

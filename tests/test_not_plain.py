@@ -1,4 +1,4 @@
-"""What looks like a dense block's part on a probe and is not: other norms, wrappers, random skipping."""
+"""Modules that look like a dense block's part on a probe and are not: other norms, wrappers, random skipping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BN-ReLU-pool, average and maximum, and its backward: the float64 twin, torch's own pools, and what they refuse."""
+"""BN-ReLU-pool, average and maximum, and its backward, against the float64 reference and torch's pools; wrong arguments."""
 
 from __future__ import annotations
 

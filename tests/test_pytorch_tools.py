@@ -1,4 +1,4 @@
-"""What PyTorch and its neighbours do with whole models: replicas, saved tensors, transforms, tracing, scripting, hooks for pictures."""
+"""PyTorch's tools on whole models: replicas, saved tensors, transforms, tracing, scripting, hooks for pictures."""
 
 from __future__ import annotations
 

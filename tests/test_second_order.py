@@ -575,7 +575,7 @@ def test_a_penalty_on_a_whole_net() -> None:
 # ---- lower precision
 
 
-@pytest.mark.compiled  # the twin's first gradients are less exact (docs/design.md)
+@pytest.mark.compiled  # the twin's first gradients are less exact (docs/mathematics.md, "Rounding")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tail", TAILS)
 def test_lower_precision(dtype: torch.dtype, tail: str) -> None:

@@ -1,5 +1,5 @@
-"""Blocks that hand something to the block that comes last: in every order and interleaved they give the same bits, and every way to
-get the order of memory or the counter wrong is found."""
+"""CUDA blocks that hand a result to the last block: they give the same bits in every order and interleaved, and every wrong memory
+order or counter is found."""
 
 from __future__ import annotations
 

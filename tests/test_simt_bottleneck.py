@@ -1,4 +1,4 @@
-"""What holds of the CUDA bottleneck alone: every arithmetic and tile, any order of threads, traffic, TF32.
+"""The CUDA bottleneck on the CPU: every arithmetic and tile, any order of threads, traffic, TF32.
 
 test_bottleneck.py runs the same operators in float64, float32 and bfloat16, with few out channels.
 """

@@ -1,4 +1,4 @@
-"""What holds of the CUDA kernels alone: half precision, any order of threads, the memory they move, long offsets."""
+"""The CUDA kernels on the CPU: half precision, any order of threads, the memory that they move, long offsets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The GEMM operators' tests again, and one of the engine, with the code for compute capability 7.5 (Turing).
 
-What 7.5 lacks is made of what it has: copies are synchronous, products in half precision come in two steps, those in
+What 7.5 lacks is replaced: copies are synchronous, products in half precision come in two steps, those in
 bfloat16 and TF32 are exact, blocks have 64 KB of shared memory. All other kernels are the same ones.
 """
 

@@ -1,4 +1,4 @@
-"""`effdense train`: what a run leaves behind, and that one that was cut off goes on to the bit."""
+"""`effdense train`: the files of a run, and that an interrupted run resumes to the bit."""
 
 from __future__ import annotations
 

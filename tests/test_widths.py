@@ -1,4 +1,4 @@
-"""report on what has the widths of a dense block and is not converted; and on what has not."""
+"""report on modules that have the widths of a dense block and are not converted, and on modules that have other widths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of `effdense train` share: a small Fashion-MNIST in the data set's form, and short runs on it."""
+"""Shared by the tests of `effdense train`: a small Fashion-MNIST in the data set's form, and short runs on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage (b): compiles the extension for the card alone, in place, with what is there.
+"""`make gpu`, stage build: compiles the extension for this GPU alone, in place, with the tools that are installed.
 
 setup.py is run from a folder that has no pyproject.toml: setuptools before 77 refuses that file's licence line. Objects stay under
 build/gpu, the module `_effdense` goes into the repository's root, where `python -m …` finds it.

@@ -1,4 +1,4 @@
-"""Stage (d): the tests that are marked `gpu`, operators and engine on the card; a random sample where the time does not suffice.
+"""`make gpu`, stage tests: runs the tests that are marked `gpu`, or a random sample of them where the time does not suffice.
 
 In several processes where pytest-xdist is there. The files are found by what their tests ask for; opcheck's tests, which need
 a package that may be missing, have no marker.

@@ -1,4 +1,4 @@
-"""Stage (i): the hardware counters of the two GEMM kernels: achieved bandwidth, occupancy, what warps wait for; by Nsight Compute.
+"""`make gpu`, stage counters: Nsight Compute on the two GEMM kernels: bandwidth, occupancy, and what warps wait for.
 
 The card's clocks are left as they are (--clock-control none).
 """

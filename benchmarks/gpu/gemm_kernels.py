@@ -1,4 +1,4 @@
-"""What `counters` has Nsight Compute look at: the two GEMM kernels at a shape of DenseNet-121, in bfloat16 and TF32."""
+"""Runs the two GEMM kernels at a shape of DenseNet-121, in bfloat16 and TF32: the program that counters.py profiles."""
 
 from __future__ import annotations
 

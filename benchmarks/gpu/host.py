@@ -1,4 +1,4 @@
-"""Stage (j): how long the host takes to launch a training step, and how long the card computes: which of the two a step waits for.
+"""`make gpu`, stage host: the time that the host takes to launch a training step, and the time that the GPU computes.
 
 `host_ms`: until the step's calls return, with images so small that the card never has the host wait. `device_ms`: the sum of all
 kernels of a step, by torch.profiler. `step_ms`: a step from an idle card to an idle card.

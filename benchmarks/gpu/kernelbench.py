@@ -1,4 +1,4 @@
-"""Stage (h): the forward of KernelBench's level 3 problems 13 to 16 (a public suite), with plain PyTorch and with effdense.
+"""`make gpu`, stage kernelbench: the forward of KernelBench's level 3 problems 13 to 16, with plain PyTorch and with effdense.
 
 As there: norms with the batch's statistics, no gradients, float32 with PyTorch's defaults (convolutions may round to TF32). The nets
 are written from the suite's description: plain layers BN-ReLU-conv3x3-dropout(0), a concatenation after each, transitions

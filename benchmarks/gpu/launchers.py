@@ -1,4 +1,4 @@
-"""Stage (e): every launcher of the kernels in a program without torch (tests/simt/launchers.cpp), by itself and under compute-sanitizer.
+"""`make gpu`, stage launchers: every kernel in a program without torch (tests/simt/launchers.cpp), alone and under compute-sanitizer.
 
 The kernels' objects are those that the build has made. The tools run side by side: what takes long is on the CPU.
 """

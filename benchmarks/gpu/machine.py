@@ -1,4 +1,4 @@
-"""Stage (a): the card, its driver, the toolkit, the Python packages and programs that other stages may use, the computer."""
+"""`make gpu`, stage machine: the GPU, its driver, the toolkit, the computer, and the packages and programs that other stages use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage (f): the card's ceilings (copy, matrix product) and every operator's time against its floor, in TF32, float32 and bfloat16.
+"""`make gpu`, stage operators: the GPU's ceilings (copy, matrix product), and every operator's time against its floor.
 
 As benchmarks.kernels measures; 121's shapes with 64 images, since with 8 a launch takes longer than the work.
 """

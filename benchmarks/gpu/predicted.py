@@ -1,4 +1,4 @@
-"""What benchmarks/cuda_model.py predicted for a card, beside what `operators` and `steps` measured there.
+"""Predicted times (benchmarks/cuda_model.py) beside the times that the stages operators and steps measured.
 
 The predictions are a file, written where the kernels are read (benchmarks.cuda_static --predict): on the card's machine there is no
 time to compile what they need.

@@ -1,4 +1,4 @@
-"""A command with a time limit, of which nothing is left afterwards: processes of its descendants' sessions neither."""
+"""Runs a command with a time limit, and ends all processes that it started, those in sessions of their own too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage hands to the runner: a JSON file, written anew after every piece, so that a stage that is ended leaves what it had.
+"""The result of a stage: a JSON file, written anew after every piece, so that a stage that is ended keeps what it had.
 
 Nothing here needs torch: the runner works where torch does not.
 """

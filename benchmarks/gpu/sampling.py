@@ -1,4 +1,4 @@
-"""A pytest plugin: tests in a random order until a time limit, and what became of each, written as they end.
+"""A pytest plugin: runs tests in a random order until a time limit, and writes the outcome of each as it ends.
 
 `-p benchmarks.gpu.sampling`, with EFFDENSE_TEST_SAMPLE = {"until": seconds of time.time(), "file": path}. The tests that the limit
 leaves out are reported as not run. With pytest-xdist too: each process knows the limit.

@@ -1,4 +1,4 @@
-"""Stage (g): time and peak memory of a training step, of every implementation, as benchmarks.compare measures them.
+"""`make gpu`, stages steps and compile: time and peak memory of a training step of every implementation, as benchmarks.compare does.
 
 Each implementation has a process of its own (benchmarks/worker.py), which takes seconds to start: they start at the same time, and
 then take turns, one step each. With --compile: torch.compile beside the eager net and effdense. All nets are compiled at the

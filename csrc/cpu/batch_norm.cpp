@@ -1,6 +1,6 @@
-// bn_relu: z = relu(scale * x + shift) of one feature map, and its backwards: bn_relu_with_sums takes the
-// sums only, bn_relu_backward finishes the gradient through batch normalisation at once, bn_relu_accumulate
-// adds the part that needs no sums of the batch to a block's gradient buffer.
+// bn_relu, z = relu(scale * x + shift) of one feature map, and its backward in three forms. bn_relu_with_sums
+// makes z again and takes the sums, bn_relu_backward finishes the gradient through batch normalisation at
+// once, and bn_relu_accumulate adds the part that needs no sums of the batch to a block's gradient buffer.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

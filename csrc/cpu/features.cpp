@@ -1,4 +1,4 @@
-// What is done to features as such: their statistics, once when they are produced (channel_statistics,
+// Operators on features: their statistics, taken once when they are produced (channel_statistics,
 // append_features), and take_gradient, the part of batch normalisation's backward that needs the sums of the
 // whole batch.
 #include <ATen/ops/empty.h>

@@ -1,6 +1,6 @@
-// conv3x3.cpp's convolution where there are few pixels, as products with the weight where it lies: what each
-// pixel reads side by side, in the weight's order. Laid out for bands of many pixels, the weight would cost
-// more than all products with it.
+// The 3x3 convolution of conv3x3.cpp for maps of few pixels, as products that read the weight where it lies.
+// Each pixel's neighbours are laid side by side, in the weight's order. To lay the weight out for bands of
+// many pixels would cost more than all products with it.
 #pragma once
 
 #include "cpu/gemm.h"

@@ -1,6 +1,6 @@
-// The machine's GEMM on small dense matrices, from inside a parallel region, and who multiplies. float: our
-// own products on AVX2 (products.h), elsewhere oneDNN's micro-kernel, which ATen exports (and which falls
-// back to the BLAS where oneDNN has none); double: ATen's mm on the BLAS.
+// GEMM on small dense matrices from inside a parallel region, and the choice of who multiplies. float:
+// effdense's own products on AVX2 (products.h), elsewhere oneDNN's micro-kernel, which ATen exports (and
+// which falls back to the BLAS where oneDNN has none). double: ATen's mm on the BLAS.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>

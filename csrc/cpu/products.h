@@ -1,5 +1,5 @@
-// Products of small float matrices with what surrounds them, for the instruction sets where that beats the
-// library's GEMM: AVX2. products.inc holds their source; gemm.h decides who multiplies.
+// Products of small float matrices together with the loops around them, for the instruction sets where that
+// beats the library's GEMM: AVX2. Their source is products.inc; gemm.h decides who multiplies.
 #pragma once
 
 #include "cpu/rows.h"

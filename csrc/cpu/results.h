@@ -1,5 +1,5 @@
-// Operators that return their results, as functions that put them where a stage wants them: a copy of a few
-// numbers costs nothing here.
+// Adapts operators that return their results to a stage, which wants them written to given places. A copy of
+// a few numbers costs nothing here.
 #pragma once
 
 #include <ATen/ops/zeros_like.h>

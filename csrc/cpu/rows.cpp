@@ -1,4 +1,4 @@
-// Picks the row loops, and who multiplies, for the machine that this runs on.
+// Picks the row loops, and who multiplies, for the instruction set of this machine.
 #include "cpu/rows.h"
 
 #include <ATen/Version.h>
@@ -52,7 +52,7 @@ const Rows<bfloat16>& rows<bfloat16>() {
 }
 
 // oneDNN's micro-kernel has the masks and registers of AVX-512 to itself; on AVX2 ours are faster
-// (docs/performance.md).
+// (docs/log.md).
 const Products* products() {
 #if defined(__x86_64__)
   if (isa() == Isa::avx2) return &avx2::products;

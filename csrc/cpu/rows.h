@@ -1,7 +1,6 @@
-// Loops over a matrix of pixels (rows) by channels (columns), channels side by side in memory: everything
-// element-wise in the CPU operators. rows.inc holds their only source. It is compiled once per instruction
-// set (rows_default.cpp, rows_avx2.cpp, rows_avx512.cpp) and `rows<T>()` picks at run time, by ATen's
-// capability (ATEN_CPU_CAPABILITY narrows it).
+// The CPU's element-wise loops over a matrix of pixels (rows) by channels (columns), channels side by side in
+// memory. Their source is rows.inc. It is compiled once per instruction set (rows_default.cpp, rows_avx2.cpp,
+// rows_avx512.cpp), and `rows<T>()` picks at run time, by ATen's capability (ATEN_CPU_CAPABILITY narrows it).
 #pragma once
 
 #include <cstdint>

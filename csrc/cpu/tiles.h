@@ -1,6 +1,6 @@
-// What the CPU operators share: feature maps that are read where they lie, and tiles of pixels small enough
-// to stay in cache. Features that a user passes may also lie channel by channel; they are transposed tile by
-// tile.
+// Shared by the CPU operators: feature maps that are read where they lie, tiles of pixels small enough to
+// stay in cache, and statistics that are merged tile by tile. Features that a user passes may also lie
+// channel by channel; they are transposed tile by tile.
 #pragma once
 
 #include <ATen/Dispatch.h>

@@ -1,4 +1,5 @@
-// Batch normalisation on CUDA: fold and defer, bn_relu and its two backwards.
+// Batch normalisation on CUDA: fold and defer for one number per channel, bn_relu, and its backward in three
+// forms (bn_relu_with_sums, bn_relu_backward, bn_relu_accumulate).
 #include "cuda/bindings.h"
 
 namespace effdense {

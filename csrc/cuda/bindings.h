@@ -1,4 +1,4 @@
-// What the CUDA operators share: where they run, the element types, maps as the launchers take them. The same
+// Shared by the CUDA operators: device and stream, element types, maps as the launchers take them. The same
 // sources also make torch.ops.effdense_simt (EFFDENSE_SIMT is its name, tests/simt): CPU tensors, and a
 // harness that runs the kernels. This file alone tells the two apart.
 #pragma once

@@ -1,4 +1,4 @@
-// What is done to features as such, on CUDA: channel_statistics, append_features, take_gradient.
+// Operators on features, on CUDA: channel_statistics, append_features, take_gradient.
 #include "cuda/bindings.h"
 
 namespace effdense {

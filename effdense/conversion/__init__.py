@@ -1,4 +1,4 @@
-"""convert: the dense parts of an existing model run fused, in place; report: what was done; revert: as it was.
+"""convert makes the dense parts of an existing model run fused, in place; report says what was done; revert undoes it.
 
 A module is recognised by its structure, then its own forward is compared with ours on a copy with random weights, in
 training and in evaluation, outputs and gradients (examine.py, probe.py). Only then does it change its class: the object,

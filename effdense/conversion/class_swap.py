@@ -1,4 +1,4 @@
-"""A module's class changed to one that runs fused, and given back.
+"""Changes a module's class to one that runs fused, and gives the class back.
 
 The new class is a subclass of the module's own, of its name, with a fused forward in front: all that the own class defines or
 overrides stays, `isinstance` too. Where something stands in the way, or the call is another one, the own forward runs.

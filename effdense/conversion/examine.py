@@ -1,4 +1,4 @@
-"""Which parts of a model are dense layers, blocks, transitions …, and why one cannot become one of effdense's.
+"""Finds the dense layers, blocks and transitions of a model, and says why one cannot be converted.
 
 By structure first, then by a comparison on a copy (probe.py). Nothing here changes the model.
 """

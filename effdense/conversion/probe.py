@@ -1,4 +1,4 @@
-"""Whether a module's own forward does what effdense's does: both run on copies with random weights, on a small random input."""
+"""Compares a module's own forward with the fused one: both run on copies with random weights, on a small random input."""
 
 from __future__ import annotations
 

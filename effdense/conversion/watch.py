@@ -1,4 +1,4 @@
-"""What a forward does while it runs on a probe: which of PyTorch's functions its own code calls, and what stays behind.
+"""Watches a forward while it runs on a probe: which of PyTorch's functions its own code calls, and what it leaves behind.
 
 A comparison of numbers speaks for the inputs that it was made with. It speaks for all inputs where the code never asks for its
 input's shape, type or values, and calls nothing whose meaning depends on them.

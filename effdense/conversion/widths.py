@@ -1,4 +1,4 @@
-"""What has the widths of a dense block and is none that can run fused: so that a report does not pass over it in silence."""
+"""Finds modules that have a dense block's widths and cannot run fused, so that a report names them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A dense stage forward and backward, and what runs by itself: a layer, a pool, a stem. Tensors and settings, no modules."""
+"""The engine: a dense stage forward and backward, and what runs alone (a layer, a pool, a stem). It knows tensors, not modules."""

@@ -1,4 +1,4 @@
-"""What the autograd nodes share: autocast's rule, gradients of gradients, gradients in the parameters' form."""
+"""Shared by the autograd nodes: autocast's rule, gradients of gradients, gradients in the parameters' form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Batch normalisation as the operators want it: folded into one scale and shift per channel.
+"""Batch normalisation for the operators: folded into one scale and shift per channel; and running statistics.
 
 Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167), algorithm 1. Why its backward is collected in two numbers
-per channel: docs/design.md, "The mathematics".
+per channel: docs/mathematics.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which inputs a fused forward takes, and how it takes subclasses of Tensor.
+"""Decides which inputs run fused, and how subclasses of Tensor do.
 
 A subclass whose `__torch_function__` only carries something along (MONAI's MetaTensor, torchvision's tv_tensors, one that
 has PyTorch's own) goes through it, with the fused forward as the function; any other runs through PyTorch's own operators.

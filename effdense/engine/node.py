@@ -1,7 +1,7 @@
 """A whole dense stage (passes.py) as one node of autograd.
 
-`dense_stage` and `dense_stage_backward` are the engine's two ways as opaque operators, so that torch.compile sees one node
-each way; `run` is what modules call.
+`dense_stage` and `dense_stage_backward` are the engine's forward and backward as opaque operators, so that torch.compile sees
+one node each way. Modules call `run`.
 """
 
 from __future__ import annotations

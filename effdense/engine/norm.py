@@ -1,4 +1,4 @@
-"""What one batch normalisation is given: its parameters, its running statistics and its settings."""
+"""One batch normalisation's parameters, running statistics and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block engine: a whole dense stage, forward and backward, as operators strung together.
+"""The engine in Python: forward and backward of a whole dense stage, operator by operator. csrc/stage.cpp does the same in C++.
 
 A stage is a dense block and, where the caller knows it, the BN-ReLU-average-pool behind it (a transition's, or a head's).
 It owns one feature buffer in channels-last layout. Each layer reads what is there, a prefix, and appends its channels (or
@@ -9,7 +9,7 @@ every norm that reads it:
 
 The backward walks the layers in reverse over one gradient buffer of the same size. What batch normalisation's backward
 subtracts is affine in x, so each reader adds two numbers per channel to (a, b) and the correction is made once, when the
-channel's own gradient is taken (docs/design.md, "The mathematics"). node.py makes this a node of autograd.
+channel's own gradient is taken (docs/mathematics.md). node.py makes this a node of autograd.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """BN-ReLU-pool as one node of autograd: transitions and heads that stand alone (average), and stems (maximum).
 
-Neither the normalised image nor relu's is stored. The maximum keeps which pixel of its window it was, in one byte.
+Neither the normalised map nor relu's is stored. The maximum keeps the place of its pixel in the window, in one byte.
 """
 
 from __future__ import annotations

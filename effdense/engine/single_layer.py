@@ -1,4 +1,4 @@
-"""A dense layer by itself, for blocks that cannot run as a whole: over a list of features, read where they lie.
+"""A dense layer alone, for blocks that cannot run as a whole. It reads a list of features where they lie.
 
 One node of autograd is a bottleneck alone (`BottleneckNode`) or a whole layer (`DenseLayerNode`):
 

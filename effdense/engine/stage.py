@@ -1,6 +1,7 @@
-"""What a dense stage is made of: its settings, its layers' tensors, and where in flat tensors its parts lie.
+"""The layout of a dense stage: its settings, its layers' tensors, and the places of its parts in flat tensors.
 
-Both ways of the engine (node.py) and the planner (tools/planner.py) read the geometry from here.
+The engine in Python (passes.py), the fake operators (node.py) and layers that run alone (single_layer.py) read it from here.
+csrc/stage_layout.h is the same in C++.
 """
 
 from __future__ import annotations

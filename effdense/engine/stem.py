@@ -1,4 +1,4 @@
-"""A stem that keeps little: convolution, BN, ReLU and max pool as one node of autograd, for memory="minimal".
+"""A stem that keeps its image only: convolution, BN, ReLU and max pool as one node of autograd, for memory="minimal".
 
 The convolution's map is the largest of a net. The node keeps the image, and computes the map again in its backward, by the
 same convolution, so that all values are what they are with memory="balanced" (where the convolution is PyTorch's own node

@@ -1,4 +1,4 @@
-"""The DenseNets that people have, by constructor or by name, built from effdense.nn: they run fused without `convert`."""
+"""DenseNets by constructor or by name, built from effdense.nn: they run fused without `convert`."""
 
 from effdense.models.checkpoints import load_checkpoint
 from effdense.models.densenet import (

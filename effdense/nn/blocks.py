@@ -1,4 +1,4 @@
-"""DenseBlock and Transition: what a DenseNet repeats."""
+"""DenseBlock and Transition, the two modules that a DenseNet repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dense layer as its modules in order, and the dropout behind a convolution."""
+"""`Chain`, a dense layer as its modules in order, and `Drop`, the dropout after a convolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code behind a module's forward: whose it is, what it reads, and whether running it on a probe could be seen.
+"""Reads the code behind a module's forward: where it comes from, what it reads, and whether running it leaves a trace.
 
 `convert` compares a forward with the fused one by running it on a copy. A user's own code may do more than compute: append to a
 global list, count calls in a class attribute, draw from `random`. So it is read before it is run. What it may use: its module,

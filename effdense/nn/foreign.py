@@ -1,4 +1,4 @@
-"""Blocks and transitions of other libraries, and users' own: they run fused and stay what they are otherwise.
+"""Runs blocks and transitions of other libraries, and users' own, fused; otherwise they stay what they are.
 
 They are read anew before every forward; where something stands in the way, it is their own forward that runs (conversion/class_swap.py).
 """

@@ -1,4 +1,4 @@
-"""DenseLayer and PlainDenseLayer: what a dense block is made of."""
+"""DenseLayer and PlainDenseLayer, the layers of a dense block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a look at a module has found, kept until the module, or one inside of it, is no longer as it was.
+"""Keeps what a look at a module has found, until the module or one inside of it changes.
 
 Whether a block runs fused is asked before every forward: a hook, another class, a replaced submodule change the answer.
 In a deep net that takes longer than small layers' computation. Whether anything has changed is asked in C++

@@ -1,4 +1,4 @@
-"""Modules and their classes, looked at without a call of any method that a class may override."""
+"""Reads modules and their classes without calling any method that a class may override."""
 
 from __future__ import annotations
 

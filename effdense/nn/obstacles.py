@@ -1,4 +1,4 @@
-"""Why a module cannot run fused at the moment: what stands between its submodules and one call for all of them.
+"""Says why a module cannot run fused at the moment: what stands between its submodules and one call for all of them.
 
 Every function returns the reason in words, or None.
 """

@@ -1,4 +1,4 @@
-"""Things that a forward reaches outside of its modules' attributes: functions, globals, class attributes, and PyTorch's own code.
+"""Notes and compares what a forward reaches outside of its modules' attributes: functions, globals, class attributes.
 
 convert notes them when it compares a forward, and looks at them again before the forward runs fused. So a look is short: it
 compares by identity, and by value only where something is another object.

@@ -1,4 +1,4 @@
-"""The same nets without effdense: every submodule called by itself, kept for the backward or checkpointed."""
+"""The same nets unfused: every submodule is called by itself, and its output is kept for the backward or checkpointed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a dense block's layers, and what belongs to them behind the block, as one stage of the engine.
+"""Runs a dense block's layers, and the pool and convolution after the block, as one stage of the engine.
 
 The modules' tensors and settings are gathered and checked once and then kept, for as long as the modules stay as they
 were and inputs of the same kind come (looks.py).

@@ -1,4 +1,4 @@
-"""Dense blocks and transitions by their structure alone: whose they are and what their submodules are called is no matter.
+"""Recognises dense blocks and transitions by structure, whatever their class or submodule names.
 
 A layer's submodules, nested ones included, are its chain: norms, ReLUs, convolutions and dropouts in the order of
 registration. What the forward around them does is not looked at here: convert compares it on a probe. A block is read

@@ -1,7 +1,7 @@
 """Chooses the implementation of the operators for a tensor: compiled, or plain PyTorch.
 
-Both have the same functions (csrc/schemas.h holds them), so that everything above takes the namespace as a
-value and does not care.
+Both have the same functions (csrc/schemas.h has their schemas). So the engine takes the namespace of operators as a value, and
+does not ask which one it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels may run on a card: built for it, and right on it.
+"""Decides whether the CUDA kernels may run on a GPU: they must be built for it, and compute the right results on it.
 
 They were written without a GPU and proved on a CPU (docs/cuda.md). So before the first use of a card, each process checks
 them there against plain PyTorch; a card that fails gets plain PyTorch, and its user a loud message.

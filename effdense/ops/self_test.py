@@ -1,4 +1,4 @@
-"""Runs every operator that is present for a device against the float64 twin: `python -m effdense check`.
+"""`effdense check`: runs every operator that a device has and compares it with the float64 reference.
 
 The shapes are small and odd; the whole takes seconds. It is what to run, and to paste into an issue, on a machine that
 nobody has tried yet.

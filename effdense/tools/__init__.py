@@ -1,1 +1,1 @@
-"""What looks at whole models: what a step would take, a table of the stages, which features are reused, and pictures."""
+"""Tools for whole models: the memory plan, the table of stages, feature reuse, and pictures."""

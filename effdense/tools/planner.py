@@ -1,4 +1,4 @@
-"""The planner: what one training step would take at its peak, and what for, without running it.
+"""The planner: the peak memory of one training step, and what takes it, without running the step.
 
 The step is walked through on meta tensors, which have shapes and no memory, while storages are followed from birth to
 death; so is the inside of the block engine (engine/passes.py), so that a plan comes from what the engine does and not from

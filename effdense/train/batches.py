@@ -1,4 +1,4 @@
-"""Which images make a batch, how they are augmented, and how they become the model's input.
+"""Batches: which images they hold, how these are augmented, and how they become the model's input.
 
 Order and augmentation of an epoch come from (seed, epoch) alone, drawn for all images at once. So a run that goes on in
 the middle of an epoch sees what it would have seen, and so do several processes together.

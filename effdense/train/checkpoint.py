@@ -1,4 +1,4 @@
-"""A run's checkpoints: read only if they are whole, and continued only with the settings they were begun with."""
+"""A run's checkpoints: read only if they are whole, and resumed only with the settings that they were begun with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data sets: where images come from. In memory they are uint8 [N, C, H, W]; a folder's are read when they are wanted."""
+"""The data sets. In memory images are uint8 [N, C, H, W]; a folder's images are read when they are needed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Images(Protocol):
     labels: Tensor
 
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
-        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see crop_boxes) holds.
+        """uint8 [n, C, H, W]: the images of these numbers, of each what its box (see `pixels`) holds.
 
         Where one has 16 bits they are float32, of 0 to 255 all the same.
         """

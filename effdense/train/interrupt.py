@@ -1,4 +1,4 @@
-"""An end that the user asks for, at a moment that suits."""
+"""Ctrl-C and SIGTERM: they end a run after the current step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training: one object with all of a run's state, which it saves as a whole and goes on from to the bit."""
+"""The training loop: one object with all of a run's state, which is saved as a whole and resumed to the bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics.csv, and TensorBoard's events."""
+"""Records a run while it trains: metrics.csv and TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of a run, built by its name for the data and run as --impl says, and its optimizer."""
+"""The model of a run: built by name for the data, and run fused, unfused or checkpointed, as --impl says."""
 
 from __future__ import annotations
 

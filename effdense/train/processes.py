@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them: which one this is, and what they tell each other."""
+"""The processes of a run, as torchrun starts them: the rank of this one, and what they exchange."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""results.json: what a run was, where it ran, and what every epoch came to."""
+"""Writes results.json: a run's settings, its machine, and the figures of every epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: the recipe, as papers and tutorials give it, and everything else that the command line says."""
+"""A run's settings: the recipes of papers and tutorials, and every other option of the command line."""
 
 from __future__ import annotations
 

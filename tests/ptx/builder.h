@@ -1,4 +1,5 @@
-// What parse.cpp and decode.cpp share: a statement of PTX, its operands, and the program that grows.
+// Shared by parse.cpp and the instructions' files: a statement of PTX, its operands, and the program that
+// grows.
 #pragma once
 
 #include <array>

@@ -1,5 +1,6 @@
-// What a warp does together: barriers, shuffles, votes, matrix fragments. Fragments are laid out as the PTX
-// ISA manual has them ("Warp Level Matrix Instructions"), written down from there and not from the kernels.
+// Instructions of a whole warp: barriers, shuffles, votes, matrix fragments. Fragments are laid out as the
+// PTX ISA manual has them ("Warp Level Matrix Instructions"), written down from there and not from the
+// kernels.
 #include <algorithm>
 
 #include "ptx/builder.h"

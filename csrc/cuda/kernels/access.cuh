@@ -1,5 +1,5 @@
-// How the memory-bound kernels reach their matrices: a thread has kVector channels side by side, as many as
-// one access of at most 16 bytes can move, and the last thread of a row whatever is left.
+// Memory accesses of the memory-bound kernels: a thread has kVector channels side by side, as many as one
+// access of at most 16 bytes can move. The last thread of a row has the rest.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
-// Turing, compute capability 7.5, or Ampere, 8.0 and later. 7.5 has no cp.async, no mma m16n8k16, none of
-// bfloat16 and TF32, and 64 KB of shared memory: kernels find the same names here, made of what it has.
-// Everything whose code depends on the architecture includes this file.
+// Turing (compute capability 7.5) or Ampere and later (8.0). 7.5 has no cp.async, no mma m16n8k16, none of
+// bfloat16 and TF32, and 64 KB of shared memory. Kernels find the same names here, made of what 7.5 has.
+// Every file whose code depends on the architecture includes this one.
 #pragma once
 
 #include "kernels/access.cuh"

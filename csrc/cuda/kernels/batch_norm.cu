@@ -1,6 +1,7 @@
-// Batch normalisation: what is done with one number per channel (fold, defer), z = relu(scale * x + shift) of
-// a map, and its backwards: bn_relu_with_sums takes sums only, bn_relu_backward finishes the gradient at
-// once, bn_relu_accumulate adds the part that needs no sums of the batch to a block's gradient buffer.
+// Batch normalisation: fold and defer for one number per channel, z = relu(scale * x + shift) of a map, and
+// its backward in three forms. bn_relu_with_sums makes z again and takes the sums, bn_relu_backward finishes
+// the gradient at once, and bn_relu_accumulate adds the part that needs no sums of the batch to a block's
+// gradient buffer.
 #include "kernels/rows.cuh"
 
 namespace effdense::kernels {

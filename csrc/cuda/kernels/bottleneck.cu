@@ -1,4 +1,4 @@
-// Launches of the bottleneck's forward: which tile, and in which arithmetic.
+// Launches of the bottleneck's forward: the choice of the tile and of the arithmetic.
 #include "kernels/bottleneck.cuh"
 #include "kernels/fill.cuh"
 

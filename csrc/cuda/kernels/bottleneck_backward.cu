@@ -1,5 +1,5 @@
-// Launches of the bottleneck's backward: which tile, how the pixels are cut, and the sum of the parts. A file
-// of its own, so that it is compiled beside the forward's.
+// Launches of the bottleneck's backward: the choice of the tile, the cut of the pixels, and the sum of the
+// parts. The file is separate so that it compiles beside the forward's.
 #include "kernels/bottleneck_backward.cuh"
 #include "kernels/fill.cuh"
 

@@ -1,6 +1,6 @@
-// The bottleneck's two GEMM kernels over raw pointers and sizes, for whoever binds them. Conventions as in
-// launchers.h. Size: the pixels and channels of x; weight is [out_channels, channels]. `tf32`
-// permits rounding float operands to TF32, and means nothing to other types.
+// The bottleneck's two GEMM kernels as functions over raw pointers and sizes, for the bindings. Conventions
+// as in launchers.h. Size: the pixels and channels of x; weight is [out_channels, channels]. `tf32` permits
+// rounding float operands to TF32, and means nothing to other types.
 #pragma once
 
 #include "kernels/launchers.h"

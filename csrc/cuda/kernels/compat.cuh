@@ -1,6 +1,6 @@
-// The one file that knows which compiler it is, and for which architecture it compiles. Under nvcc: launches,
-// shared memory and inline PTX. Under g++ the same names run on the CPU, in tests/simt. Kernels touch global
-// memory only through load, store and cp_async, which count there what they move.
+// The differences between nvcc and g++, and the architecture that is compiled for; no other file asks. Under
+// nvcc: launches, shared memory and inline PTX. Under g++ the same names run on the CPU, in tests/simt.
+// Kernels touch global memory only through load, store and cp_async, which count there what they move.
 //
 // What 8.0 and later have and 7.5 lacks is in namespace `ampere`; kernels get it from architecture.cuh.
 #pragma once

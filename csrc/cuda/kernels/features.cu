@@ -1,5 +1,5 @@
-// What is done to features as such: their statistics, once when they are produced, and take_gradient, the
-// part of batch normalisation's backward that needs the sums of the whole batch.
+// Operators on features: their statistics, taken once when they are produced, and take_gradient, the part of
+// batch normalisation's backward that needs the sums of the whole batch.
 #include "kernels/rows.cuh"
 
 namespace effdense::kernels {

@@ -1,5 +1,5 @@
-// How many blocks a GEMM's launch must have for the card to be busy. The answer depends on nothing but the
-// card, so that on one card equal calls give equal bits.
+// The number of blocks that a GEMM's launch must have to keep the GPU busy. The answer depends on nothing but
+// the GPU, so that equal calls on one GPU give equal bits.
 #pragma once
 
 #include "kernels/architecture.cuh"

@@ -1,4 +1,4 @@
-// What one warp multiplies, out of tiles in shared memory, in the arithmetic of each type:
+// The products of one warp, of tiles in shared memory, in the arithmetic of each type:
 //
 //   TensorCore<T>   __half, __nv_bfloat16: mma m16n8k16, float sums
 //   Tf32            float: mma m16n8k8, operands rounded to TF32

@@ -1,5 +1,5 @@
-// How the GEMM kernels bring tiles of a matrix from global memory to shared memory and back: in pieces of 16
-// bytes where base and step of the matrix permit, else of 8, 4 or one element. What lies beyond the matrix
+// Copies tiles of a matrix from global memory to shared memory and back, for the GEMM kernels: in pieces of
+// 16 bytes where base and step of the matrix permit, else of 8, 4 or one element. What lies beyond the matrix
 // becomes zero on the way in and is not touched on the way out, whatever the piece: an edge costs no more
 // than its own last pieces.
 #pragma once

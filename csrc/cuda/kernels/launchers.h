@@ -1,5 +1,5 @@
-// What the CUDA kernels can do, over raw pointers and sizes, for whoever binds them. No ATen here, no CUDA
-// header either. T is float, double, __half or __nv_bfloat16. Nothing to do launches nothing; a launch that
+// The CUDA kernels as functions over raw pointers and sizes, for the bindings. There is no ATen here, and no
+// CUDA header. T is float, double, __half or __nv_bfloat16. An empty call launches nothing; a launch that
 // fails throws.
 #pragma once
 

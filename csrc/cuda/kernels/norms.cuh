@@ -1,6 +1,6 @@
-// What is made of a channel's statistics and of its two sums, by whichever kernel finishes them: the folded
-// norm, the gradients of its parameters, its part of the deferred correction. Products that are added to
-// something are fused by name, so that the bits are the same in every kernel.
+// What a channel's statistics and its two sums become, in whichever kernel finishes them: the folded norm,
+// the gradients of its parameters, its part of the deferred correction. Products that are added to something
+// are fused by name, so that the bits are the same in every kernel.
 #pragma once
 
 #include "kernels/access.cuh"

@@ -1,5 +1,5 @@
-// One pass over the rows of one to three matrices, for everything that is done element by element, with two
-// sums a channel on the way where they are wanted. What is done to an element is a functor's matter:
+// One pass over the rows of one to three matrices, for all element-wise operators, with two sums per channel
+// where they are needed. A functor says what is done to an element:
 //
 //   struct Body {
 //     static constexpr int kIn, kOut, kVectors;            // matrices read and written, vectors read

@@ -1,5 +1,5 @@
-// Two sums over the rows of every channel, in two stages of fixed order: a thread adds its rows up and makes
-// good what rounding loses, a block adds its threads up by halves; then the blocks are added up in double, by
+// Two sums over the rows of every channel, in two stages of fixed order: a thread adds its rows up with
+// compensated sums, a block adds its threads up by halves; then the blocks are added up in double, by
 // the block that comes last where they are few, else by a kernel of its own. The order depends on shape and
 // alignment alone.
 #pragma once
