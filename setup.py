@@ -18,6 +18,11 @@ from effdense_cuda import architectures, cuda_toolkit
 WHEEL_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
 
 
+def local_version(major: int, minor: int, cuda: str | None) -> str:
+    """A local version label that says what a released wheel was built for: +pt213cpu, +pt214cu130."""
+    return f"+pt{major}{minor}{f'cu{cuda}'.replace('.', '') if cuda else 'cpu'}"
+
+
 def compiled() -> dict[str, Any]:
     """`setup()`'s arguments for a wheel with the compiled module in it."""
     try:
@@ -59,14 +64,18 @@ def compiled() -> dict[str, Any]:
             ("EFFDENSE_CUDA", f'"{torch.version.cuda}"'),
             ("EFFDENSE_CUDA_ARCHITECTURES", f'"{built_for}"'),
         ]
+    label = local_version(major, minor, torch.version.cuda if built_for else None)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     extension = (CUDAExtension if built_for else CppExtension)("_effdense", sources, **options)
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExtension},
-        # ninja knows what is out of date in build/. setuptools would keep a module of another torch.
-        "options": {"build_ext": {"force": True}},
+        "options": {
+            # ninja knows what is out of date in build/. setuptools would keep a module of another torch.
+            "build_ext": {"force": True},
+            "egg_info": {"tag_build": label if os.environ.get("EFFDENSE_LABEL", "0") != "0" else ""},
+        },
         "install_requires": [f"torch>={major}.{minor},<{major}.{minor + 1}"],
     }
 

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 # Arguments that a docstring explains together: "bias, memory: see DenseLayer."
 TOGETHER = re.compile(r"^( *)(\w+(?:, \w+)+): (.*)$", re.MULTILINE)
+# What a module's class shows of itself beside its arguments.
+MODULE = {"members": ["forward", "freeze_features"]}
 RECORD = {"show_if_no_docstring": True, "show_root_full_path": False}
 
 
@@ -111,7 +113,7 @@ def entries(name: str) -> Iterator[str]:
     if found.is_module:
         yield from entry(name, found, members=False)
         return
-    yield from entry(name, found)
+    yield from entry(name, found, **(MODULE if found.is_class else {}))
     for record in records(found, {found.path}):
         yield from entry(record.name, record, **RECORD)
 
@@ -131,7 +133,11 @@ def records(found: Any, known: set[str]) -> Iterator[Any]:
         expressions = [*found.bases, *(a.annotation for a in found.attributes.values())]
     for part in (part for e in expressions if isinstance(e, griffe.Expr) for part in e.iterate(flat=True)):
         path = getattr(part, "canonical_path", "")
-        if not path.startswith("effdense.") or path in known or path.startswith(("effdense.nn.", "effdense.models.")):
+        if (
+            not path.startswith("effdense.")
+            or path in known
+            or path.startswith(("effdense.nn.", "effdense.models."))
+        ):
             continue
         known.add(path)
         record = package()[path.removeprefix("effdense.")]
