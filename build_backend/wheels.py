@@ -54,13 +54,15 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="effdense-wheels-") as folder:
         work = Path(folder)
         tools = environment(sys.executable, work / "tools", TOOLS)
-        source = unpack(make_sdist(tools, out), work / "source")
+        sdist = make_sdist(tools, work / "sdist")
+        source = unpack(sdist, work / "source")
         for python in parsed.pythons:
             for torch in parsed.torches:
                 raw = build(python, torch, source, work)
                 wheel = repair(tools, raw, work / "repaired")
                 test(python, torch, wheel, source, work)
                 print(f"passed: {shutil.copy(wheel, out)}", flush=True)
+        print(f"the sdist of these wheels: {shutil.copy(sdist, out)}")
 
 
 def run(*command: str | Path, cwd: Path | None = None, **variables: str) -> None:
@@ -77,10 +79,11 @@ def environment(python: str, folder: Path, packages: list[str]) -> Path:
     return folder / "bin"
 
 
-def make_sdist(tools: Path, out: Path) -> Path:
-    """The sdist, in `out`."""
-    run(tools / "python", "-m", "build", "--sdist", "--outdir", out, ROOT)
-    return max(out.glob("effdense-*.tar.gz"), key=lambda file: file.stat().st_mtime)
+def make_sdist(tools: Path, folder: Path) -> Path:
+    """The sdist, in a new folder."""
+    run(tools / "python", "-m", "build", "--sdist", "--outdir", folder, ROOT)
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
