@@ -70,10 +70,15 @@ def works(call: Call, planned: Sequence[Launch], card: Card, numbers: str, resid
     made = []
     for launch in planned:
         held = resident.of(launch, card.architecture)
-        if launch.family == GEMMS[0]:
-            made.append(_forward(call, launch, card, numbers, held))
-        elif launch.family == GEMMS[1]:
-            made.append(_backward(call, launch, card, numbers, held))
+        if launch.family in GEMMS:
+            forward = launch.family == GEMMS[0]
+            cache, flops, *loop = (
+                _forward(call, launch, card.architecture) if forward else _backward(call, launch)
+            )
+            speed = cuda_model.rate(card, numbers)
+            made.append(
+                Work(launch.blocks, held, need, cache + _part_bytes(call, launch), flops, speed, *loop)
+            )
         elif not made:
             made.append(Work(launch.blocks, held, need, need))
         else:
@@ -109,41 +114,26 @@ def _merging_steps(launch: Launch, first: Launch) -> float:
     return 1
 
 
-def _forward(call: Call, launch: Launch, card: Card, numbers: str, held: int) -> Work:
+def _forward(call: Call, launch: Launch, architecture: str) -> tuple[int, int, int, int]:
+    """Of a launch: bytes through the cache, operations, steps of the loop, and how many of them are loaded ahead."""
     pixels, channels, out, size = _sizes(call)
-    of_block, width, depth, stages = tile_of(launch, card.architecture)
+    of_block, width, depth, stages = tile_of(launch, architecture)
     down, across, _ = launch.grid
     steps = math.ceil(channels * size / depth)
     padded = 2 * down * of_block * across * width * steps * depth // size
     cache = size * (pixels * channels * across + out * channels * down + pixels * out)
-    return Work(
-        launch.blocks,
-        held,
-        cuda_traffic.least(call).bytes,
-        cache + _part_bytes(call, launch),
-        padded,
-        cuda_model.rate(card, numbers),
-        steps,
-        stages - 1,
-    )
+    return cache, padded, steps, stages - 1
 
 
-def _backward(call: Call, launch: Launch, card: Card, numbers: str, held: int) -> Work:
+def _backward(call: Call, launch: Launch) -> tuple[int, int, int]:
+    """The same; loaded ahead is what Work has by default."""
     pixels, channels, out, size = _sizes(call)
     width = int(re.findall(r", (\d+)", launch.kernel)[-1])
     across, down, _ = launch.grid
     tiles = math.ceil(pixels / 32)
     padded = 4 * tiles * 32 * across * (64 if size == 2 else 32) * width
     cache = size * (3 * pixels * channels + 2 * pixels * out * across + out * channels * down)
-    return Work(
-        launch.blocks,
-        held,
-        cuda_traffic.least(call).bytes,
-        cache + _part_bytes(call, launch),
-        padded,
-        cuda_model.rate(card, numbers),
-        math.ceil(tiles / down),
-    )
+    return cache, padded, math.ceil(tiles / down)
 
 
 def pytorchs(call: Call, card: Card, numbers: str) -> list[Work]:

@@ -169,15 +169,15 @@ def _is_watched() -> bool:
 
 
 class StageNode(torch.autograd.Function):
-    """The stage for autograd: returns its output (the pool's, or the feature buffer) and the norms' vectors."""
+    """The stage for autograd: returns what `dense_stage` does, without a pool's output where there is no pool."""
 
     @staticmethod
     def forward(
         settings: tuple[Any, ...], norms: int, masks: int, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         parameters, running, drops = _parts(norms, masks, tensors)
-        out, features, saved, vectors = _call("dense_stage", x, parameters, running, drops, *settings)
-        return (out, vectors, saved, features) if Settings(*settings).pool else (features, vectors, saved)
+        made = _call("dense_stage", x, parameters, running, drops, *settings)
+        return tuple(made if Settings(*settings).pool else made[1:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,8 +186,7 @@ class StageNode(torch.autograd.Function):
         ctx.channels, ctx.count, ctx.place = x.shape[1], len(parameters), None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        features = output[-1] if Settings(*ctx.settings).pool else output[0]
-        ctx.save_for_backward(features, output[2], output[1], *parameters, *drops)
+        ctx.save_for_backward(*output[-3:], *parameters, *drops)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
@@ -291,7 +290,7 @@ def run(
     if torch.is_grad_enabled() and (x.requires_grad or any(needs)):
         lowest = -1 if x.requires_grad else needs.index(True) // settings.step
         settings = settings._replace(lowest=lowest)
-        out, vectors, *_ = StageNode.apply(
+        out, *_, vectors = StageNode.apply(
             tuple(settings), len(settings.eps), len(masks), x, *parameters, *running, *masks
         )
         if x.requires_grad and not torch.compiler.is_compiling():
