@@ -9,6 +9,7 @@ from glob import glob
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.egg_info import egg_info
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_backend"))
 from effdense_build import TORCH, find_compiler, torch_range
@@ -18,9 +19,17 @@ from effdense_cuda import architectures, cuda_toolkit
 WHEEL_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
 
 
-def local_version(major: int, minor: int, cuda: str | None) -> str:
-    """A local version label that says what a released wheel was built for: +pt213cpu, +pt214cu130."""
-    return f"+pt{major}{minor}{f'cu{cuda}'.replace('.', '') if cuda else 'cpu'}"
+def labelled(major: int, minor: int, cuda: str | None) -> type[egg_info]:
+    """The command that decides the version; with EFFDENSE_LABEL=1 it says for what a wheel is: +pt213cpu, +pt214cu130."""
+
+    class Labelled(egg_info):
+        def finalize_options(self) -> None:
+            if os.environ.get("EFFDENSE_LABEL", "0") != "0":
+                # Not by an option: the setup.cfg that an sdist has says that there is none.
+                self.tag_build = f"+pt{major}{minor}" + (f"cu{cuda}".replace(".", "") if cuda else "cpu")
+            super().finalize_options()
+
+    return Labelled
 
 
 def compiled() -> dict[str, Any]:
@@ -64,18 +73,17 @@ def compiled() -> dict[str, Any]:
             ("EFFDENSE_CUDA", f'"{torch.version.cuda}"'),
             ("EFFDENSE_CUDA_ARCHITECTURES", f'"{built_for}"'),
         ]
-    label = local_version(major, minor, torch.version.cuda if built_for else None)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     extension = (CUDAExtension if built_for else CppExtension)("_effdense", sources, **options)
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
-        "options": {
-            # ninja knows what is out of date in build/. setuptools would keep a module of another torch.
-            "build_ext": {"force": True},
-            "egg_info": {"tag_build": label if os.environ.get("EFFDENSE_LABEL", "0") != "0" else ""},
+        "cmdclass": {
+            "build_ext": BuildExtension,
+            "egg_info": labelled(major, minor, torch.version.cuda if built_for else None),
         },
+        # ninja knows what is out of date in build/. setuptools would keep a module of another torch.
+        "options": {"build_ext": {"force": True}},
         "install_requires": [f"torch>={major}.{minor},<{major}.{minor + 1}"],
     }
 
