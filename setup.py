@@ -9,6 +9,7 @@ from glob import glob
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.egg_info import egg_info
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_backend"))
 from effdense_build import TORCH, find_compiler, torch_range
@@ -16,6 +17,19 @@ from effdense_cuda import architectures, cuda_toolkit
 
 # These say what a wheel needs or what is in it; every other command does without torch.
 WHEEL_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
+
+
+def labelled(major: int, minor: int, cuda: str | None) -> type[egg_info]:
+    """The command that decides the version; with EFFDENSE_LABEL=1 it says for what a wheel is: +pt213cpu, +pt214cu130."""
+
+    class Labelled(egg_info):
+        def finalize_options(self) -> None:
+            if os.environ.get("EFFDENSE_LABEL", "0") != "0":
+                # Not by an option: the setup.cfg that an sdist has says that there is none.
+                self.tag_build = f"+pt{major}{minor}" + (f"cu{cuda}".replace(".", "") if cuda else "cpu")
+            super().finalize_options()
+
+    return Labelled
 
 
 def compiled() -> dict[str, Any]:
@@ -64,7 +78,10 @@ def compiled() -> dict[str, Any]:
     extension = (CUDAExtension if built_for else CppExtension)("_effdense", sources, **options)
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {
+            "build_ext": BuildExtension,
+            "egg_info": labelled(major, minor, torch.version.cuda if built_for else None),
+        },
         # ninja knows what is out of date in build/. setuptools would keep a module of another torch.
         "options": {"build_ext": {"force": True}},
         "install_requires": [f"torch>={major}.{minor},<{major}.{minor + 1}"],

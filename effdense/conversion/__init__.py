@@ -76,8 +76,10 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
         The same model.
 
     Raises:
-        TypeError: model is not a module, or has parts that torch.jit has compiled.  ValueError: there is no such memory mode.
-        The model is then as it was, whatever is raised.
+        TypeError: model is not a module, or has parts that torch.jit has compiled.
+        ValueError: there is no such memory mode.
+
+    Whatever is raised, the model is then as it was.
     """
     _check_model("convert", model)
     check_memory("convert", memory)
