@@ -1,5 +1,6 @@
 // What is done with one number per channel: fold, defer. As operators of their own because a deep net has
 // hundreds of norms, and a handful of tensor operations for each would cost more than its pixels.
+#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -7,8 +8,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "checks.h"
 #include "cpu/results.h"
-#include "cpu/tiles.h"
 
 namespace effdense {
 namespace {
