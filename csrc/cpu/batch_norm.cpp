@@ -4,8 +4,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/dispatch.h"
+#include "cpu/features.h"
+#include "cpu/moments.h"
 #include "cpu/results.h"
-#include "cpu/tiles.h"
+#include "cpu/tiling.h"
 
 namespace effdense {
 namespace {

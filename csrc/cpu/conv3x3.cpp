@@ -14,10 +14,13 @@
 
 #include <tuple>
 
+#include "cpu/dispatch.h"
+#include "cpu/features.h"
 #include "cpu/few_pixels.h"
 #include "cpu/gemm.h"
+#include "cpu/moments.h"
 #include "cpu/results.h"
-#include "cpu/tiles.h"
+#include "cpu/tiling.h"
 
 namespace effdense {
 namespace {

@@ -1,11 +1,15 @@
 // Operators on features: their statistics, taken once when they are produced (channel_statistics,
 // append_features), and take_gradient, the part of batch normalisation's backward that needs the sums of the
 // whole batch.
+#include "cpu/features.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/dispatch.h"
+#include "cpu/moments.h"
 #include "cpu/results.h"
-#include "cpu/tiles.h"
+#include "cpu/tiling.h"
 
 namespace effdense {
 namespace {

@@ -8,8 +8,8 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
+#include "cpu/features.h"
 #include "cpu/products.h"
-#include "cpu/tiles.h"
 
 namespace effdense {
 

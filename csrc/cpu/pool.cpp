@@ -5,8 +5,11 @@
 
 #include <tuple>
 
+#include "cpu/dispatch.h"
+#include "cpu/features.h"
+#include "cpu/moments.h"
 #include "cpu/results.h"
-#include "cpu/tiles.h"
+#include "cpu/tiling.h"
 #include "windows.h"
 
 namespace effdense {

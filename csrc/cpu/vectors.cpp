@@ -1,6 +1,7 @@
 // Operators on one number per channel: fold, defer, and the update of running statistics. They are operators
 // because a deep net has hundreds of norms, and a handful of tensor operations for each would cost more than
 // its pixels.
+#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -8,8 +9,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "checks.h"
 #include "cpu/results.h"
-#include "cpu/tiles.h"
 
 namespace effdense {
 namespace {
