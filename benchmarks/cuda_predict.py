@@ -42,7 +42,7 @@ class Residency(NamedTuple):
 # What is traced is the Python engine. The stage in C++ has these in the kernels that make the vectors; of the norms' folding a
 # launch is left for so many norms.
 IN_KERNELS = ("defer", "copy_", "zeros_like", "mul")
-FOLDS_OF_A_LAUNCH = 24
+FOLDS_OF_A_LAUNCH = 24  # kFoldsAtOnce of csrc/cuda/kernels/batch_norm.cu
 
 
 def step(model: str, images: int, impl: str = "effdense-balanced") -> list[Call]:

@@ -360,7 +360,7 @@ def layer_backward(
                     reads.accumulate,
                     need_features,
                     needs.conv1_weight,
-                    missing.tensors() if missing else [],
+                    [] if missing is None else missing.tensors(),
                 )
     return LayerParameters(**grads), sums
 
@@ -400,21 +400,26 @@ def _grad_y(
     ops: Any, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, defers: bool
 ) -> tuple[Tensor, Correction | None]:
     """The gradient of y, and what it misses."""
-    assert conv2.x is not None and conv2.sums is not None
-    missing: Correction | None = None
-    if norm2.batch_statistics:
-        count = y.shape[0] * y.shape[2:].numel()
-        missing = Correction(y, norm2.mean, *norm2.deferred(conv2.sums[0], conv2.sums[1], count))
-    elif not conv2.masked:
-        nothing = torch.zeros_like(norm2.mean)
-        missing = Correction(y, norm2.mean, nothing, nothing)
-    if missing is not None and not conv2.masked:
-        missing = missing._replace(scale=norm2.scale, shift=norm2.shift)
+    assert conv2.x is not None
+    missing = _missing(conv2, y, norm2)
     if defers:
         return conv2.x, missing
     if missing is not None:
         ops.take_gradient(y, missing.mean, missing.a, missing.b, conv2.x, conv2.x)
     return _drop_(conv2.x, layer.masks[0], layer.keep[0]), None
+
+
+def _missing(conv2: Gradients, y: Tensor, norm2: Folded) -> Correction | None:
+    """What y's gradient misses as conv2's backward has made it."""
+    assert conv2.sums is not None
+    if norm2.batch_statistics:
+        a, b = norm2.deferred(conv2.sums[0], conv2.sums[1], y.shape[0] * y.shape[2:].numel())
+    elif conv2.masked:
+        return None
+    else:
+        a = b = torch.zeros_like(norm2.mean)
+    mask = () if conv2.masked else (norm2.scale, norm2.shift)
+    return Correction(y, norm2.mean, a, b, *mask)
 
 
 def _affine(norm: Folded, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
