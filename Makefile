@@ -23,7 +23,7 @@ DOCS_TOOLS := mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find build_backend csrc effdense -type f -not -name '*.pyc')
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc')
+CPP := $(shell find csrc harness tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc')
 
 # Stamps: which torch is there, whether effdense is as its sources are, and with which extra.
 TORCH_STAMP := $(VENV)/.torch-$(firstword $(shell echo '$(TORCH)' | cksum))

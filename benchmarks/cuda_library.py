@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.simt.compiler import compile_for_cpu, cuda_include
+from harness.simt.compiler import compile_for_cpu, cuda_include
 
 # Kernels with dynamic shared memory, and whose kBytes it is. Both have the same template arguments.
 TILES = {"bottleneck_kernel": "BottleneckTile", "bottleneck_backward_kernel": "BackwardTile"}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.cuda_traffic --json docs/results/cuda-traffic.json
 
-The kernels' own source runs under the harness of tests/simt, which counts every load and store of global memory. So it runs
+The kernels' own source runs under the harness of harness/simt, which counts every load and store of global memory. So it runs
 from the repository's root only, and needs g++ and the CUDA toolkit's headers, no GPU. Half precision, every layer, few
 images: the harness makes some hundred million products a second. What happens in caches is not simulated.
 """
@@ -72,7 +72,7 @@ class Count(NamedTuple):
 
 def load_harness() -> Any:
     """torch.ops.effdense_simt, compiled where it is not yet."""
-    from tests.simt.compiler import compile_operators
+    from harness.simt.compiler import compile_operators
 
     torch.ops.load_library(str(compile_operators()))
     return torch.ops.effdense_simt

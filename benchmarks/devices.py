@@ -1,7 +1,7 @@
 """The devices that benchmarks run on, CPU or GPU: how to time and to count memory there, and how to describe the machine.
 
 `find(name)` returns the device of a name; everything that differs between the two is here. The GPU's side has been
-tested against a stand-in for torch.cuda (tests/test_benchmark_devices.py), and not on a GPU yet.
+tested against a stand-in for torch.cuda (tests/benchmarks/test_benchmark_devices.py), and not on a GPU yet.
 """
 
 from __future__ import annotations

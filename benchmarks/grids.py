@@ -1,4 +1,4 @@
-"""Records the kernels and grids that the CUDA operators launch, on the CPU, under the harness of tests/simt.
+"""Records the kernels and grids that the CUDA operators launch, on the CPU, under the harness of harness/simt.
 
 Nothing is computed and no memory is touched: a step with 64 images of 224x224 takes seconds. Needs g++ and the CUDA toolkit's headers.
 """
@@ -44,7 +44,7 @@ class Harness(NamedTuple):
 @functools.cache
 def harness(architecture: str) -> Harness:
     """Compiled where it is not yet. architecture: 7.5, or any later one."""
-    from tests.simt.compiler import compile_operators
+    from harness.simt.compiler import compile_operators
 
     number = 750 if cuda_library.kind_of(architecture) == "turing" else 800
     library = compile_operators(number)

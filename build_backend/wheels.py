@@ -138,7 +138,7 @@ def test(python: str, torch: str, wheel: Path, source: Path, work: Path) -> None
     # The tests without the package's sources, so that the installed files are what they import.
     beside = work / "beside"
     shutil.rmtree(beside, ignore_errors=True)
-    for name in ("tests", "benchmarks"):
+    for name in ("tests", "benchmarks", "harness"):
         shutil.copytree(source / name, beside / name)
     shutil.copy(source / "pyproject.toml", beside)
     run(tools / "python", "-W", "error::RuntimeWarning", "-c", IMPORT, version, cwd=work)

@@ -1,6 +1,6 @@
 // A whole dense stage, forward and backward, over one backend's operators. It is effdense/engine/passes.py in
 // C++, operator by operator, without the dispatcher and Python in between. That file says what is computed
-// and why; both give the same bits (tests/test_dense_block.py). Norms that are synchronised over processes
+// and why; both give the same bits (tests/engine/test_dense_block.py). Norms that are synchronised over processes
 // stay in Python.
 #pragma once
 

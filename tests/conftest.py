@@ -16,10 +16,10 @@ import torch
 
 import effdense
 from effdense.ops import dispatch, reference
-from tests.cases import BACKENDS
-from tests.on_device import OnDevice
-from tests.selection import asks_of_the_instruction_set
-from tests.simt.compiler import compile_operators, cuda_include
+from harness.simt.compiler import compile_operators, cuda_include
+from tests._cases import BACKENDS
+from tests._on_device import OnDevice
+from tests._selection import asks_of_the_instruction_set
 
 # For what this process starts, pytest-xdist's workers above all: threads that wait leave the processor to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -39,7 +39,9 @@ WITHOUT_THE_EXTENSION = [
 collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
 if FALLBACK:
     kept = {f"test_{name}.py" for name in WITHOUT_THE_EXTENSION}
-    collect_ignore += [file.name for file in Path(__file__).parent.glob("test_*.py") if file.name not in kept]
+    collect_ignore += [
+        str(file) for file in Path(__file__).parent.rglob("test_*.py") if file.name not in kept
+    ]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "ptx: nvcc's PTX interpreted; compiles for minutes, so run by `pytest -m ptx` alone"
     )
     config.addinivalue_line(
-        "markers", "isa: what depends on the instruction set (derived, tests/selection.py)"
+        "markers", "isa: what depends on the instruction set (derived, tests/_selection.py)"
     )
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch finds no GPU here (torch.cuda.is_available() is False)")

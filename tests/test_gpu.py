@@ -16,7 +16,7 @@ import effdense
 from benchmarks import models
 from effdense import cli
 from effdense.ops import gpu_check
-from tests.stages import MEMORY
+from tests._stages import MEMORY
 
 pytestmark = pytest.mark.gpu
 

@@ -32,9 +32,8 @@ def files(folder: Path = results.ROOT / "tests") -> list[str]:
         r"^(?:@|pytestmark = )pytest\.mark\.gpu|(?:^def test_\w+\([^)]*\b|usefixtures\(.)(?:ops|any_ops|runs_on)\b",
         re.MULTILINE,
     )
-    return [
-        f"tests/{file.name}" for file in sorted(folder.glob("test_*.py")) if wanted.search(file.read_text())
-    ]
+    found = [file for file in sorted(folder.rglob("test_*.py")) if wanted.search(file.read_text())]
+    return [f"tests/{file.relative_to(folder)}" for file in found]
 
 
 def command(python: str = sys.executable) -> list[str]:

@@ -1,4 +1,4 @@
-"""`make gpu`, stage launchers: every kernel in a program without torch (tests/simt/launchers.cpp), alone and under compute-sanitizer.
+"""`make gpu`, stage launchers: every kernel in a program without torch (harness/simt/launchers.cpp), alone and under compute-sanitizer.
 
 The kernels' objects are those that the build has made. The tools run side by side: what takes long is on the CPU.
 """
@@ -20,14 +20,14 @@ from benchmarks.gpu.build import TEMPORARY
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 OBJECTS = TEMPORARY / "csrc" / "cuda" / "kernels"
-SOURCE = results.ROOT / "tests" / "simt" / "launchers.cpp"
+SOURCE = results.ROOT / "harness" / "simt" / "launchers.cpp"
 PROGRAM = results.BUILD / "launchers"
 
 
 def build_commands(capability: str, objects: Sequence[Path], output: Path = PROGRAM) -> list[list[str]]:
     """nvcc's commands: one compiles the program's main, one links it with the kernels' objects."""
     target, main = f"-arch=sm_{capability.replace('.', '')}", f"{output}.o"
-    includes = [f"-I{results.ROOT / folder}" for folder in ("csrc/cuda", "tests")]
+    includes = [f"-I{results.ROOT / folder}" for folder in ("csrc/cuda", "harness")]
     compile_ = ["nvcc", "-std=c++20", target, *includes, "-x", "cu", "-c", str(SOURCE), "-o", main]
     return [compile_, ["nvcc", target, main, *map(str, objects), "-o", str(output)]]
 

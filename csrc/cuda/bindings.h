@@ -1,5 +1,5 @@
 // Shared by the CUDA operators: device and stream, element types, maps as the launchers take them. The same
-// sources also make torch.ops.effdense_simt (EFFDENSE_SIMT is its name, tests/simt): CPU tensors, and a
+// sources also make torch.ops.effdense_simt (EFFDENSE_SIMT is its name, harness/simt): CPU tensors, and a
 // harness that runs the kernels. This file alone tells the two apart.
 #pragma once
 

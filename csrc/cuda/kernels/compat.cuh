@@ -1,5 +1,5 @@
 // The differences between nvcc and g++, and the architecture that is compiled for; no other file asks. Under
-// nvcc: launches, shared memory and inline PTX. Under g++ the same names run on the CPU, in tests/simt.
+// nvcc: launches, shared memory and inline PTX. Under g++ the same names run on the CPU, in harness/simt.
 // Kernels touch global memory only through load, store and cp_async, which count there what they move.
 //
 // What 8.0 and later have and 7.5 lacks is in namespace `ampere`; kernels get it from architecture.cuh.

@@ -1,0 +1,57 @@
+"""Selects the tests that depend on the instruction set (`pytest -m isa`), from what a test uses, so that none can be forgotten.
+
+A test of operators does where it runs on effdense's CPU kernels. Any other test does, unless its file starts programs, tests a
+command, or asks what convert makes of a model: blocks and models run on these kernels too.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from pathlib import Path
+
+import pytest
+
+import benchmarks
+
+OPERATOR_FIXTURES = ("ops", "any_ops", "runs_on")
+# Where the names of a file come from that is about what stands around the computation: programs, processes, commands, convert.
+AROUND = {
+    "argparse",
+    "subprocess",
+    "tests._conversions.assert_same",
+    "tests._conversions.kinds",
+    "tests._processes",
+    "harness.simt.compiler",
+    "tests._training",
+    "effdense.cli",
+}
+
+
+def asks_of_the_instruction_set(item: pytest.Function) -> bool:
+    """Whether the loops for another instruction set, which are picked at run time, could make this test fail."""
+    # opcheck looks at shapes and strides alone, and the CUDA kernels are compiled for whatever the compiler takes.
+    if "opcheck" in item.function.__code__.co_names or "simt" in item.fixturenames:
+        return False
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backends = [parameters[name] for name in OPERATOR_FIXTURES if name in parameters]
+    return "cpu" in backends if backends else not _sources(item.module) & (AROUND | _commands())
+
+
+def _sources(module: types.ModuleType) -> set[str]:
+    """The modules that a file's names come from, and the names in full."""
+    sources: set[str] = set()
+    for value in vars(module).values():
+        if isinstance(value, types.ModuleType):
+            sources.add(value.__name__)
+        else:
+            of = getattr(value, "__module__", "")
+            sources |= {of, f"{of}.{getattr(value, '__name__', '')}"}
+    return sources
+
+
+@functools.cache
+def _commands() -> set[str]:
+    """The benchmarks that are programs."""
+    files = Path(benchmarks.__path__[0]).glob("*.py")
+    return {f"benchmarks.{file.stem}" for file in files if "__main__" in file.read_text()}

@@ -1,0 +1,538 @@
+"""convert on users' own classes: whatever they override, take as arguments, do beside computing, or change later, stays."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import inspect
+import random
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import effdense
+from benchmarks import models, structures
+from tests._conversions import COPIES, assert_same, assert_same_classes, copied, kinds, randomised
+from tests._stages import assert_close
+
+CALLS: list[str] = []
+COUNT = {"calls": 0}
+SWITCH = False
+
+
+def make(cls: Any = models.DenseNet) -> Any:
+    torch.manual_seed(1)
+    return cls(4, (2, 3), 6, num_classes=5).double()
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(
+        *(shape or (3, 3, 32, 32)), dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
+
+
+def pair(cls: Any) -> tuple[Any, Any]:
+    naive = make(cls)
+    return naive, effdense.convert(copy.deepcopy(naive))
+
+
+# ---- what a class overrides
+
+
+class FrozenNorms(models.DenseNet):
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+class OldKeys(models.DenseNet):
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict(
+            {k.replace("old.", ""): v for k, v in state_dict.items()}, *args, **kwargs
+        )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"old.{k}": v for k, v in super().state_dict(*args, **kwargs).items()}
+
+
+class FewParameters(models.DenseNet):
+    def parameters(self, recurse: bool = True) -> Any:
+        return self.classifier.parameters(recurse)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.classifier.named_parameters(*args, **kwargs)
+
+
+class Delegating(models.DenseNet):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("features"), name)
+
+
+class Described(models.DenseNet):
+    size = "small"
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
+
+    @property
+    def width(self) -> int:
+        return self.classifier.in_features
+
+    def _helper(self) -> str:
+        return "helped"
+
+    def __len__(self) -> int:
+        return 7
+
+
+class Registered(models.DenseNet):
+    known: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Registered.known.append(cls.__name__)
+
+
+OVERRIDDEN: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "train": (
+        FrozenNorms,
+        lambda m: [b.training for b in m.train().modules() if isinstance(b, nn.BatchNorm2d)],
+    ),
+    "load_state_dict": (OldKeys, lambda m: str(m.load_state_dict(m.state_dict()))),
+    "parameters": (FewParameters, lambda m: [p.shape for p in m.parameters()]),
+    "named_parameters": (FewParameters, lambda m: [n for n, _ in m.named_parameters()]),
+    "__getattr__": (Delegating, lambda m: type(m.denseblock1).__name__),
+    "extra_repr": (Described, repr),
+    "a property": (Described, lambda m: m.width),
+    "a private method": (Described, lambda m: m._helper()),
+    "a class attribute": (Described, lambda m: (m.size, type(m).size)),
+    "__len__": (Described, len),
+    "__init_subclass__": (Registered, lambda _: Registered.known),
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_a_class_overrides_stays(name: str) -> None:
+    cls, use = OVERRIDDEN[name]
+    naive, ours = pair(cls)
+    assert use(ours) == use(naive)
+    assert kinds(ours)["DenseBlock"] == 2 and kinds(ours)["DenseFeatures"] == 1
+    assert (
+        isinstance(ours, cls)
+        and type(ours).__name__ == cls.__name__
+        and type(ours).__module__ == cls.__module__
+    )
+    assert_close([ours.eval()(images())], [naive.eval()(images())])
+    assert_same_classes(effdense.revert(ours), naive)
+
+
+def test_classes_and_names_stay() -> None:
+    naive, ours = pair(models.DenseNet)
+    assert repr(ours) == repr(naive)
+    for a, b in zip(ours.modules(), naive.modules(), strict=True):
+        assert isinstance(a, type(b)) and a._get_name() == b._get_name()
+    names = collections.Counter(type(m).__name__ for m in ours.modules())
+    assert names["_DenseLayer"] == 5 and names["_DenseBlock"] == 2 and names["_Transition"] == 1
+    assert isinstance(ours, effdense.nn.DenseNet) and isinstance(ours.features, effdense.nn.DenseFeatures)
+    assert sum(isinstance(m, effdense.nn.DenseLayer) for m in ours.modules()) == 5
+
+
+def test_the_arguments_names_stay() -> None:
+    _, ours = pair(WithFeature)
+    assert list(inspect.signature(ours.forward).parameters) == ["images", "with_feature"]
+    traced = torch.fx.symbolic_trace(effdense.convert(make()).eval())
+    assert [n.name for n in traced.graph.nodes if n.op == "placeholder"] == ["x"]
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_a_users_class(how: str) -> None:
+    ours = effdense.convert(make(FrozenNorms))
+    other = copied(ours, how)
+    assert type(other) is type(ours) and str(effdense.report(other)) == str(effdense.report(ours))
+    assert_close([other.train()(images())], [ours.train()(images())])
+
+
+# ---- arguments, branches, side effects, attributes that change later
+
+
+class WithFeature(models.DenseNet):
+    def forward(self, images: Tensor, with_feature: bool = False) -> Any:
+        features = self.features(images)
+        out = self.classifier(F.adaptive_avg_pool2d(F.relu(features), 1).flatten(1))
+        return (features, out) if with_feature else out
+
+
+class WithTargets(models.DenseNet):
+    def forward(self, x: Tensor, targets: Any = None) -> Any:
+        y = super().forward(x)
+        return y if targets is None else F.cross_entropy(y, targets)
+
+
+class AnyImage(models.DenseNet):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.double() / 255
+        x = x[None] if x.dim() == 3 else x
+        x = x.flatten(0, 1) if x.dim() == 5 else x
+        return super().forward(x.expand(-1, 3, -1, -1))
+
+
+class Squeezing(models.DenseNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).squeeze())
+
+
+class Clamping(models.DenseNet):
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.features(x)).clamp(max=50.0)
+        return self.classifier(F.adaptive_avg_pool2d(features, 1).flatten(1))
+
+
+class Remembering(models.DenseNet):
+    return_features = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.shape
+        features = F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1)
+        return features if self.return_features else self.classifier(features)
+
+
+class Switched(models.DenseNet):
+    return_features = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1)
+        return features if self.return_features else self.classifier(features)
+
+
+class GlobalSwitch(models.DenseNet):
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1)
+        return features if SWITCH else self.classifier(features)
+
+
+def switch_class(model: Any) -> Any:
+    Switched.return_features = True
+    try:
+        return model(images())
+    finally:
+        Switched.return_features = False
+
+
+def switch_global(model: Any) -> Any:
+    global SWITCH
+    SWITCH = True
+    try:
+        return model(images())
+    finally:
+        SWITCH = False
+
+
+def switch(model: Any) -> Any:
+    before = model(images())
+    model.return_features = True
+    return before, model(images())
+
+
+CALLED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "an argument": (WithFeature, lambda m: m(images(), with_feature=True)),
+    "a second argument": (WithFeature, lambda m: m(images(), True)),
+    "by keyword": (WithFeature, lambda m: m(images=images())),
+    "targets": (WithTargets, lambda m: (m(images()), m(images(), torch.tensor([0, 1, 2])))),
+    "targets by keyword": (WithTargets, lambda m: m(x=images(), targets=torch.tensor([0, 1, 2]))),
+    "grey": (AnyImage, lambda m: m(images(2, 1, 32, 32))),
+    "unbatched": (AnyImage, lambda m: m(images(3, 32, 32))),
+    "5D": (AnyImage, lambda m: m(images(2, 2, 3, 32, 32))),
+    "uint8": (AnyImage, lambda m: m((images().abs() * 50).to(torch.uint8))),
+    "squeezed": (Squeezing, lambda m: m(images(1, 3, 32, 32))),
+    "clamped": (Clamping, lambda m: m(images() * 1e3)),
+    "an attribute that it sets": (Remembering, lambda m: (m(images()), m.seen)),
+    "an attribute that changes": (Switched, switch),
+    "an attribute of the class": (Switched, switch_class),
+    "a global": (GlobalSwitch, switch_global),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_model_is_called_as_before(name: str) -> None:
+    cls, use = CALLED[name]
+    naive, ours = pair(cls)
+    got, expected = use(ours.eval()), use(naive.eval())
+    flat = lambda y: list(y) if isinstance(y, tuple) and not isinstance(y, torch.Size) else [y]  # noqa: E731
+    for a, b in zip(flat(got), flat(expected), strict=True):
+        if isinstance(b, Tensor):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        else:
+            assert a == b
+    assert kinds(ours)["DenseBlock"] == 2
+    assert_same(naive, ours, images() if name != "squeezed" else images(2, 3, 32, 32), 1)
+
+
+# ---- what convert must not leave behind, and no fused forward leave out
+
+
+class Appending(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS.append("block")
+        return super().forward(x)
+
+
+class Counting(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        COUNT["calls"] += 1
+        return super().forward(x)
+
+
+class CountingInClass(structures.NetBlock):
+    calls: ClassVar[list[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        return super().forward(x)
+
+
+class Keeping(structures.NetBlock):
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+        self.skips: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.skips.append(x.detach())
+        return super().forward(x)
+
+
+class KeepingIn(structures.NetBlock):
+    """Counts in a container of a kind that is no list or dict itself."""
+
+    kind: ClassVar[Any] = collections.Counter
+
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+        self.stats: Any = self.kind()
+        self.stats["calls"] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stats["calls"] += 1
+        return super().forward(x)
+
+
+class KeepingByDefault(KeepingIn):
+    kind = functools.partial(collections.defaultdict, int)
+
+
+class KeepingInOrder(KeepingIn):
+    kind = type("Ordered", (collections.OrderedDict,), {})
+
+
+class KeepingInList(KeepingIn):
+    kind = type("Named", (list,), {"__setitem__": lambda self, _, value: self[:].append(value)})
+
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+        self.stats.seen = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stats.seen.append(1)
+        self.stats.append(1)
+        return structures.NetBlock.forward(self, x)
+
+
+def by_default() -> Any:
+    calls: list[int] = []
+
+    class Defaulting(structures.NetBlock):
+        seen = property(lambda self: calls)
+
+        def forward(self, x: Tensor, *, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            return super().forward(x)
+
+    return Defaulting
+
+
+class Setting(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        self.act = super().forward(x)
+        return self.act
+
+
+class SettingByName(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        setattr(self, "act", y)  # noqa: B010
+        return y
+
+
+class Printing(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        print("forward")
+        return super().forward(x)
+
+
+class Chancy(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if random.random() < 2 else y + 1
+
+
+class Writer:
+    lines: ClassVar[list[str]] = []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class Writing(structures.NetBlock):
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+        self.writer = Writer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.writer.add("forward")
+        return super().forward(x)
+
+
+def in_closure() -> Any:
+    calls: list[int] = []
+
+    class Closing(structures.NetBlock):
+        seen = property(lambda self: calls)
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return super().forward(x)
+
+    return Closing
+
+
+def note() -> None:
+    CALLS.append("note")
+
+
+class Calling(structures.NetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        note()
+        return super().forward(x)
+
+
+class Outer(structures.NetBlock):
+    """Its layers have a method of their own that counts."""
+
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+        for i, layer in enumerate(self.net):
+            self.net[i] = Telling(*layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = torch.cat((x, layer.told(x)), 1)
+        return x
+
+
+class Telling(nn.Sequential):
+    def told(self, x: Tensor) -> Tensor:
+        CALLS.append("told")
+        return self(x)
+
+
+VISIBLE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a global list": (lambda: Appending, lambda _: list(CALLS)),
+    "a global dict": (lambda: Counting, lambda _: dict(COUNT)),
+    "a list of the class": (lambda: CountingInClass, lambda m: list(m.calls)),
+    "a list of its own": (lambda: Keeping, lambda m: len(m.skips)),
+    "a Counter": (lambda: KeepingIn, lambda m: dict(m.stats)),
+    "a defaultdict": (lambda: KeepingByDefault, lambda m: dict(m.stats)),
+    "a dict's subclass": (lambda: KeepingInOrder, lambda m: dict(m.stats)),
+    "a list's subclass": (lambda: KeepingInList, lambda m: (list(m.stats), list(m.stats.seen))),
+    "a default argument": (by_default, lambda m: list(m.seen)),
+    "an attribute": (lambda: Setting, lambda m: hasattr(m, "act")),
+    "an attribute by name": (lambda: SettingByName, lambda m: hasattr(m, "act")),
+    "random": (lambda: Chancy, lambda _: random.getstate()),
+    "another object": (lambda: Writing, lambda m: list(m.writer.lines)),
+    "a closure": (in_closure, lambda m: list(m.seen)),
+    "a function": (lambda: Calling, lambda _: list(CALLS)),
+    "a layer's method": (lambda: Outer, lambda _: list(CALLS)),
+}
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+def test_what_a_blocks_forward_does_beside_computing_is_done_when_it_is_called_only(name: str) -> None:
+    make_class, seen = VISIBLE[name]
+    block = randomised(make_class()(3, 6, 4))
+    before, attributes = seen(block), set(vars(block))
+    effdense.convert(block)
+    effdense.report(block)
+    assert seen(block) == before and set(vars(block)) == attributes
+    block(images(2, 6, 5, 5))
+    assert seen(block) != before
+    (entry,) = [e for e in effdense.report(block) if e.kind == "DenseBlock"]
+    assert not entry.converted and entry.reason is not None and len(entry.reason) > 20
+
+
+def test_what_is_printed_is_not_printed_by_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    block = effdense.convert(Printing(3, 6, 4))
+    assert capsys.readouterr().out == ""
+    block(torch.randn(2, 6, 5, 5))
+    assert capsys.readouterr().out == "forward\n"
+
+
+class Watchful(models.DenseNet):
+    """Every method that convert might call notes it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in (
+            "modules",
+            "named_modules",
+            "parameters",
+            "train",
+            "eval",
+            "double",
+            "forward",
+            "children",
+        ):
+            CALLS.append(name)
+        return super().__getattribute__(name)
+
+
+def test_convert_calls_no_method_of_a_users() -> None:
+    model = make(Watchful)
+    CALLS.clear()
+    effdense.convert(model)
+    effdense.report(model)
+    effdense.revert(model)
+    assert CALLS == []
+
+
+def test_a_class_that_gets_another_forward_later() -> None:
+    class Patched(structures.NetBlock):
+        pass
+
+    naive = randomised(Patched(3, 6, 4))
+    ours: Any = effdense.convert(copy.deepcopy(naive))
+    assert ours.obstacle() is None
+    Patched.forward = lambda self, x: structures.NetBlock.forward(self, x) * 2  # type: ignore[method-assign]
+    assert "another forward" in ours.obstacle()
+    assert_same(naive, ours, images(2, 6, 5, 5), 1)
+
+
+def test_a_librarys_function_in_another_name_is_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effdense.nn.code import is_librarys
+
+    assert is_librarys(nn.Sequential.forward) and is_librarys(F.relu) and not is_librarys(Appending.forward)
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return input
+
+    forward.__module__, forward.__qualname__ = nn.Sequential.forward.__module__, "Sequential.forward"
+    assert not is_librarys(forward)

@@ -1,0 +1,73 @@
+"""Steps that are cut short: no memory for one allocation after the other, Ctrl-C. The next step is right."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import effdense
+from effdense.nn import DenseBlock
+
+FOLDER = Path(__file__).parent / "_faults"
+
+
+def test_out_of_memory_at_every_allocation_of_a_step(tmp_path: Path) -> None:
+    if not effdense.build_info()["compiled"]:
+        pytest.skip("the models run on PyTorch's own operators")
+    library = tmp_path / "failing_malloc.so"
+    compiler = os.environ.get("CC") or "gcc"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, FOLDER / "failing_malloc.c"], check=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "tests.engine._faults.out_of_memory", library],
+        env=os.environ | {"LD_PRELOAD": str(library)},
+        cwd=FOLDER.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert out.returncode == 0, out.stdout + out.stderr
+    lines = [line.rsplit(maxsplit=2) for line in out.stdout.splitlines()]
+    assert len(lines) == 4
+    # Buffers, vectors, scratch, statistics, results and gradients: a layer makes several of each.
+    assert all(int(forward) > 10 and int(backward) > 10 for _, forward, backward in lines), out.stdout
+
+
+@pytest.mark.parametrize("memory", ["balanced", "minimal"])
+def test_an_interrupt_is_not_lost(memory: str) -> None:
+    # Who starts pytest in the background may have switched SIGINT off.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt(memory)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(memory: str) -> None:
+    torch.manual_seed(0)
+    block = DenseBlock(6, 16, 4, 12, 0.0, memory=memory)
+    x = torch.randn(16, 16, 64, 64)
+    state = {k: v.clone() for k, v in block.state_dict().items()}
+
+    def step() -> list[torch.Tensor]:
+        block.load_state_dict(state)
+        block.zero_grad()
+        y = block(x)
+        y.sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in block.parameters())]
+
+    expected = step()
+    for seconds in (0.01, 0.05, 0.2):
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            for _ in range(100):
+                step()
+        timer.join()
+        assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))

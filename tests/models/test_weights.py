@@ -1,0 +1,211 @@
+"""load_weights: every layout, from renamed weights and from the libraries' own models, what does not fit, a frozen net."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effdense import models
+from effdense.models import DenseNet, load_weights
+from tests._conversions import library
+from tests._stages import assert_close, kept_tensors
+
+State = dict[str, Tensor]
+
+
+def make(**options: Any) -> DenseNet:
+    """A small net with statistics that are not the initial ones."""
+    model = DenseNet(4, (2, 1, 1, 2), 6, 2, **{"num_classes": 5, **options}).double()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+            elif not tensor.is_floating_point():
+                tensor.fill_(7)
+    return model
+
+
+def renamed(*rules: tuple[str, str]) -> Callable[[State], State]:
+    def rename(state: State) -> State:
+        result = {}
+        for key, tensor in state.items():
+            for pattern, replacement in rules:
+                key = re.sub(pattern, replacement, key)
+            result[key] = tensor
+        return result
+
+    return rename
+
+
+INNER = r"(denselayer\d+)\.((?:norm|relu|conv)[12])\."
+LAYOUTS: dict[str, Callable[[State], Any]] = {
+    "torchvision": renamed(),
+    "old torchvision": renamed((r"(denselayer\d+\.(?:norm|relu|conv))([12])\.", r"\1.\2.")),
+    "gpleiss": renamed((r"features\.norm5", "features.norm_final")),
+    "MONAI": renamed((INNER, r"\1.layers.\2."), (r"^classifier\.", "class_layers.out.")),
+    "DataParallel": renamed((r"^", "module.")),
+    "compiled": renamed((r"^", "module._orig_mod.")),
+    "timm's checkpoint": lambda state: {"state_dict": state, "epoch": 3},
+    "torchvision's checkpoint": lambda state: {"model": state, "epoch": 3},
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_round_trips(layout: str, on_disk: bool, tmp_path: Path) -> None:
+    theirs, ours = make(), make()
+    weights = LAYOUTS[layout](theirs.state_dict())
+    if on_disk:
+        torch.save(weights, tmp_path / "weights.pth")
+        weights = tmp_path / "weights.pth" if layout == "MONAI" else str(tmp_path / "weights.pth")
+    assert load_weights(ours, weights) is ours
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], tensor), key
+
+
+def test_counters_may_be_missing() -> None:
+    theirs, ours = make(), make()
+    state = {k: v for k, v in theirs.state_dict().items() if "batches" not in k}
+    load_weights(ours, LAYOUTS["old torchvision"](state))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+# ---- the libraries' own models
+
+
+def torchvisions(name: str) -> tuple[nn.Module, DenseNet, int]:
+    return importlib.import_module("torchvision").models.get_model(name), getattr(models, name)(), 2
+
+
+def timms(name: str) -> tuple[nn.Module, DenseNet, int]:
+    return importlib.import_module("timm").create_model(name), getattr(models, name)(), 2
+
+
+def monais(dims: int, small: bool = False) -> tuple[nn.Module, DenseNet, int]:
+    nets = importlib.import_module("monai.networks.nets")
+    if small:
+        theirs = nets.DenseNet(dims, 1, 3, 8, 4, (2, 2, 1))
+        return theirs, DenseNet(4, (2, 2, 1), 8, num_classes=3, in_channels=1, spatial_dims=dims), dims
+    return (
+        nets.DenseNet121(dims, 1, 3),
+        models.densenet121(num_classes=3, in_channels=1, spatial_dims=dims),
+        dims,
+    )
+
+
+LIBRARIES: dict[str, tuple[str, Callable[[], tuple[nn.Module, DenseNet, int]]]] = {
+    "torchvision 121": ("torchvision", lambda: torchvisions("densenet121")),
+    "torchvision 161": ("torchvision", lambda: torchvisions("densenet161")),
+    "timm 121": ("timm", lambda: timms("densenet121")),
+    "timm 169": ("timm", lambda: timms("densenet169")),
+    "MONAI 1D": ("monai", lambda: monais(1, small=True)),
+    "MONAI 121 2D": ("monai", lambda: monais(2)),
+    "MONAI 3D": ("monai", lambda: monais(3, small=True)),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_weights_of_the_libraries_own_models(name: str) -> None:
+    package, pair = LIBRARIES[name]
+    library(package)
+    theirs, ours, dims = pair()
+    theirs, ours = theirs.double(), ours.double()
+    load_weights(ours, theirs.state_dict())
+    x = torch.randn(
+        2, ours.features.conv0.in_channels, *(64 if dims < 3 else 32,) * dims, dtype=torch.float64
+    )
+    for training in (True, False):
+        with torch.no_grad():
+            assert_close([ours.train(training)(x)], [theirs.train(training)(x)], 1e-9)
+
+
+# ---- what does not fit
+
+
+def without(*keys: str) -> Callable[[State], Any]:
+    return lambda state: {k: v for k, v in state.items() if k not in keys}
+
+
+LAST = "features.denseblock4.denselayer2.conv2.weight"
+WRONG: dict[str, tuple[Callable[[State], Any], type[Exception], str]] = {
+    "missing": (without(LAST), ValueError, f"do not fit DenseNet: missing: {LAST}$"),
+    "unknown": (lambda s: s | {"op_threshs": torch.zeros(3)}, ValueError, "unknown: op_threshs$"),
+    "shape": (
+        lambda s: s | {LAST: torch.zeros(4, 4, 3, 3)},
+        ValueError,
+        rf"other shapes: {LAST} \(4, 4, 3, 3\) for \(4, 8, 3, 3\)$",
+    ),
+    "another net": (
+        lambda _: DenseNet(4, (2, 1, 1, 3), 6, 2, num_classes=5).state_dict(),
+        ValueError,
+        r"unknown: features.denseblock4.denselayer3.norm1.weight, .* and 7 more; other shapes: features.norm5",
+    ),
+    "classes": (
+        lambda _: make(num_classes=9).state_dict(),
+        ValueError,
+        r"other shapes: classifier.weight \(9, 12\) for \(5, 12\), .*strip_classifier=True keeps",
+    ),
+    "not tensors": (
+        lambda s: {"net": s},
+        ValueError,
+        "'net' is OrderedDict; a checkpoint may hold them as 'state_dict'",
+    ),
+    "quantised": (
+        lambda s: s | {LAST: s[LAST].to(torch.int8)},
+        ValueError,
+        f"other kinds of numbers: {LAST}",
+    ),
+    "not a mapping": (lambda _: [1, 2], TypeError, "must be a path or a state_dict, got list"),
+    "twice": (lambda s: s | {f"module.{LAST}": s[LAST]}, ValueError, f"two of the weights' keys mean {LAST}"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(name: str) -> None:
+    change, error, message = WRONG[name]
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        load_weights(model, change(make().state_dict()))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- another number of classes
+
+
+def test_transfer_learning_trains_the_head_only() -> None:
+    ours, theirs = make(num_classes=3), make(num_classes=9)
+    own = ours.classifier.weight.clone()
+    load_weights(ours, LAYOUTS["MONAI"](theirs.state_dict()), strip_classifier=True)
+    assert torch.equal(ours.classifier.weight, own)
+    assert torch.equal(ours.features.conv0.weight, theirs.features.conv0.weight)
+    ours.freeze_features()
+    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    kept, y = kept_tensors(ours, x)
+    own_storages = {p.untyped_storage().data_ptr() for p in ours.parameters()}
+    others = [t for t in kept if t.untyped_storage().data_ptr() not in own_storages]
+    assert [tuple(t.shape) for t in others] == [(2, 12)]  # what the classifier reads
+    assert type(y.grad_fn).__name__ == "AddmmBackward0"
+    F.cross_entropy(y, torch.tensor([0, 2])).backward()
+    assert all((p.grad is None) != n.startswith("classifier") for n, p in ours.named_parameters())
+
+
+def test_a_model_without_memory_takes_no_weights() -> None:
+    with torch.device("meta"):
+        model = models.densenet_cifar(10, 4)
+    with pytest.raises(ValueError, match="on the meta device; give it memory with to_empty first"):
+        models.load_weights(model, models.densenet_cifar(10, 4).state_dict())

@@ -1,0 +1,107 @@
+"""Every command: Ctrl-C, a pipe that nobody reads and a full disk are a line and a status, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import effdense
+from effdense import cli, files
+from effdense.train import loop
+from tests._training import arguments
+from tests.train.test_progress import broken
+
+SMALL = ("--model", "densenet_bc_10_4", "--image-size", "8", "--batch", "2")
+COMMANDS = {
+    "check": ["check"],
+    "plan": ["plan", *SMALL],
+    "summary": ["summary", "densenet_bc_10_4", "--image-size", "8"],
+    "reuse": ["reuse", "x.pt"],
+    "plot": ["plot", "x"],
+    "train": arguments(Path("data"), Path("run")),
+}
+
+
+def raises(error: BaseException) -> Any:
+    def function(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_interrupted(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from effdense.tools import plots
+
+    monkeypatch.chdir(tmp_path)
+    stop = raises(KeyboardInterrupt())
+    for holder, name in (
+        *((cli, "check"), (cli, "plan"), (cli, "summary"), (cli, "load_checkpoint")),
+        *((plots, "read_run"), (loop.Training, "__init__")),
+    ):
+        monkeypatch.setattr(holder, name, stop)
+    assert cli.main(COMMANDS[command]) == cli.INTERRUPTED
+    error = capsys.readouterr().err
+    assert error.startswith(f"effdense {command}: stopped") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "unread"])
+@pytest.mark.parametrize("command", ["check", "plan", "summary", "--help"])
+def test_output_that_is_not_taken(
+    kind: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "check", lambda *_: [])
+    with monkeypatch.context() as patch, broken(kind) as out:
+        patch.setattr(sys, "stdout", out)
+        if command == "--help":
+            with pytest.raises(SystemExit, match="0"):
+                cli.main([command])
+            status = 0
+        else:
+            status = cli.main(COMMANDS[command])
+        assert os.path.samestat(os.fstat(out.fileno()), os.stat(os.devnull))  # so that Python ends well
+    error = capsys.readouterr().err
+    if command != "--help":
+        assert status == (2 if kind == "full" else cli.UNREAD)
+        assert error == (f"effdense {command}: No space left on device\n" if kind == "full" else "")
+
+
+def test_neither_output_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, broken("full") as out, broken("unread") as error:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", error)
+        assert cli.main(COMMANDS["summary"]) == 2
+        files.silence(error)
+
+
+def test_the_program_itself() -> None:
+    """As in `effdense summary … | true`: Python's own end says nothing either."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-W", "ignore", "-m", "effdense", *COMMANDS["summary"]]
+    ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=1200)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (cli.UNREAD, b"")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"effdense {effdense.__version__}, torch {torch.__version__}\n"
+
+
+def test_a_model_without_convolutions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "build", lambda name: torch.nn.Linear(2, 2))
+    for command in ("plan", "summary"):
+        assert cli.main(COMMANDS[command]) == 2
+        assert capsys.readouterr().err.endswith("has no convolution\n")
