@@ -286,18 +286,19 @@ class Forward {
   std::vector<Tensor> kept_;  // every y for the backward, by its layer
 };
 
-// What the layers' backward goes on from: the gradient of the whole buffer, and what is deferred of it.
+// What the layers' backward goes on from: the gradient of the whole buffer, and the coefficients of the
+// corrections to come.
 struct Started {
   Tensor grad_features, a, b;
 };
 
 // Where a norm's two sums go: they become the gradients of its parameters, and, where it uses the batch's
-// statistics, a part of what is deferred.
-SumsTo sums_of(const Norm& norm, SumsTo::Deferred deferred, int64_t count) {
+// statistics, a part of the correction.
+SumsTo sums_of(const Norm& norm, SumsTo::Coefficients coefficients, int64_t count) {
   SumsTo to;
   to.rstd = norm.rstd;
   to.scale = norm.scale;
-  to.deferred = norm.batch_statistics ? deferred : SumsTo::Deferred::no;
+  to.coefficients = norm.batch_statistics ? coefficients : SumsTo::Coefficients::none;
   to.count = count;
   return to;
 }
@@ -335,7 +336,7 @@ std::pair<Started, PoolParameters<Tensor>> start_backward(const Backend& ops, Te
     std::tie(grad, grads.conv_weight, grads.conv_bias) = convolve_backward(
         grad, pooled, weight, parameters.conv_bias, {true, needs.conv_weight, needs.conv_bias});
   }
-  SumsTo to = sums_of(norm, SumsTo::Deferred::added, features.size(0) * count_pixels(features));
+  SumsTo to = sums_of(norm, SumsTo::Coefficients::added, features.size(0) * count_pixels(features));
   to.a = started.a;
   to.b = started.b;
   ops.bn_relu_avg_pool_backward(to, channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel,
@@ -415,14 +416,14 @@ class Backward {
   // The finished gradient of a range of channels.
   void take(const Range& range, Tensor& out) {
     const Tensor mean = range.of(stage_.of_buffer).mean;
-    ops_.take_gradient(range.of(features_), mean, part_of(started_.a, 0, range.start, range.count),
-                       part_of(started_.b, 0, range.start, range.count), range.of(started_.grad_features),
-                       out);
+    ops_.apply_correction(range.of(features_), mean, part_of(started_.a, 0, range.start, range.count),
+                          part_of(started_.b, 0, range.start, range.count), range.of(started_.grad_features),
+                          out);
   }
 
   // Where the sums of a norm that reads the buffer go.
   SumsTo sums_of_reader(const Norm& norm, const Range& range) const {
-    SumsTo to = sums_of(norm, SumsTo::Deferred::added, count_);
+    SumsTo to = sums_of(norm, SumsTo::Coefficients::added, count_);
     to.a = part_of(started_.a, 0, range.start, range.count);
     to.b = part_of(started_.b, 0, range.start, range.count);
     to.counters = counters_;
@@ -453,16 +454,17 @@ class Backward {
     const bool need_features = below || needs.norm1_weight || needs.norm1_bias;
     const bool need_y = need_features || needs.conv1_weight || needs.conv1_bias;
     // y's gradient is wanted whole where it goes through dropout or is summed up.
-    const bool defers = !layer.y_mask.defined() && !needs.conv1_bias;
-    SumsTo of_norm2 = sums_of(norm2, SumsTo::Deferred::made, count_);
+    const bool corrects_later = !layer.y_mask.defined() && !needs.conv1_bias;
+    SumsTo of_norm2 = sums_of(norm2, SumsTo::Coefficients::made, count_);
     of_norm2.counters = counters_;
-    AfterConvolution after = convolution_backward(
-        of_norm2, layer, g, y, norm2, need_y || needs.norm2_weight || needs.norm2_bias, nullptr, defers);
+    AfterConvolution after =
+        convolution_backward(of_norm2, layer, g, y, norm2, need_y || needs.norm2_weight || needs.norm2_bias,
+                             nullptr, corrects_later);
     if (!after.x.defined()) return;
     grads.norm2_weight = of_norm2.sum_dx;
     grads.norm2_bias = of_norm2.sum_d;
     if (!need_y) return;
-    const Correction missing = grad_of_y(layer, after, of_norm2, y, norm2, defers);
+    const Correction missing = grad_of_y(layer, after, of_norm2, y, norm2, corrects_later);
     if (needs.conv1_bias) grads.conv1_bias = sum_per_channel(after.x);
     grads.conv1_weight =
         ops_.bottleneck_backward(of_norm1, {earlier}, after.x, norm1.scale, norm1.shift, norm1.mean,
@@ -497,7 +499,7 @@ class Backward {
                need_bias = needs_[layer.position].conv2_bias;
     LayerParameters<Tensor>& grads = grads_[layer.position];
     const Tensor &weight = layer.parameters.conv2_weight, &bias = layer.parameters.conv2_bias;
-    if (!need_x) to.deferred = SumsTo::Deferred::no;
+    if (!need_x) to.coefficients = SumsTo::Coefficients::none;
     const auto& [mean, rstd, scale, shift, batch] = norm;
     AfterConvolution after;
     if (stage_.fuses(layer)) {
@@ -515,7 +517,7 @@ class Backward {
     if (need_x && masks_later) {  // one pass makes z and takes the sums
       after.x = channels_last(
           std::get<0>(convolve_backward(grad, z, weight, bias, {true, false, false}, layer.dilation)));
-      ops_.bn_relu_with_sums(to, after.x, x, scale, shift, mean, z);
+      ops_.bn_relu_backward_sums(to, after.x, x, scale, shift, mean, z);
       std::tie(std::ignore, grads.conv2_weight, grads.conv2_bias) =
           convolve_backward(grad, z, weight, bias, {false, need_weight, need_bias}, layer.dilation);
       after.masked = false;
@@ -530,13 +532,13 @@ class Backward {
     if (add_to == nullptr)
       ops_.bn_relu_backward(to, after.x, x, scale, shift, mean, rstd, false);
     else
-      ops_.bn_relu_accumulate(to, after.x, x, scale, shift, mean, *add_to);
+      ops_.bn_relu_backward_accumulate(to, after.x, x, scale, shift, mean, *add_to);
     return after;
   }
 
   // Makes y's gradient of what came through conv2; returns what bottleneck_backward is to do of that.
   Correction grad_of_y(const Layer& layer, AfterConvolution& after, const SumsTo& sums, const Tensor& y,
-                       const Norm& norm2, bool defers) {
+                       const Norm& norm2, bool corrects_later) {
     Correction missing;
     if (norm2.batch_statistics) {
       missing = {y, norm2.mean, sums.a, sums.b, {}, {}};
@@ -548,8 +550,8 @@ class Backward {
       missing.scale = norm2.scale;
       missing.shift = norm2.shift;
     }
-    if (defers) return missing;
-    if (missing.any()) ops_.take_gradient(y, missing.mean, missing.a, missing.b, after.x, after.x);
+    if (corrects_later) return missing;
+    if (missing.any()) ops_.apply_correction(y, missing.mean, missing.a, missing.b, after.x, after.x);
     drop_(after.x, layer.y_mask, layer.y_keep);
     return {};
   }

@@ -1,6 +1,6 @@
-// Operators on one number per channel: fold, defer, and the update of running statistics. They are operators
-// because a deep net has hundreds of norms, and a handful of tensor operations for each would cost more than
-// its pixels.
+// Operators on one number per channel: fold, accumulate_correction, and the update of running statistics.
+// They are operators because a deep net has hundreds of norms, and a handful of tensor operations for each
+// would cost more than its pixels.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
@@ -65,11 +65,11 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
 
 }  // namespace
 
-void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale, int64_t count,
-           Tensor& a, Tensor& b) {
-  constexpr const char* op = "defer";
+void accumulate_correction(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale,
+                           int64_t count, Tensor& a, Tensor& b) {
+  constexpr const char* op = "accumulate_correction";
   const int64_t channels = sum_d.numel();
-  check_defer(op, sum_d, sum_dx, rstd, scale, a, b);
+  check_accumulate_correction(op, sum_d, sum_dx, rstd, scale, a, b);
   AT_DISPATCH_FLOATING_TYPES(sum_d.scalar_type(), op, [&] {
     const scalar_t *d = sum_d.const_data_ptr<scalar_t>(), *dx = sum_dx.const_data_ptr<scalar_t>();
     const scalar_t *r = rstd.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();
@@ -155,7 +155,7 @@ TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   m.impl("fold", static_cast<ThreeTensors (*)(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                                               const std::optional<Tensor>&, double)>(fold));
   cpu_backend.fold = fold_all;
-  m.impl("defer", defer);
+  m.impl("accumulate_correction", accumulate_correction);
   m.impl("update_running_statistics",
          static_cast<void (*)(TensorList, TensorList, at::ArrayRef<double>, at::ArrayRef<double>)>(
              update_running_statistics));

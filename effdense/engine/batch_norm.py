@@ -34,13 +34,13 @@ class Folded(NamedTuple):
     def correction(self, sum_d: Tensor, sum_dx: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The coefficients a, b of the part of the gradient that needs the whole batch: -(a + b * (x - mean))."""
         a, b = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
-        self.add_correction(sum_d, sum_dx, count, a, b)
+        self.accumulate_correction(sum_d, sum_dx, count, a, b)
         return join_coefficients(self.group, a, b, count)
 
-    def add_correction(self, sum_d: Tensor, sum_dx: Tensor, count: int, a: Tensor, b: Tensor) -> None:
+    def accumulate_correction(self, sum_d: Tensor, sum_dx: Tensor, count: int, a: Tensor, b: Tensor) -> None:
         """Adds to a and b what one reader of `count` values leaves; with a group, what `join_coefficients` takes."""
         count = 1 if self.group else count
-        operators(sum_d).defer(sum_d, sum_dx, self.rstd, self.scale, count, a, b)
+        operators(sum_d).accumulate_correction(sum_d, sum_dx, self.rstd, self.scale, count, a, b)
 
 
 def fold(
@@ -63,7 +63,7 @@ def bn_relu_backward(grad: Tensor, x: Tensor, norm: Folded) -> tuple[Tensor, Ten
     sum_d, sum_dx = ops.bn_relu_backward(grad, x, norm.scale, norm.shift, norm.mean, norm.rstd, alone)
     if norm.group:
         correction = norm.correction(sum_d, sum_dx, x.numel() // x.shape[1])
-        ops.take_gradient(x, norm.mean, *correction, grad, grad)
+        ops.apply_correction(x, norm.mean, *correction, grad, grad)
     return sum_d, sum_dx
 
 

@@ -17,7 +17,7 @@ from tests._cases import CONVOLUTIONS, assert_as_exact, channels_last, permit_tf
 from tests.harness.test_simt_bottleneck import ARITHMETICS, check_backward, check_forward
 from tests.harness.test_simt_operators import DTYPES, OF_MAPS
 from tests.ops import test_batch_norm, test_features, test_pool
-from tests.ops.test_batch_norm import run_defer, run_fold
+from tests.ops.test_batch_norm import run_accumulate_correction, run_fold
 from tests.ops.test_pool import (
     run_average,
     run_average_backward,
@@ -78,7 +78,7 @@ MAPS = [
 ]
 # Of so many pixels, dense, that the sums of the blocks are added by a kernel of its own (rows.cuh, sums.cuh).
 LONG = [(torch.half, (1, (8200,), (136,))), (torch.float64, (1, (32900,), (52,)))]
-WITH_SUMS = ("channel_statistics", "bn_relu_accumulate", "bn_relu_backward")
+WITH_SUMS = ("channel_statistics", "bn_relu_backward_accumulate", "bn_relu_backward")
 # images, spatial sizes, channels, kernel size
 AVERAGES = [
     (2, (5, 7), 10, (2, 2)),
@@ -113,9 +113,9 @@ LONG_PRODUCTS = {"half": (2100, 8, 12, 0, 4), "double": (33000, 2, 3, 0, 0)}
 EPILOGUES = [(False, False, True), (True, True, False), (True, True, True)]
 WANTED: list[dict[str, Any]] = [
     {},
-    {"deferred": 4},
-    {"deferred": 6},
-    {"deferred": 6, "accumulate": False},
+    {"correction": 4},
+    {"correction": 6},
+    {"correction": 6, "accumulate": False},
     {"need_grad_x": False},
     {"need_weight": False},
     {"need_features": False, "accumulate": False},
@@ -149,7 +149,9 @@ def maps() -> Iterator[Call]:
     for dtype in (torch.float64, torch.float32):
         for given in (None, dtype):
             yield from _as_exact(f"fold {dtype} {given}", functools.partial(run_fold, given, given), dtype)
-        yield from _as_exact(f"defer {dtype}", functools.partial(run_defer, 7), dtype)
+        yield from _as_exact(
+            f"accumulate_correction {dtype}", functools.partial(run_accumulate_correction, 7), dtype
+        )
 
 
 def pools() -> Iterator[Call]:

@@ -114,7 +114,7 @@ def test_works_of_a_forward_by_hand(simt: Any) -> None:
 def test_operators_are_those_that_are_timed(simt: Any) -> None:
     rows = cuda_predict.operator_rows(H100, "float16", TWO)
     by_op = {row["op"] for row in rows}
-    assert {"bottleneck", "bottleneck_backward", "conv3x3", "bn_relu_max_pool", "take_gradient"} <= by_op
+    assert {"bottleneck", "bottleneck_backward", "conv3x3", "bn_relu_max_pool", "apply_correction"} <= by_op
     assert all(0.001 < row["ms"] < 10 for row in rows)
 
 

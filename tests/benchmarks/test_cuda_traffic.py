@@ -37,7 +37,7 @@ def test_every_operator_moves_little_more_than_it_must(simt: Any, model: str) ->
     counts = {call: cuda_traffic.count(simt, call, card) for call in set(calls)}
     rows = cuda_traffic.operator_rows(model, calls, counts)
     used = {row["op"] for row in rows}
-    assert {"bottleneck", "bottleneck_backward", "bn_relu_avg_pool_backward", "take_gradient"} < used
+    assert {"bottleneck", "bottleneck_backward", "bn_relu_avg_pool_backward", "apply_correction"} < used
     assert ("bn_relu_max_pool" in used) == (model != "densenet_bc_100_12")
     for row in rows:
         assert row["ratio"] <= cuda_traffic.GATE, row

@@ -17,7 +17,7 @@ GOAL = 4, 7  # forward, backward, beside convolutions
 
 
 def test_what_a_layer_launches(simt: Any) -> None:
-    """Few pixels: forward the bottleneck, bn_relu, append_features; backward take_gradient, bn_relu_with_sums, bottleneck_backward
+    """Few pixels: forward the bottleneck, bn_relu, append_features; backward apply_correction, bn_relu_backward_sums, bottleneck_backward
     and the sum of its blocks' parts of the weight's gradient."""
     forward, backward = launches.per_layer(simt, "balanced")
     assert (forward.own, forward.others) == (3, 0)
