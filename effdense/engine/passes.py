@@ -1,4 +1,4 @@
-"""The engine in Python: forward and backward of a whole dense stage, operator by operator. csrc/stage.cpp does the same in C++.
+"""The engine in Python: forward and backward of a whole dense stage, operator by operator. csrc/stage_*.cpp do the same in C++.
 
 A stage is a dense block and, where the caller knows it, the BN-ReLU-average-pool behind it (a transition's, or a head's).
 It owns one feature buffer in channels-last layout. Each layer reads what is there, a prefix, and appends its channels (or

@@ -137,7 +137,7 @@ def _headers() -> list[Path]:
 def _object(source: Path, *flags: str) -> Path:
     """Compiled again when any header has changed, or a .cpp file of csrc that operators.cpp includes."""
     included = (
-        [*(ROOT / "csrc" / "cuda").glob("*.cpp"), ROOT / "csrc" / "stage.cpp"]
+        [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc").glob("stage_*.cpp")]
         if source.suffix == ".cpp"
         else []
     )

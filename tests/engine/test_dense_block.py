@@ -139,7 +139,7 @@ def change(model: nn.Module, setting: str) -> None:
 def test_both_orchestrations_give_the_same_bits(
     plain: bool, tail: str, memory: str, setting: str, drop_rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine in Python and csrc/stage.cpp, on the same operators."""
+    """The engine in Python and in C++, on the same operators."""
     ops = operators(make_input())
     ours = converted(make_naive(plain, tail, bias=True, drop_rate=drop_rate), "minimal")
     change(ours, setting)

@@ -88,7 +88,7 @@ SOURCES = [
     for folder in ("csrc/cuda", "csrc/cuda/kernels")
     for path in sorted((ROOT / folder).iterdir())
     if path.is_file()
-] + [ROOT / "csrc" / name for name in ("stage.cpp", "stage.h", "stage_layout.h", "maps.h", "checks.h")]
+] + [*sorted((ROOT / "csrc").glob("stage*")), ROOT / "csrc" / "maps.h", ROOT / "csrc" / "checks.h"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
