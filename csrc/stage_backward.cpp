@@ -13,9 +13,8 @@
 namespace effdense {
 namespace {
 
-// What the layers' backward goes on from: the gradient of the whole buffer, and the coefficients of the
-// corrections to come.
-struct Started {
+// The gradient of the whole feature buffer, and the coefficients of the corrections to come.
+struct GradientBuffer {
   Tensor grad_features, a, b;
 };
 
@@ -32,20 +31,19 @@ SumsTo sums_of(const Norm& norm, SumsTo::Coefficients coefficients, int64_t coun
 
 // From the pool behind the block, or from the block's own gradient; and the gradients of the pool's
 // parameters.
-std::pair<Started, PoolParameters<Tensor>> start_backward(const Backend& ops, Tensor grad,
-                                                          const Tensor& features, const Tensor& vectors,
-                                                          const PoolParameters<Tensor>& parameters,
-                                                          const PoolParameters<bool>& needs, double eps,
-                                                          bool batch_statistics, at::IntArrayRef kernel) {
+std::pair<GradientBuffer, PoolParameters<Tensor>> start_backward(
+    const Backend& ops, Tensor grad, const Tensor& features, const Tensor& vectors,
+    const PoolParameters<Tensor>& parameters, const PoolParameters<bool>& needs, double eps,
+    bool batch_statistics, at::IntArrayRef kernel) {
   const int64_t channels = features.size(1), end = vectors.numel();
   const Statistics of_buffer{part_of(vectors, 0, 0, channels), part_of(vectors, 0, channels, channels)};
   const Tensor zeros = at::zeros({2 * channels}, vectors.options());
-  Started started{empty_buffer(features, channels), part_of(zeros, 0, 0, channels),
-                  part_of(zeros, 0, channels, channels)};
+  GradientBuffer grad_buffer{empty_buffer(features, channels), part_of(zeros, 0, 0, channels),
+                             part_of(zeros, 0, channels, channels)};
   PoolParameters<Tensor> grads;
   if (kernel.empty()) {
-    started.grad_features.copy_(grad);
-    return {started, grads};
+    grad_buffer.grad_features.copy_(grad);
+    return {grad_buffer, grads};
   }
   // Running statistics are the vectors' last.
   const Statistics own{part_of(vectors, 0, end - 2 * channels, channels),
@@ -64,13 +62,13 @@ std::pair<Started, PoolParameters<Tensor>> start_backward(const Backend& ops, Te
         grad, pooled, weight, parameters.conv_bias, {true, needs.conv_weight, needs.conv_bias});
   }
   SumsTo to = sums_of(norm, SumsTo::Coefficients::added, features.size(0) * count_pixels(features));
-  to.a = started.a;
-  to.b = started.b;
+  to.a = grad_buffer.a;
+  to.b = grad_buffer.b;
   ops.bn_relu_avg_pool_backward(to, channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel,
-                                started.grad_features);
+                                grad_buffer.grad_features);
   grads.norm_weight = to.sum_dx;
   grads.norm_bias = to.sum_d;
-  return {started, grads};
+  return {grad_buffer, grads};
 }
 
 // Of what is needed, and never two of all gradients.
@@ -83,11 +81,11 @@ void collect(const Likes& likes, const Needs& needs, const Grads& grads, std::ve
 
 class Backward {
  public:
-  Backward(const Backend& backend, Stage& stage, const Started& started, const Tensor& features,
+  Backward(const Backend& backend, Stage& stage, const GradientBuffer& grad_buffer, const Tensor& features,
            const Tensor& saved, const Tensor& vectors, const c10::List<bool>& needs, const Tensor& scratch)
       : ops_(backend),
         stage_(stage),
-        started_(started),
+        grad_buffer_(grad_buffer),
         features_(features),
         scratch_(scratch, features.scalar_type()),
         count_(stage.pixels()) {
@@ -120,7 +118,7 @@ class Backward {
     std::vector<Tensor> result;
     if (needs_input_) {
       Tensor out = empty_rows(features_, input_channels, input_channels);
-      take(stage_.at(0, input_channels), out);
+      finish_gradient(stage_.at(0, input_channels), out);
       result.push_back(std::move(out));
     }
     const bool bottleneck = stage_.settings.bottleneck;
@@ -140,37 +138,37 @@ class Backward {
     return static_cast<int64_t>(needs_.size());
   }
 
-  // The finished gradient of a range of channels.
-  void take(const Range& range, Tensor& out) {
+  // Corrects the gradient of a range of channels, which is then whole.
+  void finish_gradient(const Range& range, Tensor& out) {
     const Tensor mean = range.of(stage_.of_buffer).mean;
-    ops_.apply_correction(range.of(features_), mean, part_of(started_.a, 0, range.start, range.count),
-                          part_of(started_.b, 0, range.start, range.count), range.of(started_.grad_features),
-                          out);
+    ops_.apply_correction(range.of(features_), mean, part_of(grad_buffer_.a, 0, range.start, range.count),
+                          part_of(grad_buffer_.b, 0, range.start, range.count),
+                          range.of(grad_buffer_.grad_features), out);
   }
 
   // Where the sums of a norm that reads the buffer go.
   SumsTo sums_of_reader(const Norm& norm, const Range& range) const {
     SumsTo to = sums_of(norm, SumsTo::Coefficients::added, count_);
-    to.a = part_of(started_.a, 0, range.start, range.count);
-    to.b = part_of(started_.b, 0, range.start, range.count);
+    to.a = part_of(grad_buffer_.a, 0, range.start, range.count);
+    to.b = part_of(grad_buffer_.b, 0, range.start, range.count);
     to.counters = counters_;
     return to;
   }
 
-  // `below`: whether what the layer reads needs a gradient.
-  void run(const Layer& layer, bool below) {
+  // `need_inputs`: whether what the layer reads needs a gradient.
+  void run(const Layer& layer, bool need_inputs) {
     const LayerParameters<bool>& needs = needs_[layer.position];
     LayerParameters<Tensor>& grads = grads_[layer.position];
     const Range range = stage_.read_by(layer);
     const Tensor earlier = range.of(features_);
-    Tensor grad_earlier = range.of(started_.grad_features);
+    Tensor grad_earlier = range.of(grad_buffer_.grad_features);
     const Norm norm1 = stage_.norm1(layer);
     Tensor g = scratch_.map(features_, layer.growth);
-    take(stage_.made_by(layer), g);
+    finish_gradient(stage_.made_by(layer), g);
     drop_(g, layer.new_mask, layer.new_keep);
     SumsTo of_norm1 = sums_of_reader(norm1, range);
     if (layer.width == 0) {
-      const bool need_x = below || needs.norm1_weight || needs.norm1_bias;
+      const bool need_x = need_inputs || needs.norm1_weight || needs.norm1_bias;
       convolution_backward(of_norm1, layer, g, earlier, norm1, need_x, &grad_earlier, false);
       grads.norm1_weight = of_norm1.sum_dx;
       grads.norm1_bias = of_norm1.sum_d;
@@ -178,7 +176,7 @@ class Backward {
     }
     const Tensor y = make_y(layer, norm1, earlier);
     const Norm norm2 = stage_.norm2(layer);
-    const bool need_features = below || needs.norm1_weight || needs.norm1_bias;
+    const bool need_features = need_inputs || needs.norm1_weight || needs.norm1_bias;
     const bool need_y = need_features || needs.conv1_weight || needs.conv1_bias;
     // y's gradient is wanted whole where it goes through dropout or is summed up.
     const bool corrects_later = !layer.y_mask.defined() && !needs.conv1_bias;
@@ -191,12 +189,12 @@ class Backward {
     grads.norm2_weight = of_norm2.sum_dx;
     grads.norm2_bias = of_norm2.sum_d;
     if (!need_y) return;
-    const Correction missing = grad_of_y(layer, after, of_norm2, y, norm2, corrects_later);
+    const Correction correction = grad_of_y(layer, after, of_norm2, y, norm2, corrects_later);
     if (needs.conv1_bias) grads.conv1_bias = sum_per_channel(after.x);
     grads.conv1_weight =
         ops_.bottleneck_backward(of_norm1, {earlier}, after.x, norm1.scale, norm1.shift, norm1.mean,
                                  matrix(layer.parameters.conv1_weight), {grad_earlier}, true, need_features,
-                                 needs.conv1_weight, missing.tensors());
+                                 needs.conv1_weight, correction.tensors());
     grads.norm1_weight = of_norm1.sum_dx;
     grads.norm1_bias = of_norm1.sum_d;
   }
@@ -266,26 +264,27 @@ class Backward {
   // Makes y's gradient of what came through conv2; returns what bottleneck_backward is to do of that.
   Correction grad_of_y(const Layer& layer, AfterConvolution& after, const SumsTo& sums, const Tensor& y,
                        const Norm& norm2, bool corrects_later) {
-    Correction missing;
+    Correction correction;
     if (norm2.batch_statistics) {
-      missing = {y, norm2.mean, sums.a, sums.b, {}, {}};
+      correction = {y, norm2.mean, sums.a, sums.b, {}, {}};
     } else if (!after.masked) {
       const Tensor nothing = at::zeros_like(norm2.mean);
-      missing = {y, norm2.mean, nothing, nothing, {}, {}};
+      correction = {y, norm2.mean, nothing, nothing, {}, {}};
     }
     if (!after.masked) {
-      missing.scale = norm2.scale;
-      missing.shift = norm2.shift;
+      correction.scale = norm2.scale;
+      correction.shift = norm2.shift;
     }
-    if (corrects_later) return missing;
-    if (missing.any()) ops_.apply_correction(y, missing.mean, missing.a, missing.b, after.x, after.x);
+    if (corrects_later) return correction;
+    if (correction.any())
+      ops_.apply_correction(y, correction.mean, correction.a, correction.b, after.x, after.x);
     drop_(after.x, layer.y_mask, layer.y_keep);
     return {};
   }
 
   const Backend& ops_;
   Stage& stage_;
-  const Started& started_;
+  const GradientBuffer& grad_buffer_;
   const Tensor& features_;
   Scratch scratch_;
   const int64_t count_;
@@ -314,9 +313,9 @@ std::vector<Tensor> stage_start_backward(const Backend& backend, const Tensor& g
     for (Tensor* value : own.in_order()) *value = next_tensor(values);
     for (bool* need : wanted.in_order()) *need = truths.next();
   }
-  auto [started, grads] =
+  auto [grad_buffer, grads] =
       start_backward(backend, grad, features, vectors, own, wanted, eps, batch_statistics, pool);
-  std::vector<Tensor> result{started.grad_features, started.a, started.b};
+  std::vector<Tensor> result{grad_buffer.grad_features, grad_buffer.a, grad_buffer.b};
   collect(own.in_order(), wanted.in_order(), grads.in_order(), result);
   return result;
 }
@@ -331,8 +330,8 @@ std::vector<Tensor> stage_backward(const Backend& backend, const Tensor& grad_fe
   Stage stage("dense_stage_backward", backend, settings, features, channels, parameters, masks);
   TORCH_CHECK_VALUE(needs.size() == 1 + parameters.size(), "dense_stage_backward: needs must hold ",
                     1 + parameters.size(), " elements, got ", needs.size());
-  const Started started{grad_features, a, b};
-  return Backward(backend, stage, started, features, saved, vectors, needs, scratch).run(channels);
+  const GradientBuffer grad_buffer{grad_features, a, b};
+  return Backward(backend, stage, grad_buffer, features, saved, vectors, needs, scratch).run(channels);
 }
 
 }  // namespace effdense

@@ -217,9 +217,15 @@ class StageUpdate:
             )
             update_modules(list(norms), count)
         elif (self._running or self._counters) and not recomputing():
-            keep, take = _factors(self._momentum, self._unbiased, count)
+            running_factors, batch_factors = _factors(self._momentum, self._unbiased, count)
             torch.ops.effdense.update_from_vectors(
-                vectors, self._starts, self._running, keep, take, self._counters, count > 0
+                vectors,
+                self._starts,
+                self._running,
+                running_factors,
+                batch_factors,
+                self._counters,
+                count > 0,
             )
 
 
@@ -242,7 +248,7 @@ def _move(
     count: int,
     group: str,
 ) -> None:
-    take = momentum
+    batch_factors = momentum
     if group:  # the number of values is known to the device only
         joint = joint_count(group, count, batch[0])
         scale = joint / (joint - 1).clamp(min=1)
@@ -250,8 +256,8 @@ def _move(
     elif count == 0:
         return
     else:
-        take = _factors(momentum, unbiased, count)[1]
-    torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], take)
+        batch_factors = _factors(momentum, unbiased, count)[1]
+    torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], batch_factors)
 
 
 torch.library.impl(library, "update_running_statistics", "CompositeExplicitAutograd")(
@@ -273,8 +279,8 @@ def _update_from_vectors(
     vectors: Tensor,
     starts: list[int],
     running: list[Tensor],
-    keep: list[float],
-    take: list[float],
+    running_factors: list[float],
+    batch_factors: list[float],
     counters: list[Tensor],
     any: bool,
 ) -> None:
@@ -282,7 +288,7 @@ def _update_from_vectors(
         _count(counters)
     if any and running:
         batch = [vectors[start : start + r.numel()] for start, r in zip(starts, running, strict=True)]
-        torch.ops.effdense.update_running_statistics(running, batch, keep, take)
+        torch.ops.effdense.update_running_statistics(running, batch, running_factors, batch_factors)
 
 
 for _name in ("move_running_statistics", "update_running_statistics", "count_batches", "update_from_vectors"):

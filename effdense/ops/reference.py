@@ -340,14 +340,18 @@ def has_repeated(buffers: Sequence[Tensor]) -> bool:
 
 
 def update_running_statistics(
-    running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]
+    running: list[Tensor], batch: list[Tensor], running_factors: list[float], batch_factors: list[float]
 ) -> None:
-    """running <- keep * running + take * batch for every pair, of running statistics in any floating dtype."""
+    """running <- running_factor * running + batch_factor * batch for every pair, of running statistics in any floating dtype."""
     with torch.no_grad():
         if has_repeated(running):
-            for r, b, k, t in zip(running, batch, keep, take, strict=True):
-                r.mul_(k).add_(b.to(r.dtype), alpha=t)
+            for r, b, of_running, of_batch in zip(
+                running, batch, running_factors, batch_factors, strict=True
+            ):
+                r.mul_(of_running).add_(b.to(r.dtype), alpha=of_batch)
             return
-        torch._foreach_mul_(running, keep)
-        scaled = torch._foreach_mul([b.to(r.dtype) for r, b in zip(running, batch, strict=True)], take)
+        torch._foreach_mul_(running, running_factors)
+        scaled = torch._foreach_mul(
+            [b.to(r.dtype) for r, b in zip(running, batch, strict=True)], batch_factors
+        )
         torch._foreach_add_(running, scaled)
