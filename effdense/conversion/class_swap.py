@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from effdense.nn.blocks import DenseBlock, Transition
-from effdense.nn.code import Reads
+from effdense.nn.code_reader import Reads
 from effdense.nn.foreign import (
     NO_FORM,
     Foreign,

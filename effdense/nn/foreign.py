@@ -16,7 +16,8 @@ from effdense.engine.inputs import takes
 from effdense.engine.pool import plain_avg_pool
 from effdense.nn.blocks import fits, run_transition, run_unpooled
 from effdense.nn.chain import Chain
-from effdense.nn.code import Reads, code_of_classes, counts, is_function
+from effdense.nn.code import code_of_classes, is_function
+from effdense.nn.code_reader import Reads, counts
 from effdense.nn.kinds import DROPOUTS
 from effdense.nn.looks import look
 from effdense.nn.modules import original, walk

@@ -15,7 +15,8 @@ from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import takes, through
 from effdense.nn.blocks import DenseBlock, Transition
 from effdense.nn.chain import Chain
-from effdense.nn.code import code_of, counts
+from effdense.nn.code import code_of
+from effdense.nn.code_reader import counts
 from effdense.nn.foreign import ForeignBlock, ForeignTransition, Head, Noted
 from effdense.nn.kinds import ACTIVATIONS, CONVS, DROPOUTS, NORMS
 from effdense.nn.modules import kind_of, walk

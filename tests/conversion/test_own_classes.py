@@ -527,7 +527,7 @@ def test_a_class_that_gets_another_forward_later() -> None:
 
 
 def test_a_librarys_function_in_another_name_is_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    from effdense.nn.code import is_librarys
+    from effdense.nn.code_reader import is_librarys
 
     assert is_librarys(nn.Sequential.forward) and is_librarys(F.relu) and not is_librarys(Appending.forward)
 
