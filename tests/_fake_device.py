@@ -1,6 +1,6 @@
 """Trains models on a device without effdense's kernels, and on the CPU, and compares them.
 
-The device is PyTorch's privateuse1 (_fake_device.cpp, the library that is the argument). It is a program, since a process
+The device is PyTorch's privateuse1 (harness/fake_device.cpp, the library that is the argument). It is a program, since a process
 cannot forget a device.
 """
 

@@ -78,8 +78,8 @@ def _for_architecture(kernel: Path, architecture: int) -> list[str]:
 
 
 def compile_fake_device() -> Path:
-    """The library that makes a device of privateuse1 (tests/_fake_device.cpp)."""
-    source = ROOT / "tests" / "_fake_device.cpp"
+    """The library that makes a device of privateuse1 (harness/fake_device.cpp)."""
+    source = ROOT / "harness" / "fake_device.cpp"
     compile_, link = _of_torch()
     flags = [*FLAGS, "-O0", *compile_, *link]
     return _once("fake_device.so", [source], flags, lambda to: _run(["g++", source, *flags, "-o", to]))

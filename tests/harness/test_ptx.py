@@ -14,7 +14,8 @@ import torch
 
 from harness.ptx import interpreter
 from harness.ptx.compiler import can_compile
-from harness.ptx.interpreter import MODES, Interpreter, architectures, every_call
+from harness.ptx.interpreter import MODES, Interpreter, architectures
+from tests.harness._ptx_calls import every_call
 
 pytestmark = [
     pytest.mark.ptx,
