@@ -220,7 +220,7 @@ class Fill(NamedTuple):
     resident: int
     waves: tuple[float, float]  # blocks / those that the card holds at a time
     fill: float  # the least
-    below: int  # layers with less than ENOUGH
+    underfilled: int  # layers with less than ENOUGH
 
 
 def fill_rows(card: Card, resident: Residency) -> list[Fill]:
@@ -284,7 +284,7 @@ def fill_markdown(card: Card, rows: Sequence[Fill]) -> list[str]:
             str(row.resident),
             between(*row.waves, ".2f"),
             f"{row.fill:.0%}",
-            str(row.below or "-"),
+            str(row.underfilled or "-"),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -30,13 +30,13 @@ NOT_FULL = {("densenet_bc_100_12", 16, "bottleneck_backward 64"): 4}
 
 def test_every_gemm_fills_four_fifths_of_an_h100(simt: Any) -> None:
     rows = cuda_predict.fill_rows(H100, TWO)
-    below: dict[tuple[str, int, str], int] = {}
+    underfilled: dict[tuple[str, int, str], int] = {}
     for row in rows:
-        if row.below:
+        if row.underfilled:
             key = row.model, row.images, row.kernel
-            below[key] = below.get(key, 0) + row.below
+            underfilled[key] = underfilled.get(key, 0) + row.underfilled
         assert row.fill >= 0.7, row
-    assert below == NOT_FULL
+    assert underfilled == NOT_FULL
     layers = {(row.model, row.images): 0 for row in rows}
     for row in rows:
         layers[row.model, row.images] += row.layers

@@ -36,8 +36,8 @@ def test_minimal_makes_y_again(simt: Any) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_a_layer_stays_below_its_goal(simt: Any, memory: str, growth_rate: int, dtype: torch.dtype) -> None:
     """So many pixels that sums are merged by kernels of their own; under autocast gradients get their parameters' type."""
-    way = launches.per_layer(simt, memory, 96, 1, dtype, growth_rate)
-    for counted, goal in zip(way, GOAL, strict=True):
+    counts = launches.per_layer(simt, memory, 96, 1, dtype, growth_rate)
+    for counted, goal in zip(counts, GOAL, strict=True):
         assert counted.beside_convolutions <= goal, counted
 
 

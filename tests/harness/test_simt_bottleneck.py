@@ -238,12 +238,12 @@ def launched(simt: Any, shape: Sequence[int], arithmetic: Arithmetic) -> dict[st
     """The grid of the first launch each way: (pixels, out channels), and (channels, pixels)."""
     case = make_case(shape, arithmetic.dtype)
     grids = {}
-    for way, run in (("forward", forward), ("backward", backward)):
+    for direction, run in (("forward", forward), ("backward", backward)):
         simt.plan()
         try:
             run(simt, case, arithmetic)
         finally:
-            grids[way] = list(simt.take_plan()[1:3])
+            grids[direction] = list(simt.take_plan()[1:3])
     return grids
 
 

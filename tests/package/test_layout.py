@@ -96,8 +96,8 @@ def test_every_file_has_its_place_in_the_table() -> None:
     assert {name.split(".")[0] for name in modules_of(PACKAGE)} == GROUND | ALLOWED.keys()
     # What a row allows may import no more than the row does: so the rows are floors, and the table has no circle.
     for room, allowed in ALLOWED.items():
-        for below in allowed:
-            assert ALLOWED[below] < allowed, (room, below)
+        for lower in allowed:
+            assert ALLOWED[lower] < allowed, (room, lower)
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -54,9 +54,9 @@ def test_two_processes_train_like_one(root: Path, tmp_path: Path) -> None:
     assert ended.stdout.count("epoch 2/2") == 1  # one of them says it
     assert train(root, one, *EXACT) == 0
     assert [row["split"] for row in rows(two)] == [row["split"] for row in rows(one)]
-    for ours, theirs in zip(rows(two), rows(one), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9), ours
-        assert ours["accuracy"] == theirs["accuracy"]
+    for of_two, of_one in zip(rows(two), rows(one), strict=True):
+        assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-9), of_two
+        assert of_two["accuracy"] == of_one["accuracy"]
     torch.testing.assert_close(load(two)["state_dict"], load(one)["state_dict"], rtol=1e-9, atol=1e-9)
 
 
