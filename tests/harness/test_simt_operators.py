@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from effdense.ops import reference
 from harness.simt.compiler import compile_launchers
-from tests._cases import SHAPES, assert_as_exact, channels_last, make_norm_case, to_dtype
+from tests._cases import SHAPES, Run, assert_as_exact, channels_last, make_norm_case, to_dtype
 from tests.harness.test_simt_harness import ORDERS, SANITIZER_OPTIONS
 from tests.ops.test_batch_norm import (
     run_accumulate_correction,
@@ -33,7 +33,6 @@ from tests.ops.test_pool import (
     run_maximum_backward,
 )
 
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.half]
 
 

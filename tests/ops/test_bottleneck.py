@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests._cases import (
     OPCHECKS,
     SHAPES,
     Mistake,
+    Run,
     assert_as_exact,
     assert_refused,
     assert_repeatable,
@@ -36,7 +36,6 @@ from tests._cases import (
 )
 
 Case = dict[str, Any]
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean")
 # of what grad_y misses: the first four, or with relu's backward all six
 CORRECTION = ("y", "y_mean", "a", "b", "out_scale", "out_shift")

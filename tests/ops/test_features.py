@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests._cases import (
     OPCHECKS,
     SHAPES,
     Mistake,
+    Run,
     assert_as_exact,
     assert_refused,
     assert_repeatable,
@@ -31,8 +31,6 @@ from tests._cases import (
     rest_is_untouched,
     to_dtype,
 )
-
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 
 
 def run_statistics(shape: tuple, dtype: torch.dtype, first: int = 0, offset: float = 0.0) -> Run:

@@ -30,23 +30,9 @@ from tests._training import (
     load,
     rows,
     train,
-    write_data,
 )
 
 CUT_OFF = STEPS + 3  # a step in the middle of the second epoch
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert train(root, out) == 0
-    return out
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Any) -> None:

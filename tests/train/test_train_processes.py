@@ -14,7 +14,7 @@ from benchmarks import measure
 from effdense import models
 from effdense.train.processes import Processes
 from tests._processes import run_in_processes
-from tests._training import arguments, load, rows, train, write_data
+from tests._training import arguments, load, rows, train
 
 EXACT = ("--dtype", "float64", "--drop-rate", "0", "--save-steps", "3")
 DYING = """
@@ -35,11 +35,6 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=180)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def test_two_processes_train_like_one(root: Path, tmp_path: Path) -> None:
