@@ -251,7 +251,7 @@ class _Backward:
             made[i] = shaped(like, made[i]).contiguous() if need and like is not None else None
         return made
 
-    def _correct(self, norm: Folded, sums: Sequence[Tensor], of: slice) -> tuple[Tensor, Tensor]:
+    def _norm_gradients(self, norm: Folded, sums: Sequence[Tensor], of: slice) -> tuple[Tensor, Tensor]:
         """The gradients of a norm's weight and bias that reads the buffer; its part of the correction to come is added."""
         if norm.batch_statistics:
             norm.accumulate_correction(sums[0], sums[1], self.count, self.a[of], self.b[of])
@@ -277,7 +277,7 @@ class _Backward:
         sums = ops.bn_relu_avg_pool_backward(
             channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel, self.grad_features
         )
-        grads["norm_weight"], grads["norm_bias"] = self._correct(norm, sums, slice(None))
+        grads["norm_weight"], grads["norm_bias"] = self._norm_gradients(norm, sums, slice(None))
         self.pool_grads = PoolParameters(**grads)
 
     def layer(self, layer: Layer, scratch: workspace.Lease, need_inputs: bool) -> None:
@@ -290,7 +290,7 @@ class _Backward:
         y, needs = self.kept.get(layer.position), self.needs[layer.position]
         grads, sums = layer_backward(self.ops, stage, layer, grad, reads, self.norms, y, needs, scratch)
         if sums is not None:
-            weight, bias = self._correct(stage.norm1(layer, self.norms), sums, of)
+            weight, bias = self._norm_gradients(stage.norm1(layer, self.norms), sums, of)
             grads = grads._replace(norm1_weight=weight, norm1_bias=bias)
         self.grads[layer.position] = grads
 
