@@ -26,7 +26,7 @@ GEMMS = ("bottleneck_kernel", "bottleneck_backward_kernel")
 # Shared memory of a multiprocessor in KB, by architecture: cuda_static.LIMITS has the same.
 SHARED_KB = {"7.5": 64, "8.0": 164, "8.6": 100, "8.9": 100, "9.0": 228, "10.0": 228, "12.0": 100}
 NUMBERS = {"float16": torch.half, "TF32": torch.float32}
-VECTORS = ("fold", "defer")  # operators without maps
+VECTORS = ("fold", "accumulate_correction")  # operators without maps
 
 
 class Residency(NamedTuple):
@@ -41,7 +41,7 @@ class Residency(NamedTuple):
 
 # What is traced is the Python engine. The stage in C++ has these in the kernels that make the vectors; of the norms' folding a
 # launch is left for so many norms.
-IN_KERNELS = ("defer", "copy_", "zeros_like", "mul")
+IN_KERNELS = ("accumulate_correction", "copy_", "zeros_like", "mul")
 FOLDS_OF_A_LAUNCH = 24  # kFoldsAtOnce of csrc/cuda/kernels/batch_norm.cu
 
 
@@ -220,7 +220,7 @@ class Fill(NamedTuple):
     resident: int
     waves: tuple[float, float]  # blocks / those that the card holds at a time
     fill: float  # the least
-    below: int  # layers with less than ENOUGH
+    underfilled: int  # layers with less than ENOUGH
 
 
 def fill_rows(card: Card, resident: Residency) -> list[Fill]:
@@ -284,7 +284,7 @@ def fill_markdown(card: Card, rows: Sequence[Fill]) -> list[str]:
             str(row.resident),
             between(*row.waves, ".2f"),
             f"{row.fill:.0%}",
-            str(row.below or "-"),
+            str(row.underfilled or "-"),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -38,9 +38,9 @@ MIB = 2**20
 READ_TOO = {
     ("bn_relu_backward", "grad"),
     ("bottleneck_backward", "grad_features"),
-    ("bn_relu_accumulate", "grad_x"),
-    ("defer", "a"),
-    ("defer", "b"),
+    ("bn_relu_backward_accumulate", "grad_x"),
+    ("accumulate_correction", "a"),
+    ("accumulate_correction", "b"),
 }
 # PyTorch's part of a step that is the same for everybody: the classifier, the loss, the stem's weight gradient.
 LEFT_OUT = ("addmm", "mm", "sum", "ones_like", "clone")
@@ -90,8 +90,10 @@ def least(call: Call) -> Least:
         if argument.name == "rstd" and call.op == "bn_relu_backward" and not statistics:
             read = False
         for like in traced.tensors(value):
-            # defer has the vectors of a whole buffer and uses a prefix
-            size = min(like.bytes, call.arguments[0].bytes) if call.op == "defer" else like.bytes
+            # accumulate_correction has the vectors of a whole buffer and uses a prefix
+            size = (
+                min(like.bytes, call.arguments[0].bytes) if call.op == "accumulate_correction" else like.bytes
+            )
             passes = 2 if statistics and len(like.shape) > 1 else 1
             reads[like.number] += passes * size * read
             writes[like.number] += size * written

@@ -76,23 +76,23 @@ def largest_difference(losses: Sequence[float], others: Sequence[float]) -> floa
     )
 
 
-def _trainings(ours: Sequence[str]) -> list[tuple[torch.dtype, str]]:
+def _trainings(fused: Sequence[str]) -> list[tuple[torch.dtype, str]]:
     return [
         (torch.float64, "naive"),
-        *((torch.float64, impl) for impl in ours),
+        *((torch.float64, impl) for impl in fused),
         (torch.float32, "naive"),
         (torch.float32, "naive, perturbed"),
-        (torch.float32, ours[0]),
+        (torch.float32, fused[0]),
     ]
 
 
 def _show_agreement(
-    console: Console, losses: dict[tuple[torch.dtype, str], list[float]], ours: Sequence[str]
+    console: Console, losses: dict[tuple[torch.dtype, str], list[float]], fused: Sequence[str]
 ) -> bool:
     """Print how far the losses are apart; return whether float64 agrees."""
     agree = True
     console.print("[bold]1. The same training?[/bold] Largest difference between loss curves, naive against")
-    for impl in ours:
+    for impl in fused:
         difference = largest_difference(losses[torch.float64, "naive"], losses[torch.float64, impl])
         good = difference <= FLOAT64_TOLERANCE
         agree = agree and good
@@ -101,7 +101,7 @@ def _show_agreement(
             f"   float64  {impl:<28} {difference:8.1e}  {verdict} (at most {FLOAT64_TOLERANCE:.0e})"
         )
     for impl, remark in (
-        (ours[0], ""),
+        (fused[0], ""),
         ("naive, perturbed", "by one unit in the last place: float32 is chaotic"),
     ):
         difference = largest_difference(losses[torch.float32, "naive"], losses[torch.float32, impl])
@@ -140,30 +140,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.demo: {error}", file=sys.stderr)
         return 2
     images, labels = data.to_tensors(*arrays)
-    ours = list(models.EFFDENSE)
+    fused = list(models.EFFDENSE)
     if not effdense.build_info()["compiled"]:
-        ours = [f"{impl}-fallback" for impl in ours]
+        fused = [f"{impl}-fallback" for impl in fused]
         console.print(
             "[yellow]effdense's C++ is not built here: this shows its plain PyTorch fallback.[/yellow]"
         )
 
     console.print(f"{TRAINED} on {len(images)} Fashion-MNIST images, {STEPS} steps of {BATCH}\n")
-    trainings = _trainings(ours)
+    trainings = _trainings(fused)
     losses = {}
     with compare.progress(STEPS * len(trainings), quiet) as on_progress:
         for dtype, impl in trainings:
             name = f"training {impl} in {str(dtype).removeprefix('torch.')}"
             losses[dtype, impl] = train(impl, images, labels, dtype, lambda name=name: on_progress(name))
-    agree = _show_agreement(console, losses, ours)
+    agree = _show_agreement(console, losses, fused)
 
     settings = WorkerConfig(model=MEASURED, batch=MEASURED_BATCH, image_size=32, data="fashion-mnist")
-    impls = ["naive", "checkpoint", *ours]
+    impls = ["naive", "checkpoint", *fused]
     with compare.progress((REPEATS + 2) * len(impls), quiet) as on_progress:
         result = compare.run(settings, impls, REPEATS, on_progress)
     console.print("\n[bold]2. What does a step cost?[/bold]")
     console.print(compare.table(result, compare.title(settings)))
 
-    curves = {impl: losses[torch.float64, impl] for impl in ("naive", *ours)}
+    curves = {impl: losses[torch.float64, impl] for impl in ("naive", *fused)}
     plots.demonstration(curves, result["rows"], TRAINED, compare.title(settings), parsed.picture)
     console.print(f"\nThe picture: {parsed.picture}")
     return int(not agree or any("error" in row for row in result["rows"]))

@@ -45,10 +45,12 @@ def run(
             for impl in impls:
                 on_progress(f"{name}, {impl}")
                 calls[impl] = _calls(settings, impl)
-            times = _take_turns({(i, way): f for i, both in calls.items() for way, f in both.items()}, rounds)
+            times = _take_turns(
+                {(i, mode): f for i, both in calls.items() for mode, f in both.items()}, rounds
+            )
             rows += [
                 {"model": name, "batch": images, "image_size": size, "impl": impl}
-                | {f"{way}_ms": 1e3 * times[impl, way] for way in both}
+                | {f"{mode}_ms": 1e3 * times[impl, mode] for mode in both}
                 for impl, both in calls.items()
             ]
         return {"environment": measure.environment(1), "rounds": rounds, "rows": rows}
@@ -59,19 +61,19 @@ def run(
 def _calls(settings: WorkerConfig, impl: str) -> dict[str, Callable[[], Any]]:
     """A training step and a forward of models of their own, warmed up."""
     calls: dict[str, Callable[[], Any]] = {}
-    for way in ("training", "inference"):
-        if way == "inference" and impl == "checkpoint":
+    for mode in ("training", "inference"):
+        if mode == "inference" and impl == "checkpoint":
             continue  # it is naive's
         torch.manual_seed(settings.seed)
         model = models.build(settings.model, impl).model
         x, labels = batch_for(settings, model)
-        if way == "training":
-            calls[way] = _step(model.train(), x, labels)
+        if mode == "training":
+            calls[mode] = _step(model.train(), x, labels)
         else:
             model.eval()
-            calls[way] = torch.no_grad()(lambda model=model, x=x: model(x))
+            calls[mode] = torch.no_grad()(lambda model=model, x=x: model(x))
         for _ in range(WARM_UP):
-            calls[way]()
+            calls[mode]()
     return calls
 
 
@@ -103,10 +105,12 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
     cells = []
     for row in result["rows"]:
         cell = [row["model"], row["impl"]]
-        for way in ("training_ms", "inference_ms"):
-            base = naive.get(row["model"], {}).get(way)
+        for mode in ("training_ms", "inference_ms"):
+            base = naive.get(row["model"], {}).get(mode)
             cell += (
-                [f"{row[way]:.1f}", f"{row[way] / base:.2f}" if base else "-"] if way in row else ["-", "-"]
+                [f"{row[mode]:.1f}", f"{row[mode] / base:.2f}" if base else "-"]
+                if mode in row
+                else ["-", "-"]
             )
         cells.append(cell)
     return cells

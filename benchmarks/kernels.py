@@ -32,16 +32,21 @@ GEMM_SIZE = {"cpu": 2048, "cuda": 4096}  # rows and columns of the matrices
 COPY_BYTES = 2**28  # of each tensor: beyond every cache
 # In the order of a step; then what takes the place of the fused convolution where there is none, and the rest.
 LAYER = ("bottleneck", "bn_relu_conv3x3")
-LAYER += ("take_gradient", "bn_relu_conv3x3_backward", "bottleneck_backward")
+LAYER += ("apply_correction", "bn_relu_conv3x3_backward", "bottleneck_backward")
 LAYER += (
     "bn_relu",
     "conv3x3",
     "append_features",
     "conv3x3_backward",
-    "bn_relu_with_sums",
+    "bn_relu_backward_sums",
     "bn_relu_backward",
 )
-LAYER += ("channel_statistics", "bn_relu_accumulate", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
+LAYER += (
+    "channel_statistics",
+    "bn_relu_backward_accumulate",
+    "bn_relu_avg_pool",
+    "bn_relu_avg_pool_backward",
+)
 STEM = ("bn_relu_max_pool", "max_pool_backward")
 OPERATORS = LAYER + STEM
 CONVOLUTIONS = ("conv3x3", "conv3x3_backward")  # PyTorch's
@@ -111,16 +116,16 @@ def least(s: Shape, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         # reads z, weight; writes the new features
         "conv3x3": (e * (m * o + 9 * o * k + m * k), 2 * m * 9 * o * k),
         "append_features": (e * 2 * m * k, 0),  # reads the new features; writes them to the buffer
-        "take_gradient": (e * 3 * m * k, 0),  # reads x, grad of the new features; writes out
+        "apply_correction": (e * 3 * m * k, 0),  # reads x, grad of the new features; writes out
         # reads grad, z, weight; writes grad_z, grad_weight
         "conv3x3_backward": (e * (m * k + 2 * m * o + 2 * 9 * o * k), 4 * m * 9 * o * k),
-        "bn_relu_with_sums": (e * 3 * m * o, 0),  # reads grad, y; writes z
+        "bn_relu_backward_sums": (e * 3 * m * o, 0),  # reads grad, y; writes z
         # reads grad, y; writes grad. The batch's sums take a second pass (5 m o) where a cache does not hold both
         "bn_relu_backward": (e * 3 * m * o, 0),
         # reads x, grad_y, y, weight, grad_x; writes grad_x, and grad_weight as sums
         "bottleneck_backward": (e * (3 * m * c + 2 * m * o + o * c) + e_sum * o * c, 4 * m * c * o),
         "channel_statistics": (e * m * c, 0),  # reads x
-        "bn_relu_accumulate": (e * 4 * m * c, 0),  # reads grad, x, grad_x; writes grad_x
+        "bn_relu_backward_accumulate": (e * 4 * m * c, 0),  # reads grad, x, grad_x; writes grad_x
         "bn_relu_avg_pool": (e * (covered + p) * t, 0),  # reads x in windows; writes out
         # reads grad, x in windows; writes grad_x
         "bn_relu_avg_pool_backward": (e * (p + covered + m) * t, 0),
@@ -164,17 +169,17 @@ def _calls(s: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "bn_relu": lambda: ops.bn_relu(y, *norm_o[:2], z),
         "conv3x3": lambda: aten.convolution(z, w2, None, *CONVOLUTION),
         "append_features": lambda: ops.append_features(new, x_new),
-        "take_gradient": lambda: ops.take_gradient(x_new, mean, ab, ab, grad_x_new, grad_new),
+        "apply_correction": lambda: ops.apply_correction(x_new, mean, ab, ab, grad_x_new, grad_new),
         "conv3x3_backward": lambda: aten.convolution_backward(
             grad_new, z, w2, None, *CONVOLUTION, [True, True, False]
         ),
-        "bn_relu_with_sums": lambda: ops.bn_relu_with_sums(grad_y, y, *norm_o, z),
+        "bn_relu_backward_sums": lambda: ops.bn_relu_backward_sums(grad_y, y, *norm_o, z),
         "bn_relu_backward": lambda: ops.bn_relu_backward(grad_y, y, *norm_o, norm_o[0], True),
         "bottleneck_backward": lambda: ops.bottleneck_backward(
             [x], grad_y, *norm_c, w1, [grad_x], True, True, True, [y, norm_o[2], norm_o[2], norm_o[2]]
         ),
         "channel_statistics": lambda: ops.channel_statistics([x]),
-        "bn_relu_accumulate": lambda: ops.bn_relu_accumulate(grad_c, x, *norm_c, grad_x),
+        "bn_relu_backward_accumulate": lambda: ops.bn_relu_backward_accumulate(grad_c, x, *norm_c, grad_x),
         "bn_relu_avg_pool": lambda: ops.bn_relu_avg_pool(features, *norm_t[:2], kernel),
         "bn_relu_avg_pool_backward": lambda: ops.bn_relu_avg_pool_backward(
             pooled, features, *norm_t, kernel, grads

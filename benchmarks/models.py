@@ -463,7 +463,7 @@ def _convert(model: nn.Module, impl: Impl, partly: bool) -> nn.Module:
 
     model = effdense.convert(model, memory=impl.memory)
     report = effdense.report(model)
-    # A library's own class around the features may have more than ours, and stay.
+    # A library's own class around the features may have more than effdense's, and stay.
     left = [e for e in report if e.kind != "DenseNet" and (not e.converted or e.reason)]
     if len(left) == len(report) or (left and not partly):
         example = f": {left[0].name}: {left[0].reason}" if left else ""

@@ -65,13 +65,13 @@ struct StatisticsTo {
 };
 
 // What an operator makes of its two sums: sum d, and sum d (x - mean), times rstd where that is defined, as
-// the gradients of a norm's parameters are. And what defer makes of them: a and b that it adds to, or new
-// ones.
+// the gradients of a norm's parameters are. And what accumulate_correction makes of them: a and b that it
+// adds to, or new ones.
 struct SumsTo {
-  enum class Deferred { no, added, made };
+  enum class Coefficients { none, added, made };
   Tensor sum_d, sum_dx;  // results
   Tensor rstd, scale;
-  Deferred deferred = Deferred::no;
+  Coefficients coefficients = Coefficients::none;
   int64_t count = 0;  // of pixels, for a and b
   Tensor a, b;
   Tensor counters;  // as above
@@ -91,17 +91,17 @@ struct Backend {
   Tensor (*bottleneck_backward)(SumsTo& to, TensorList features, const Tensor& grad_y, const Tensor& scale,
                                 const Tensor& shift, const Tensor& mean, const Tensor& weight,
                                 TensorList grad_features, bool accumulate, bool need_features,
-                                bool need_weight, TensorList deferred);
-  void (*take_gradient)(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b,
-                        const Tensor& grad, Tensor& out);
+                                bool need_weight, TensorList correction);
+  void (*apply_correction)(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b,
+                           const Tensor& grad, Tensor& out);
   void (*bn_relu)(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& out);
-  void (*bn_relu_with_sums)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
-                            const Tensor& shift, const Tensor& mean, Tensor& out);
+  void (*bn_relu_backward_sums)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                const Tensor& shift, const Tensor& mean, Tensor& out);
   void (*bn_relu_backward)(SumsTo& to, Tensor& grad, const Tensor& x, const Tensor& scale,
                            const Tensor& shift, const Tensor& mean, const Tensor& rstd,
                            bool batch_statistics);
-  void (*bn_relu_accumulate)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
-                             const Tensor& shift, const Tensor& mean, Tensor& grad_x);
+  void (*bn_relu_backward_accumulate)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                      const Tensor& shift, const Tensor& mean, Tensor& grad_x);
   Tensor (*bn_relu_avg_pool)(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              at::IntArrayRef kernel_size);
   void (*bn_relu_avg_pool_backward)(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,

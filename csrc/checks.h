@@ -108,14 +108,14 @@ inline void check_channels(const char* op, const char* name, const Tensor& tenso
 }
 
 // The list of a Correction (backend.h), or an empty one.
-inline void check_deferred(const char* op, TensorList deferred, const Tensor& grad_y) {
-  if (deferred.empty()) return;
-  TORCH_CHECK_VALUE(deferred.size() == 4 || deferred.size() == 6, op,
-                    ": deferred must hold y, mean, a, b, perhaps scale, shift, or nothing, got ",
-                    deferred.size(), " tensors");
-  check_same_shape(op, "deferred[0]", deferred[0], grad_y);
-  for (size_t i = 1; i < deferred.size(); ++i)
-    check_per_channel(op, ("deferred[" + std::to_string(i) + "]").c_str(), deferred[i], grad_y,
+inline void check_correction(const char* op, TensorList correction, const Tensor& grad_y) {
+  if (correction.empty()) return;
+  TORCH_CHECK_VALUE(correction.size() == 4 || correction.size() == 6, op,
+                    ": correction must hold y, mean, a, b, perhaps scale, shift, or nothing, got ",
+                    correction.size(), " tensors");
+  check_same_shape(op, "correction[0]", correction[0], grad_y);
+  for (size_t i = 1; i < correction.size(); ++i)
+    check_per_channel(op, ("correction[" + std::to_string(i) + "]").c_str(), correction[i], grad_y,
                       grad_y.size(1));
 }
 
@@ -178,8 +178,8 @@ inline void check_append_features(const char* op, const Tensor& new_features, co
   check_same_shape(op, "out", out, new_features);
 }
 
-inline void check_take_gradient(const char* op, const Tensor& x, const Tensor& mean, const Tensor& a,
-                                const Tensor& b, const Tensor& grad, const Tensor& out) {
+inline void check_apply_correction(const char* op, const Tensor& x, const Tensor& mean, const Tensor& a,
+                                   const Tensor& b, const Tensor& grad, const Tensor& out) {
   check_map(op, "x", x);
   check_per_channel(op, "mean", mean, x, x.size(1));
   check_per_channel(op, "a", a, x, x.size(1));
@@ -207,7 +207,7 @@ inline void check_bottleneck(const char* op, TensorList features, const Tensor& 
 
 inline void check_bottleneck_backward(const char* op, TensorList features, const Tensor& grad_y,
                                       const Tensor& scale, const Tensor& shift, const Tensor& mean,
-                                      const Tensor& weight, TensorList grad_features, TensorList deferred) {
+                                      const Tensor& weight, TensorList grad_features, TensorList correction) {
   check_features(op, features);
   const Tensor& first = features[0];
   const int64_t channels = count_channels(features);
@@ -217,7 +217,7 @@ inline void check_bottleneck_backward(const char* op, TensorList features, const
   check_weight(op, weight, first, channels);
   check_same_images(op, "grad_y", grad_y, first);
   check_channels(op, "grad_y", grad_y, weight.size(0), "the weight's rows");
-  check_deferred(op, deferred, grad_y);
+  check_correction(op, correction, grad_y);
   check_grad_features(op, grad_features, features);
 }
 
@@ -232,8 +232,9 @@ inline Tensor norm_parameter(const char* op, const char* name, const std::option
   return wide;
 }
 
-inline void check_defer(const char* op, const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd,
-                        const Tensor& scale, const Tensor& a, const Tensor& b) {
+inline void check_accumulate_correction(const char* op, const Tensor& sum_d, const Tensor& sum_dx,
+                                        const Tensor& rstd, const Tensor& scale, const Tensor& a,
+                                        const Tensor& b) {
   const int64_t channels = sum_d.numel();
   check_per_channel(op, "sum_d", sum_d, sum_d, channels);
   check_per_channel(op, "sum_dx", sum_dx, sum_d, channels);

@@ -19,8 +19,8 @@ inline void define_operators(torch::Library& m) {
   // What batch normalisation's backward subtracts, -(a + b (x - mean)), for one reader of the first channels:
   // a += scale * sum_d / count, b += scale * rstd^2 * sum_dx / count
   m.def(
-      "defer(Tensor sum_d, Tensor sum_dx, Tensor rstd, Tensor scale, int count, Tensor(a!) a, Tensor(b!) b)"
-      " -> ()");
+      "accumulate_correction(Tensor sum_d, Tensor sum_dx, Tensor rstd, Tensor scale, int count,"
+      " Tensor(a!) a, Tensor(b!) b) -> ()");
   // mean and biased variance of every channel -> 2 x [C]
   m.def("channel_statistics(Tensor[] features) -> (Tensor mean, Tensor var)");
   // out = new_features, with their mean and biased variance
@@ -33,21 +33,21 @@ inline void define_operators(torch::Library& m) {
       " Tensor? out_scale, Tensor? out_shift, bool statistics, Tensor(a!) y) -> (Tensor mean, Tensor var)");
   // d = (weight^T grad_y) masked by relu -> grad_weight [O, C] (in the accumulation type), sum d, sum d (x -
   // mean); grad_features[i] becomes scale * d, or with `accumulate` grows by it, unless it is empty.
-  // `deferred`: nothing, or y, mean_y, a, b where grad_y - a - b * (y - mean_y) is what stands for grad_y, or
-  // behind them scale_y, shift_y of a norm and relu over y, whose output's gradient grad_y still is:
+  // `correction`: nothing, or y, mean_y, a, b where grad_y - a - b * (y - mean_y) is what stands for grad_y,
+  // or behind them scale_y, shift_y of a norm and relu over y, whose output's gradient grad_y still is:
   // scale_y * d_y - a - b * (y - mean_y)
   m.def(
       "bottleneck_backward(Tensor[] features, Tensor grad_y, Tensor scale, Tensor shift, Tensor mean,"
       " Tensor weight, Tensor(a!)[] grad_features, bool accumulate, bool need_features, bool need_weight,"
-      " Tensor[] deferred)"
+      " Tensor[] correction)"
       " -> (Tensor grad_weight, Tensor sum_d, Tensor sum_dx)");
   // out = grad - a - b * (x - mean): finishes batch normalisation's backward; out may be grad
-  m.def("take_gradient(Tensor x, Tensor mean, Tensor a, Tensor b, Tensor grad, Tensor(a!) out) -> ()");
+  m.def("apply_correction(Tensor x, Tensor mean, Tensor a, Tensor b, Tensor grad, Tensor(a!) out) -> ()");
   // out = relu(scale * x + shift)
   m.def("bn_relu(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
   // the same, and with grad, the gradient of that: sum d, sum d (x - mean)
   m.def(
-      "bn_relu_with_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor(a!) out)"
+      "bn_relu_backward_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor(a!) out)"
       " -> (Tensor sum_d, Tensor sum_dx)");
   // grad: the gradient of relu(bn(x)), becomes the gradient of x -> sum d, sum d (x - mean)
   m.def(
@@ -55,8 +55,8 @@ inline void define_operators(torch::Library& m) {
       " bool batch_statistics) -> (Tensor sum_d, Tensor sum_dx)");
   // grad_x += scale * d -> sum d, sum d (x - mean)
   m.def(
-      "bn_relu_accumulate(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor(a!) grad_x)"
-      " -> (Tensor sum_d, Tensor sum_dx)");
+      "bn_relu_backward_accumulate(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor mean,"
+      " Tensor(a!) grad_x) -> (Tensor sum_d, Tensor sum_dx)");
   // the average of relu(scale * x + shift) over windows of kernel_size side by side; the rest is left out
   m.def("bn_relu_avg_pool(Tensor x, Tensor scale, Tensor shift, int[] kernel_size) -> Tensor");
   // grad_x = scale * d -> sum d, sum d (x - mean)

@@ -1,7 +1,7 @@
 // A whole dense stage, forward and backward, over one backend's operators. It is effdense/engine/passes.py in
 // C++, operator by operator, without the dispatcher and Python in between. That file says what is computed
-// and why; both give the same bits (tests/engine/test_dense_block.py). Norms that are synchronised over processes
-// stay in Python.
+// and why; both give the same bits (tests/engine/test_dense_block.py). Norms that are synchronised over
+// processes stay in Python.
 #pragma once
 
 #include <string_view>
@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage_forward(const Backend& backend,
                                                          const Tensor& scratch);
 
 // Starts the backward: the gradient of the feature buffer, from the pool's (or the buffer's own), the
-// coefficients a and b of what is deferred, and the gradients of the pool's norm and convolution, as far as
-// `needs` asks for them. By itself, since it has maps of its own, and the layers' scratch memory is not there
-// yet.
+// coefficients a and b of the corrections to come, and the gradients of the pool's norm and convolution, as
+// far as `needs` asks for them. By itself, since it has maps of its own, and the layers' scratch memory is
+// not there yet.
 std::vector<Tensor> stage_start_backward(const Backend& backend, const Tensor& grad, const Tensor& features,
                                          const Tensor& vectors, const OptionalTensors& parameters,
                                          const c10::List<bool>& needs, double eps, bool batch_statistics,

@@ -1,4 +1,4 @@
-// The layout of a dense stage for stage.cpp: its layers' tensors by name, and the places of its parts in flat
+// The layout of a dense stage in C++: its layers' tensors by name, and the places of its parts in flat
 // tensors. It is effdense/engine/stage.py in C++.
 #pragma once
 

@@ -68,4 +68,15 @@ inline Windows maximum_windows(const char* op, const Tensor& x, at::IntArrayRef 
   return windows;
 }
 
+// What max_pool_backward refuses; the windows of grad_z.
+inline Windows check_max_pool_backward(const char* op, const Tensor& grad, const Tensor& where,
+                                       at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                       at::IntArrayRef padding, const Tensor& grad_z) {
+  check_map(op, "grad_z", grad_z);
+  const Windows windows = maximum_windows(op, grad_z, kernel_size, stride, padding);
+  check_pooled(op, "grad", grad, grad_z, at::IntArrayRef(windows.out).slice(5 - grad_z.dim()));
+  check_where(op, where, grad);
+  return windows;
+}
+
 }  // namespace effdense

@@ -22,6 +22,9 @@ BACKENDS = {"cpu": torch.ops.effdense, "simt": torch.ops.effdense_simt}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 EPS = 0.1  # of batch norms: keeps a channel of one pixel, which has no variance, well conditioned
 
+# Calls an operator of a namespace on data of a dtype; returns all that it makes.
+Run = Callable[[Any, torch.dtype], list[Tensor]]
+
 # images, spatial sizes, channels of each feature, output channels
 SHAPES = [
     (2, (5, 7), (3, 5, 2), 6),  # several odd features

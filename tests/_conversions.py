@@ -53,11 +53,11 @@ def step(model: nn.Module, x: Tensor) -> list[Any]:
     return [*outputs, x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-def assert_same(naive: nn.Module, ours: nn.Module, x: Tensor, steps: int = 2) -> None:
+def assert_same(naive: nn.Module, fused: nn.Module, x: Tensor, steps: int = 2) -> None:
     for _ in range(steps):
-        assert_close(step(ours, x), step(naive, x))
-    naive.eval(), ours.eval()
-    assert_close(step(ours, x), step(naive, x))
+        assert_close(step(fused, x), step(naive, x))
+    naive.eval(), fused.eval()
+    assert_close(step(fused, x), step(naive, x))
 
 
 def kinds(model: nn.Module) -> dict[str, int]:
@@ -109,11 +109,11 @@ def convert_and_compare(
     naive: nn.Module, x: Tensor, blocks: int, memory: str = "balanced", steps: int = 2
 ) -> nn.Module:
     """Converts a copy and compares it; the copy given back is the naive model again. Returns a converted one."""
-    ours = copy.deepcopy(naive)
-    with unchanged(ours):
-        assert effdense.convert(ours, memory=memory) is ours
-    assert kinds(ours)["DenseBlock"] == blocks, str(effdense.report(ours))
-    assert_same(naive, ours, x, steps)
-    reverted = effdense.revert(copy.deepcopy(ours))
+    fused = copy.deepcopy(naive)
+    with unchanged(fused):
+        assert effdense.convert(fused, memory=memory) is fused
+    assert kinds(fused)["DenseBlock"] == blocks, str(effdense.report(fused))
+    assert_same(naive, fused, x, steps)
+    reverted = effdense.revert(copy.deepcopy(fused))
     assert_same_classes(reverted, naive)
-    return ours
+    return fused

@@ -82,14 +82,14 @@ _converted: dict[
 
 def converted(naive: nn.Module, memory: str) -> Any:
     """A converted copy, all of which runs fused. `convert` looks closely at the first of its kind only: that takes long."""
-    ours, like = copy.deepcopy(naive), tuple((name, type(m)) for name, m in naive.named_modules())
-    for module, (kind, noted) in zip(ours.modules(), _converted.get(like, ()), strict=False):
+    fused, like = copy.deepcopy(naive), tuple((name, type(m)) for name, m in naive.named_modules())
+    for module, (kind, noted) in zip(fused.modules(), _converted.get(like, ()), strict=False):
         module.__class__ = kind
         vars(module).update({} if noted is None else {"_effdense": noted})
-    effdense.convert(ours, memory=memory)
-    _converted[like] = [(type(m), vars(m).get("_effdense")) for m in ours.modules()]
-    assert all(e.converted and e.reason is None for e in effdense.report(ours)), str(effdense.report(ours))
-    return ours
+    effdense.convert(fused, memory=memory)
+    _converted[like] = [(type(m), vars(m).get("_effdense")) for m in fused.modules()]
+    assert all(e.converted and e.reason is None for e in effdense.report(fused)), str(effdense.report(fused))
+    return fused
 
 
 def make_pair(
@@ -139,7 +139,7 @@ def assert_as_exact(runs: list[tuple[list[Tensor], list[Tensor], list[Tensor]]],
     for i, every in enumerate(zip(*(zip(*run, strict=True) for run in runs), strict=True)):
         for a, b, _ in every:
             assert a.dtype == b.dtype, i
-        ours, naive, size = (
+        fused, naive, size = (
             rms(torch.cat([v.flatten() for v in values]))
             for values in (
                 [a.double() - c for a, _, c in every],
@@ -147,16 +147,16 @@ def assert_as_exact(runs: list[tuple[list[Tensor], list[Tensor], list[Tensor]]],
                 [c for _, _, c in every],
             )
         )
-        assert ours <= 2 * naive + torch.finfo(dtype).eps * size, f"{i}: {ours:.3g}, naive {naive:.3g}"
+        assert fused <= 2 * naive + torch.finfo(dtype).eps * size, f"{i}: {fused:.3g}, naive {naive:.3g}"
 
 
 def assert_same(
     pair: tuple[nn.Module, nn.Module], x: Tensor | None = None, steps: int = 2, **how: Any
 ) -> None:
-    naive, ours = pair
+    naive, fused = pair
     x = make_input() if x is None else x
     for _ in range(steps):
-        assert_close(step(ours, x, **how), step(naive, x, **how))
+        assert_close(step(fused, x, **how), step(naive, x, **how))
 
 
 def kept_tensors(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -69,6 +69,6 @@ def load(out: Path, name: str = "last.pt") -> dict[str, Any]:
 def assert_same_end(out: Path, other: Path) -> None:
     """The same losses and the same weights, momenta and random state, to the bit."""
     assert rows(out) == rows(other)
-    ours, theirs = load(out), load(other)
+    got, expected = load(out), load(other)
     for part in ("state_dict", "random", "optimizer", "step", "best", "epoch"):
-        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+        torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)

@@ -52,16 +52,16 @@ def test_the_card_passes_its_check(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_is_as_exact_as_the_naive_one(memory: str, dtype: torch.dtype) -> None:
-    naive, ours = make_models(memory)
+    naive, fused = make_models(memory)
     x = torch.randn(16, 3, 32, 32, device=CARD)
     exact = [t.float() for t in step(copy.deepcopy(naive).double(), x.double())]
-    assert error(step(ours, x, dtype), exact) <= 2 * error(step(naive, x, dtype), exact) + 1e-5
+    assert error(step(fused, x, dtype), exact) <= 2 * error(step(naive, x, dtype), exact) + 1e-5
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_every_step_gives_the_same_bits(memory: str) -> None:
-    _, ours = make_models(memory)
-    features = next(m for m in ours.modules() if isinstance(m, effdense.nn.DenseBlock))
+    _, fused = make_models(memory)
+    features = next(m for m in fused.modules() if isinstance(m, effdense.nn.DenseBlock))
     x = torch.randn(8, 24, 32, 32, device=CARD).contiguous(memory_format=torch.channels_last)
     torch.backends.cudnn.deterministic = True
     try:
@@ -73,17 +73,17 @@ def test_every_step_gives_the_same_bits(memory: str) -> None:
 
 
 def test_two_streams_do_not_disturb_each_other() -> None:
-    _, ours = make_models("minimal")
-    ours.eval().requires_grad_(False)
+    _, fused = make_models("minimal")
+    fused.eval().requires_grad_(False)
     inputs = [torch.randn(32, 3, 32, 32, device=CARD) for _ in range(2)]
-    expected = [ours(x) for x in inputs]
+    expected = [fused(x) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     for _ in range(20):
         results = []
         for stream, x in zip(streams, inputs, strict=True):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                results.append(ours(x))
+                results.append(fused(x))
         torch.cuda.synchronize()
         for result, wanted in zip(results, expected, strict=True):
             torch.testing.assert_close(result, wanted)
@@ -92,7 +92,7 @@ def test_two_streams_do_not_disturb_each_other() -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_a_training_step_can_be_captured_in_a_graph(memory: str) -> None:
     """As a whole, and its replays give the bits of a step that is not captured, on images that came later."""
-    _, ours = make_models(memory)
+    _, fused = make_models(memory)
     static = torch.randn(8, 3, 32, 32, device=CARD)
     torch.backends.cudnn.deterministic = True
     try:
@@ -100,20 +100,20 @@ def test_a_training_step_can_be_captured_in_a_graph(memory: str) -> None:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                step(ours, static)
+                step(fused, static)
         torch.cuda.current_stream().wait_stream(side)
-        reference = copy.deepcopy(ours)
-        ours.zero_grad(set_to_none=True)
+        reference = copy.deepcopy(fused)
+        fused.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = ours(static)
+            y = fused(static)
             y.square().sum().backward()
         for _ in range(2):
             x = torch.randn_like(static)
             static.copy_(x)
             for _ in range(2):  # the counters are zeros again
                 graph.replay()
-                got = [y, *(p.grad for p in ours.parameters() if p.grad is not None)]
+                got = [y, *(p.grad for p in fused.parameters() if p.grad is not None)]
                 expected = step(reference, x)
                 assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     finally:

@@ -120,17 +120,17 @@ def with_effdense(module: nn.Module) -> nn.Module:
 
     if isinstance(module, DenseBlock):
         first, growth_rate = module.layers[0][0].num_features, module.layers[0][2].out_channels
-        ours: nn.Module = dense.DenseBlock(len(module.layers), first, None, growth_rate, 0.0)
-        for mine, layer in zip(ours.values(), module.layers, strict=True):
+        fused: nn.Module = dense.DenseBlock(len(module.layers), first, None, growth_rate, 0.0)
+        for mine, layer in zip(fused.values(), module.layers, strict=True):
             mine.norm1.load_state_dict(layer[0].state_dict())
             mine.conv1.load_state_dict(layer[2].state_dict())
-        return ours.train(module.training)
+        return fused.train(module.training)
     if isinstance(module, TransitionLayer):
         norm, _, conv, _ = module.transition
-        ours = dense.Transition(norm.num_features, conv.out_channels)
-        ours.norm.load_state_dict(norm.state_dict())
-        ours.conv.load_state_dict(conv.state_dict())
-        return ours.train(module.training)
+        fused = dense.Transition(norm.num_features, conv.out_channels)
+        fused.norm.load_state_dict(norm.state_dict())
+        fused.conv.load_state_dict(conv.state_dict())
+        return fused.train(module.training)
     for name, child in list(module.named_children()):
         setattr(module, name, with_effdense(child))
     return module
@@ -145,9 +145,9 @@ def measure(problem: Problem, device: Any, repeats: int = REPEATS) -> dict[str, 
     """Runs both on `device`, one of benchmarks.devices, in turns; errors are relative to float64's result."""
     torch.manual_seed(0)
     naive = problem.make().train()
-    ours = problem.make().train()
-    ours.load_state_dict(naive.state_dict())
-    nets = {"naive": naive.to(device.name), "effdense": with_effdense(ours).to(device.name)}
+    fused = problem.make().train()
+    fused.load_state_dict(naive.state_dict())
+    nets = {"naive": naive.to(device.name), "effdense": with_effdense(fused).to(device.name)}
     x = torch.randn(problem.shape, device=device.name)
     times: dict[str, list[float]] = {name: [] for name in nets}
     row: dict[str, Any] = {"problem": problem.name, "shape": list(problem.shape)}

@@ -37,9 +37,9 @@ def main(given: Sequence[str] | None = None) -> int:
         measured = kernels.run(shapes, there, dtype, REPEATS, device=options.device)
         rows = [without_times(row) for row in measured["rows"]]
         ceilings = {key: without_times(row) for key, row in measured["ceilings"].items()}
-        ours = [row for row in rows if row["op"] not in kernels.CONVOLUTIONS]
-        worst = max(ours, key=lambda row: row["time_to_floor"])
-        middle = sorted(row["time_to_floor"] for row in ours)[len(ours) // 2]
+        own = [row for row in rows if row["op"] not in kernels.CONVOLUTIONS]
+        worst = max(own, key=lambda row: row["time_to_floor"])
+        middle = sorted(row["time_to_floor"] for row in own)[len(own) // 2]
         gemm, copy = ceilings["gemm"]["gflops_per_s"] / 1e3, ceilings["copy"]["gbytes_per_s"] / 1e3
         findings.append(
             f"{name}: {gemm:.0f} TFLOP/s, {copy:.2f} TB/s; to floor {middle:.2f} in the middle, at worst "

@@ -35,12 +35,12 @@ def descendants(pid: int) -> list[int]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(folder.name))
 
-    def below(parent: int) -> Iterator[int]:
+    def walk(parent: int) -> Iterator[int]:
         for child in children.get(parent, []):
             yield child
-            yield from below(child)
+            yield from walk(child)
 
-    return list(below(pid))
+    return list(walk(pid))
 
 
 def run(

@@ -1,6 +1,7 @@
-// bn_relu, z = relu(scale * x + shift) of one feature map, and its backward in three forms. bn_relu_with_sums
-// makes z again and takes the sums, bn_relu_backward finishes the gradient through batch normalisation at
-// once, and bn_relu_accumulate adds the part that needs no sums of the batch to a block's gradient buffer.
+// bn_relu, z = relu(scale * x + shift) of one feature map, and its backward in three forms.
+// bn_relu_backward_sums makes z again and takes the sums, bn_relu_backward finishes the gradient through
+// batch normalisation at once, and bn_relu_backward_accumulate adds the part that needs no sums of the batch
+// to a block's gradient buffer.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -28,9 +29,9 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
   });
 }
 
-std::tuple<Tensor, Tensor> bn_relu_with_sums(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                             const Tensor& shift, const Tensor& mean, Tensor& out) {
-  constexpr const char* op = "bn_relu_with_sums";
+std::tuple<Tensor, Tensor> bn_relu_backward_sums(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                 const Tensor& shift, const Tensor& mean, Tensor& out) {
+  constexpr const char* op = "bn_relu_backward_sums";
   check_norm(op, x, scale, shift, &mean);
   const int64_t channels = x.size(1);
   check_same_shape(op, "grad", grad, x);
@@ -95,9 +96,10 @@ std::tuple<Tensor, Tensor> bn_relu_backward(Tensor& grad, const Tensor& x, const
   return {sum_d, sum_dx};
 }
 
-std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                              const Tensor& shift, const Tensor& mean, Tensor& grad_x) {
-  constexpr const char* op = "bn_relu_accumulate";
+std::tuple<Tensor, Tensor> bn_relu_backward_accumulate(const Tensor& grad, const Tensor& x,
+                                                       const Tensor& scale, const Tensor& shift,
+                                                       const Tensor& mean, Tensor& grad_x) {
+  constexpr const char* op = "bn_relu_backward_accumulate";
   check_norm(op, x, scale, shift, &mean);
   const int64_t channels = x.size(1);
   check_same_shape(op, "grad", grad, x);
@@ -110,10 +112,10 @@ std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& 
     const Tiling tiles(x.size(0) * count_pixels(x), kRows);
     Sums sums(tiles.slots(), channels);
     tiles.for_each([&](int64_t slot, Tile tile) {
-      loops.bn_relu_accumulate(tile.rows(), channels, from_row(from.block, tile.first),
-                               scale.const_data_ptr<A>(), shift.const_data_ptr<A>(), mean.const_data_ptr<A>(),
-                               from_row(dz.block, tile.first), from_row(to, tile.first), sums.d(slot),
-                               sums.dx(slot));
+      loops.bn_relu_backward_accumulate(tile.rows(), channels, from_row(from.block, tile.first),
+                                        scale.const_data_ptr<A>(), shift.const_data_ptr<A>(),
+                                        mean.const_data_ptr<A>(), from_row(dz.block, tile.first),
+                                        from_row(to, tile.first), sums.d(slot), sums.dx(slot));
     });
     sums.template write<A>(sum_d, sum_dx);
   });
@@ -124,9 +126,9 @@ std::tuple<Tensor, Tensor> bn_relu_accumulate(const Tensor& grad, const Tensor& 
 
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   EFFDENSE_IMPLEMENT(m, cpu_backend, bn_relu);
-  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_with_sums, SumsTo);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_backward_sums, SumsTo);
   EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_backward, SumsTo);
-  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_accumulate, SumsTo);
+  EFFDENSE_IMPLEMENT_PUTTING(m, bn_relu_backward_accumulate, SumsTo);
 }
 
 }  // namespace effdense

@@ -3,7 +3,7 @@
 // Forward, per tile of pixels: the prologue writes z [pixels, channels] into a scratch that stays in L2, one
 // GEMM makes y, and y's statistics are taken while it is in cache. Backward, per tile: z again, dz = dy W by
 // one GEMM, dW += dy^T z by another, and one pass that masks, sums and writes the gradients. Neither z nor dz
-// is ever stored, nor is dy where a norm behind y deferred a part of it.
+// is ever stored, nor is dy where the correction of a norm behind y is still to be applied.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -96,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
                                                        const Tensor& mean, const Tensor& weight,
                                                        TensorList grad_features, bool accumulate,
                                                        bool need_features, bool need_weight,
-                                                       TensorList deferred) {
+                                                       TensorList correction) {
   constexpr const char* op = "bottleneck_backward";
-  check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, deferred);
-  const Correction missing = Correction::of(deferred);
+  check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, correction);
+  const Correction missing = Correction::of(correction);
   const Tensor& first = features[0];
   const int64_t channels = scale.numel(), out_channels = weight.size(0);
 
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_backward(TensorList features, cons
           wide.bn_relu_backward(tile.rows(), out_channels, tile_y, missing.scale.const_data_ptr<A>(),
                                 missing.shift.const_data_ptr<A>(), y_mean, a, b, corrected);
         } else {
-          wide.take_gradient(tile.rows(), out_channels, tile_y, y_mean, a, b, tile_dy, corrected);
+          wide.apply_correction(tile.rows(), out_channels, tile_y, y_mean, a, b, tile_dy, corrected);
         }
         tile_dy = constant(corrected);
       }

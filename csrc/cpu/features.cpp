@@ -1,6 +1,6 @@
 // Operators on features: their statistics, taken once when they are produced (channel_statistics,
-// append_features), and take_gradient, the part of batch normalisation's backward that needs the sums of the
-// whole batch.
+// append_features), and apply_correction, the part of batch normalisation's backward that needs the sums of
+// the whole batch.
 #include "cpu/features.h"
 
 #include <ATen/ops/empty.h>
@@ -57,19 +57,19 @@ std::tuple<Tensor, Tensor> append_features(const Tensor& new_features, Tensor& o
   return {mean, var};
 }
 
-void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b, const Tensor& grad,
-                   Tensor& out) {
-  constexpr const char* op = "take_gradient";
-  check_take_gradient(op, x, mean, a, b, grad, out);
+void apply_correction(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b,
+                      const Tensor& grad, Tensor& out) {
+  constexpr const char* op = "apply_correction";
+  check_apply_correction(op, x, mean, a, b, grad, out);
   const int64_t channels = x.size(1);
   EFFDENSE_DISPATCH(x.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Readable<T> from(x), g(grad);
     const Block<T> to = writable<T>(op, "out", out);
     Tiling(x.size(0) * count_pixels(x), kRows).for_each([&](int64_t, Tile tile) {
-      loops.take_gradient(tile.rows(), channels, from_row(from.block, tile.first), mean.const_data_ptr<A>(),
-                          a.const_data_ptr<A>(), b.const_data_ptr<A>(), from_row(g.block, tile.first),
-                          from_row(to, tile.first));
+      loops.apply_correction(tile.rows(), channels, from_row(from.block, tile.first),
+                             mean.const_data_ptr<A>(), a.const_data_ptr<A>(), b.const_data_ptr<A>(),
+                             from_row(g.block, tile.first), from_row(to, tile.first));
     });
   });
 }
@@ -79,7 +79,7 @@ void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const T
 TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   EFFDENSE_IMPLEMENT_PUTTING(m, channel_statistics, StatisticsTo);
   EFFDENSE_IMPLEMENT_PUTTING(m, append_features, StatisticsTo);
-  EFFDENSE_IMPLEMENT(m, cpu_backend, take_gradient);
+  EFFDENSE_IMPLEMENT(m, cpu_backend, apply_correction);
 }
 
 }  // namespace effdense

@@ -155,11 +155,8 @@ std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale
 void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef kernel_size,
                        at::IntArrayRef stride, at::IntArrayRef padding, Tensor& grad_z) {
   constexpr const char* op = "max_pool_backward";
-  check_map(op, "grad_z", grad_z);
-  const Windows windows = maximum_windows(op, grad_z, kernel_size, stride, padding);
+  const Windows windows = check_max_pool_backward(op, grad, where, kernel_size, stride, padding, grad_z);
   const int64_t channels = grad_z.size(1);
-  check_pooled(op, "grad", grad, grad_z, at::IntArrayRef(windows.out).slice(5 - grad_z.dim()));
-  check_where(op, where, grad);
   EFFDENSE_DISPATCH(grad_z.scalar_type(), op, [&] {
     const Rows<T>& loops = rows<T>();
     const Readable<T> g(grad);

@@ -10,8 +10,8 @@
 
 namespace effdense {
 
-void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale, int64_t count,
-           Tensor& a, Tensor& b);  // vectors.cpp
+void accumulate_correction(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale,
+                           int64_t count, Tensor& a, Tensor& b);  // vectors.cpp
 
 inline void put(StatisticsTo& to, const TwoVectors& values) {
   const auto& [mean, var] = values;
@@ -26,12 +26,13 @@ inline void put(StatisticsTo& to, const TwoVectors& values) {
 }
 
 inline void put(SumsTo& to, const Tensor& sum_d, const Tensor& sum_dx) {
-  using Deferred = SumsTo::Deferred;
-  if (to.deferred == Deferred::made) {
+  using Coefficients = SumsTo::Coefficients;
+  if (to.coefficients == Coefficients::made) {
     to.a = at::zeros_like(sum_d);
     to.b = at::zeros_like(sum_d);
   }
-  if (to.deferred != Deferred::no) defer(sum_d, sum_dx, to.rstd, to.scale, to.count, to.a, to.b);
+  if (to.coefficients != Coefficients::none)
+    accumulate_correction(sum_d, sum_dx, to.rstd, to.scale, to.count, to.a, to.b);
   to.sum_d = sum_d;
   to.sum_dx = to.rstd.defined() ? sum_dx.mul(to.rstd) : sum_dx;
 }

@@ -57,14 +57,15 @@ struct Rows {
   // the same with z recomputed from x, and dz in the storage type
   void (*bn_relu_backward_sums)(int64_t rows, int64_t n, Block<const T> x, const A* scale, const A* shift,
                                 const A* mean, Block<const T> dz, double* sum_d, double* sum_dx);
-  void (*bn_relu_accumulate)(int64_t rows, int64_t n, Block<const T> x, const A* scale, const A* shift,
-                             const A* mean, Block<const T> dz, Block<T> grad, double* sum_d, double* sum_dx);
+  void (*bn_relu_backward_accumulate)(int64_t rows, int64_t n, Block<const T> x, const A* scale,
+                                      const A* shift, const A* mean, Block<const T> dz, Block<T> grad,
+                                      double* sum_d, double* sum_dx);
   // dz <- scale * d - a - b * (x - mean)
   void (*bn_relu_backward)(int64_t rows, int64_t n, Block<const T> x, const A* scale, const A* shift,
                            const A* mean, const A* a, const A* b, Block<T> dz);
   // out = grad - a - b * (x - mean); out may be grad
-  void (*take_gradient)(int64_t rows, int64_t n, Block<const T> x, const A* mean, const A* a, const A* b,
-                        Block<const T> grad, Block<T> out);
+  void (*apply_correction)(int64_t rows, int64_t n, Block<const T> x, const A* mean, const A* a, const A* b,
+                           Block<const T> grad, Block<T> out);
   // sum[c] += relu(scale * x + shift), over all rows
   void (*bn_relu_sum)(int64_t rows, int64_t n, Block<const T> x, const A* scale, const A* shift, A* sum);
   // grad = scale * d with d = share * g[r / width][c] * [scale * x + shift > 0]

@@ -1,6 +1,6 @@
-// Operators on one number per channel: fold, defer, and the update of running statistics. They are operators
-// because a deep net has hundreds of norms, and a handful of tensor operations for each would cost more than
-// its pixels.
+// Operators on one number per channel: fold, accumulate_correction, and the update of running statistics.
+// They are operators because a deep net has hundreds of norms, and a handful of tensor operations for each
+// would cost more than its pixels.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
@@ -65,11 +65,11 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
 
 }  // namespace
 
-void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale, int64_t count,
-           Tensor& a, Tensor& b) {
-  constexpr const char* op = "defer";
+void accumulate_correction(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale,
+                           int64_t count, Tensor& a, Tensor& b) {
+  constexpr const char* op = "accumulate_correction";
   const int64_t channels = sum_d.numel();
-  check_defer(op, sum_d, sum_dx, rstd, scale, a, b);
+  check_accumulate_correction(op, sum_d, sum_dx, rstd, scale, a, b);
   AT_DISPATCH_FLOATING_TYPES(sum_d.scalar_type(), op, [&] {
     const scalar_t *d = sum_d.const_data_ptr<scalar_t>(), *dx = sum_dx.const_data_ptr<scalar_t>();
     const scalar_t *r = rstd.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();
@@ -96,10 +96,11 @@ void count_batches(TensorList counters) {
   for (const Tensor& counter : counters) count_batch(counter);
 }
 
-void update_running_statistics(const Tensor& to, const Tensor& batch, double keep, double take) {
+void update_running_statistics(const Tensor& to, const Tensor& batch, double running_factor,
+                               double batch_factor) {
   const bool plain = to.is_cpu() && batch.is_cpu() && to.is_contiguous() && batch.is_contiguous();
   if (!plain || batch.scalar_type() != accumulate_type(to.scalar_type())) {
-    to.mul_(keep).add_(batch, take);
+    to.mul_(running_factor).add_(batch, batch_factor);
     return;
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -107,43 +108,45 @@ void update_running_statistics(const Tensor& to, const Tensor& batch, double kee
         using A = at::opmath_type<scalar_t>;
         scalar_t* to_data = to.mutable_data_ptr<scalar_t>();
         const A* from = batch.const_data_ptr<A>();
-        const A kept = static_cast<A>(keep), taken = static_cast<A>(take);
+        const A old_factor = static_cast<A>(running_factor), new_factor = static_cast<A>(batch_factor);
         for (int64_t c = 0; c < to.numel(); ++c)
-          to_data[c] = static_cast<scalar_t>(kept * static_cast<A>(to_data[c]) + taken * from[c]);
+          to_data[c] = static_cast<scalar_t>(old_factor * static_cast<A>(to_data[c]) + new_factor * from[c]);
       });
 }
 
-// running <- keep * running + take * batch for every pair; schema in effdense/ops/schemas.py, as plain
-// PyTorch needs it too.
-void update_running_statistics(TensorList running, TensorList batch, at::ArrayRef<double> keep,
-                               at::ArrayRef<double> take) {
+// running <- running_factor * running + batch_factor * batch for every pair; schema in
+// effdense/ops/schemas.py, as plain PyTorch needs it too.
+void update_running_statistics(TensorList running, TensorList batch, at::ArrayRef<double> running_factors,
+                               at::ArrayRef<double> batch_factors) {
   constexpr const char* op = "update_running_statistics";
   const size_t count = running.size();
-  TORCH_CHECK_VALUE(batch.size() == count && keep.size() == count && take.size() == count, op,
-                    ": batch, keep and take must have ", count, " elements (one per running statistic), got ",
-                    batch.size(), ", ", keep.size(), " and ", take.size());
+  TORCH_CHECK_VALUE(batch.size() == count && running_factors.size() == count && batch_factors.size() == count,
+                    op, ": batch, running_factors and batch_factors must have ", count,
+                    " elements (one per running statistic), got ", batch.size(), ", ", running_factors.size(),
+                    " and ", batch_factors.size());
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(batch[i].sizes() == running[i].sizes(), op, ": batch[", i, "] must have shape ",
                       running[i].sizes(), ", got ", batch[i].sizes());
-    update_running_statistics(running[i], batch[i], keep[i], take[i]);
+    update_running_statistics(running[i], batch[i], running_factors[i], batch_factors[i]);
   }
 }
 
 // The same from a stage's vectors, where each statistic's batch starts at its place; the counters count a
 // batch.
 void update_from_vectors(const Tensor& vectors, at::IntArrayRef starts, TensorList running,
-                         at::ArrayRef<double> keep, at::ArrayRef<double> take, TensorList counters,
-                         bool any) {
+                         at::ArrayRef<double> running_factors, at::ArrayRef<double> batch_factors,
+                         TensorList counters, bool any) {
   constexpr const char* op = "update_from_vectors";
   count_batches(counters);
   if (!any) return;
-  TORCH_CHECK_VALUE(
-      starts.size() == running.size() && keep.size() == running.size() && take.size() == running.size(), op,
-      ": starts, keep and take must have ", running.size(), " elements (one per running statistic), got ",
-      starts.size(), ", ", keep.size(), " and ", take.size());
+  TORCH_CHECK_VALUE(starts.size() == running.size() && running_factors.size() == running.size() &&
+                        batch_factors.size() == running.size(),
+                    op, ": starts, running_factors and batch_factors must have ", running.size(),
+                    " elements (one per running statistic), got ", starts.size(), ", ",
+                    running_factors.size(), " and ", batch_factors.size());
   for (size_t i = 0; i < running.size(); ++i) {
     const Tensor batch = vectors.narrow(0, starts[i], running[i].numel());
-    update_running_statistics(running[i], batch, keep[i], take[i]);
+    update_running_statistics(running[i], batch, running_factors[i], batch_factors[i]);
   }
 }
 
@@ -155,7 +158,7 @@ TORCH_LIBRARY_IMPL(effdense, CPU, m) {
   m.impl("fold", static_cast<ThreeTensors (*)(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                                               const std::optional<Tensor>&, double)>(fold));
   cpu_backend.fold = fold_all;
-  m.impl("defer", defer);
+  m.impl("accumulate_correction", accumulate_correction);
   m.impl("update_running_statistics",
          static_cast<void (*)(TensorList, TensorList, at::ArrayRef<double>, at::ArrayRef<double>)>(
              update_running_statistics));

@@ -1,5 +1,5 @@
-// Batch normalisation on CUDA: fold and defer for one number per channel, bn_relu, and its backward in three
-// forms (bn_relu_with_sums, bn_relu_backward, bn_relu_accumulate).
+// Batch normalisation on CUDA: fold and accumulate_correction for one number per channel, bn_relu, and its
+// backward in three forms (bn_relu_backward_sums, bn_relu_backward, bn_relu_backward_accumulate).
 #include "cuda/bindings.h"
 
 namespace effdense {
@@ -35,15 +35,16 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& mean, const Tensor& var,
   return {norm.rstd, norm.scale, norm.shift};
 }
 
-void defer(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale, int64_t count,
-           Tensor& a, Tensor& b) {
-  constexpr const char* op = "defer";
-  check_defer(op, sum_d, sum_dx, rstd, scale, a, b);
+void accumulate_correction(const Tensor& sum_d, const Tensor& sum_dx, const Tensor& rstd, const Tensor& scale,
+                           int64_t count, Tensor& a, Tensor& b) {
+  constexpr const char* op = "accumulate_correction";
+  check_accumulate_correction(op, sum_d, sum_dx, rstd, scale, a, b);
   const OnDevice device(sum_d);
   AT_DISPATCH_FLOATING_TYPES(sum_d.scalar_type(), op, [&] {
-    kernels::defer(sum_d.numel(), sum_d.const_data_ptr<scalar_t>(), sum_dx.const_data_ptr<scalar_t>(),
-                   rstd.const_data_ptr<scalar_t>(), scale.const_data_ptr<scalar_t>(), count,
-                   a.mutable_data_ptr<scalar_t>(), b.mutable_data_ptr<scalar_t>(), device.stream);
+    kernels::accumulate_correction(sum_d.numel(), sum_d.const_data_ptr<scalar_t>(),
+                                   sum_dx.const_data_ptr<scalar_t>(), rstd.const_data_ptr<scalar_t>(),
+                                   scale.const_data_ptr<scalar_t>(), count, a.mutable_data_ptr<scalar_t>(),
+                                   b.mutable_data_ptr<scalar_t>(), device.stream);
   });
 }
 
@@ -59,9 +60,9 @@ void bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& 
   });
 }
 
-void bn_relu_with_sums(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
-                       const Tensor& shift, const Tensor& mean, Tensor& out) {
-  constexpr const char* op = "bn_relu_with_sums";
+void bn_relu_backward_sums(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                           const Tensor& shift, const Tensor& mean, Tensor& out) {
+  constexpr const char* op = "bn_relu_backward_sums";
   check_norm(op, x, scale, shift, &mean);
   check_same_shape(op, "grad", grad, x);
   check_same_shape(op, "out", out, x);
@@ -70,9 +71,9 @@ void bn_relu_with_sums(SumsTo& to, const Tensor& grad, const Tensor& x, const Te
   EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), dz(grad);
     const Temporary<A> temporary(kernels::workspace_size<T>(size_of(x)), scale.options(), to.counters);
-    kernels::bn_relu_with_sums(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
-                               writable_matrix<T>(op, "out", out), sums_of<A>(to), temporary.scratch(),
-                               device.stream);
+    kernels::bn_relu_backward_sums(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
+                                   writable_matrix<T>(op, "out", out), sums_of<A>(to), temporary.scratch(),
+                                   device.stream);
   });
 }
 
@@ -93,9 +94,9 @@ void bn_relu_backward(SumsTo& to, Tensor& grad, const Tensor& x, const Tensor& s
   });
 }
 
-void bn_relu_accumulate(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
-                        const Tensor& shift, const Tensor& mean, Tensor& grad_x) {
-  constexpr const char* op = "bn_relu_accumulate";
+void bn_relu_backward_accumulate(SumsTo& to, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                 const Tensor& shift, const Tensor& mean, Tensor& grad_x) {
+  constexpr const char* op = "bn_relu_backward_accumulate";
   check_norm(op, x, scale, shift, &mean);
   check_same_shape(op, "grad", grad, x);
   check_same_shape(op, "grad_x", grad_x, x);
@@ -104,9 +105,9 @@ void bn_relu_accumulate(SumsTo& to, const Tensor& grad, const Tensor& x, const T
   EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), dz(grad);
     const Temporary<A> temporary(kernels::workspace_size<T>(size_of(x)), scale.options(), to.counters);
-    kernels::bn_relu_accumulate(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
-                                writable_matrix<T>(op, "grad_x", grad_x), sums_of<A>(to), temporary.scratch(),
-                                device.stream);
+    kernels::bn_relu_backward_accumulate(size_of(x), dz.matrix, from.matrix, norm_of<A>(scale, shift, &mean),
+                                         writable_matrix<T>(op, "grad_x", grad_x), sums_of<A>(to),
+                                         temporary.scratch(), device.stream);
   });
 }
 
@@ -116,11 +117,11 @@ EFFDENSE_CUDA_LIBRARY(m) {
   m.impl("fold", fold);
   cuda_backend.fold = fold_all;
   cuda_backend.counters = kernels::kCounters;
-  m.impl("defer", defer);
+  m.impl("accumulate_correction", accumulate_correction);
   EFFDENSE_IMPLEMENT(m, cuda_backend, bn_relu);
-  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_with_sums);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_backward_sums);
   EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_backward);
-  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_accumulate);
+  EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, bn_relu_backward_accumulate);
 }
 
 }  // namespace effdense

@@ -188,7 +188,7 @@ inline void make(SumsTo& to, const Tensor& scale, int64_t channels, bool nothing
   };
   to.sum_d = vector();
   to.sum_dx = vector();
-  if (to.deferred != SumsTo::Deferred::made) return;
+  if (to.coefficients != SumsTo::Coefficients::made) return;
   to.a = vector();
   to.b = vector();
 }
@@ -197,11 +197,11 @@ template <typename A>
 kernels::SumsOut<A> sums_of(const SumsTo& to) {
   kernels::SumsOut<A> out{to.sum_d.mutable_data_ptr<A>(), to.sum_dx.mutable_data_ptr<A>()};
   if (to.rstd.defined()) out.rstd = to.rstd.const_data_ptr<A>();
-  if (to.deferred == SumsTo::Deferred::no) return out;
+  if (to.coefficients == SumsTo::Coefficients::none) return out;
   out.scale = to.scale.const_data_ptr<A>();
   out.a = to.a.mutable_data_ptr<A>();
   out.b = to.b.mutable_data_ptr<A>();
-  out.adds = to.deferred == SumsTo::Deferred::added;
+  out.adds = to.coefficients == SumsTo::Coefficients::added;
   out.share = kernels::share_of<A>(to.count);
   return out;
 }

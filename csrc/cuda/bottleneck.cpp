@@ -134,10 +134,10 @@ void bottleneck(StatisticsTo& to, TensorList features, const Tensor& scale, cons
 Tensor bottleneck_backward(SumsTo& to, TensorList features, const Tensor& grad_y, const Tensor& scale,
                            const Tensor& shift, const Tensor& mean, const Tensor& weight,
                            TensorList grad_features, bool accumulate, bool need_features, bool need_weight,
-                           TensorList deferred) {
+                           TensorList correction) {
   constexpr const char* op = "bottleneck_backward";
-  check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, deferred);
-  const Correction missing = Correction::of(deferred);
+  check_bottleneck_backward(op, features, grad_y, scale, shift, mean, weight, grad_features, correction);
+  const Correction missing = Correction::of(correction);
   const OnDevice device(grad_y);
   const int64_t out_channels = weight.size(0), channels = scale.numel();
   const bool nothing = grad_y.numel() == 0;
@@ -159,7 +159,7 @@ Tensor bottleneck_backward(SumsTo& to, TensorList features, const Tensor& grad_y
     // Where the gradients are no one map, they are made as one and handed out.
     const Tensor together = whole ? as_one_map(grad_features) : Tensor();
     const Tensor grad_x = !wanted ? Tensor() : together.defined() ? together : empty_map(grad_y, channels);
-    kernels::Deferred<T> correction;
+    kernels::Correction<T> correction;
     std::optional<ReadableMatrix<T>> y;
     if (missing.any()) {
       y.emplace(missing.y);

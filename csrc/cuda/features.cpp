@@ -1,4 +1,4 @@
-// Operators on features, on CUDA: channel_statistics, append_features, take_gradient.
+// Operators on features, on CUDA: channel_statistics, append_features, apply_correction.
 #include "cuda/bindings.h"
 
 namespace effdense {
@@ -42,16 +42,16 @@ void append_features(StatisticsTo& to, const Tensor& new_features, Tensor& out) 
   });
 }
 
-void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b, const Tensor& grad,
-                   Tensor& out) {
-  constexpr const char* op = "take_gradient";
-  check_take_gradient(op, x, mean, a, b, grad, out);
+void apply_correction(const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b,
+                      const Tensor& grad, Tensor& out) {
+  constexpr const char* op = "apply_correction";
+  check_apply_correction(op, x, mean, a, b, grad, out);
   const OnDevice device(x);
   EFFDENSE_CUDA_DISPATCH(op, x, [&] {
     const ReadableMatrix<T> from(x), g(grad);
-    kernels::take_gradient(size_of(x), from.matrix, mean.const_data_ptr<A>(), a.const_data_ptr<A>(),
-                           b.const_data_ptr<A>(), g.matrix, writable_matrix<T>(op, "out", out),
-                           device.stream);
+    kernels::apply_correction(size_of(x), from.matrix, mean.const_data_ptr<A>(), a.const_data_ptr<A>(),
+                              b.const_data_ptr<A>(), g.matrix, writable_matrix<T>(op, "out", out),
+                              device.stream);
   });
 }
 
@@ -60,7 +60,7 @@ void take_gradient(const Tensor& x, const Tensor& mean, const Tensor& a, const T
 EFFDENSE_CUDA_LIBRARY(m) {
   EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, channel_statistics);
   EFFDENSE_IMPLEMENT_RETURNING(m, cuda_backend, append_features);
-  EFFDENSE_IMPLEMENT(m, cuda_backend, take_gradient);
+  EFFDENSE_IMPLEMENT(m, cuda_backend, apply_correction);
 }
 
 }  // namespace effdense

@@ -80,10 +80,7 @@ std::tuple<Tensor, Tensor> bn_relu_max_pool(const Tensor& x, const Tensor& scale
 void max_pool_backward(const Tensor& grad, const Tensor& where, at::IntArrayRef kernel_size,
                        at::IntArrayRef stride, at::IntArrayRef padding, Tensor& grad_z) {
   constexpr const char* op = "max_pool_backward";
-  check_map(op, "grad_z", grad_z);
-  const Windows windows = maximum_windows(op, grad_z, kernel_size, stride, padding);
-  check_pooled(op, "grad", grad, grad_z, at::IntArrayRef(windows.out).slice(5 - grad_z.dim()));
-  check_where(op, where, grad);
+  const Windows windows = check_max_pool_backward(op, grad, where, kernel_size, stride, padding, grad_z);
   const OnDevice device(grad_z);
   EFFDENSE_CUDA_DISPATCH(op, grad_z, [&] {
     const ReadableMatrix<T> g(grad);

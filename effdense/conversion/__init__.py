@@ -1,6 +1,6 @@
 """convert makes the dense parts of an existing model run fused, in place; report says what was done; revert undoes it.
 
-A module is recognised by its structure, then its own forward is compared with ours on a copy with random weights, in
+A module is recognised by its structure, then its own forward is compared with effdense's on a copy with random weights, in
 training and in evaluation, outputs and gradients (examine.py, probe.py). Only then does it change its class: the object,
 its submodules, parameters, buffers and hooks stay what they are. What has torchvision's names becomes one of effdense.nn's
 classes; a block or transition with others keeps its own class with a fused forward in front, and its layers stay as they are.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from effdense.nn.blocks import DenseBlock, Transition
-from effdense.nn.code import Reads
+from effdense.nn.code_reader import Reads
 from effdense.nn.foreign import (
     NO_FORM,
     Foreign,
@@ -37,7 +37,7 @@ from effdense.nn.structure import MODULE_STATE, Obstacle, Snapshot, read_block, 
 
 LAYERS = (DenseLayer, PlainDenseLayer)
 OURS = (*LAYERS, DenseBlock, Transition, DenseFeatures, DenseNet)
-# Of which class a module must be for one of ours to add no methods that it would not have.
+# Of which class a module must be for one of effdense's to add no methods that it would not have.
 _BASES: dict[type, type] = {
     DenseBlock: nn.ModuleDict,
     Transition: nn.Sequential,
@@ -45,7 +45,7 @@ _BASES: dict[type, type] = {
 }
 
 
-# What of ours a fused forward does not use, so that a module may have its own.
+# Attributes of effdense's classes that a fused forward does not use, so that a module may have its own.
 _UNUSED = {"forward", "drop_rate", "_bottleneck", "_one_by_one"}
 
 
@@ -119,7 +119,7 @@ def _attempt(kind: Any, module: Any, x: Any) -> Tensor | None:
 
 
 def changed_since(module: Any) -> str | None:
-    """What of a module that runs as one of ours is not what convert has compared, or None."""
+    """What of a module that runs as one of effdense's is not what convert has compared, or None."""
     if original(type(module)).__module__.startswith("torch."):
         return None  # nn.Sequential: there was nothing to compare
     try:
@@ -155,7 +155,7 @@ def fused_class(kind: Any, own: Any) -> type:
     noted = {"_effdense_kind": kind, "_effdense_original": own, "_effdense_forward": own.forward}
     noted["_effdense_names"] = _names_of(kind)
     if issubclass(kind, LAYERS) and not issubclass(kind, own):
-        noted["memory"] = _NotThere()  # that a set one counts is ours
+        noted["memory"] = _NotThere()  # that a set one counts is effdense's
         if not hasattr(own, "drop_rate"):
             noted["drop_rate"] = 0.0  # of a class without dropout
     # What inspect.getfullargspec, unlike inspect.signature, does not take from the wrapped function.
@@ -175,7 +175,7 @@ def is_fused_kind(module: nn.Module) -> bool:
 
 
 def adopt(module: Any, kind: type, memory: str, form: Form = NO_FORM) -> None:
-    """Makes a module one of ours, or changes the memory mode of one that is."""
+    """Makes a module one of effdense's, or changes the memory mode of one that is."""
     state = module.__dict__
     if isinstance(module, Converted):
         if (noted := state.get("_effdense")) is not None:

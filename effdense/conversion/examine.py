@@ -16,7 +16,8 @@ from effdense.conversion.class_swap import LAYERS, class_obstacle, has_base, is_
 from effdense.conversion.probe import difference
 from effdense.conversion.widths import growing
 from effdense.nn import DenseBlock, DenseFeatures, DenseLayer, DenseNet, PlainDenseLayer, Transition
-from effdense.nn.code import Reads, code_of_tree, counts, is_known
+from effdense.nn.code import code_of_tree, is_known
+from effdense.nn.code_reader import Reads, counts
 from effdense.nn.foreign import Foreign, ForeignBlock, ForeignTransition, Form
 from effdense.nn.kinds import ACTIVATIONS, CONVS
 from effdense.nn.modules import kind_of, named, original, walk

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from effdense.nn.code import codes_in
+from effdense.nn.code_reader import codes_in
 from effdense.nn.modules import walk
 
 _ALLOWED = frozenset(

@@ -34,13 +34,13 @@ class Folded(NamedTuple):
     def correction(self, sum_d: Tensor, sum_dx: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The coefficients a, b of the part of the gradient that needs the whole batch: -(a + b * (x - mean))."""
         a, b = torch.zeros_like(sum_d), torch.zeros_like(sum_d)
-        self.add_correction(sum_d, sum_dx, count, a, b)
+        self.accumulate_correction(sum_d, sum_dx, count, a, b)
         return join_coefficients(self.group, a, b, count)
 
-    def add_correction(self, sum_d: Tensor, sum_dx: Tensor, count: int, a: Tensor, b: Tensor) -> None:
+    def accumulate_correction(self, sum_d: Tensor, sum_dx: Tensor, count: int, a: Tensor, b: Tensor) -> None:
         """Adds to a and b what one reader of `count` values leaves; with a group, what `join_coefficients` takes."""
         count = 1 if self.group else count
-        operators(sum_d).defer(sum_d, sum_dx, self.rstd, self.scale, count, a, b)
+        operators(sum_d).accumulate_correction(sum_d, sum_dx, self.rstd, self.scale, count, a, b)
 
 
 def fold(
@@ -63,7 +63,7 @@ def bn_relu_backward(grad: Tensor, x: Tensor, norm: Folded) -> tuple[Tensor, Ten
     sum_d, sum_dx = ops.bn_relu_backward(grad, x, norm.scale, norm.shift, norm.mean, norm.rstd, alone)
     if norm.group:
         correction = norm.correction(sum_d, sum_dx, x.numel() // x.shape[1])
-        ops.take_gradient(x, norm.mean, *correction, grad, grad)
+        ops.apply_correction(x, norm.mean, *correction, grad, grad)
     return sum_d, sum_dx
 
 
@@ -217,9 +217,15 @@ class StageUpdate:
             )
             update_modules(list(norms), count)
         elif (self._running or self._counters) and not recomputing():
-            keep, take = _factors(self._momentum, self._unbiased, count)
+            running_factors, batch_factors = _factors(self._momentum, self._unbiased, count)
             torch.ops.effdense.update_from_vectors(
-                vectors, self._starts, self._running, keep, take, self._counters, count > 0
+                vectors,
+                self._starts,
+                self._running,
+                running_factors,
+                batch_factors,
+                self._counters,
+                count > 0,
             )
 
 
@@ -242,7 +248,7 @@ def _move(
     count: int,
     group: str,
 ) -> None:
-    take = momentum
+    batch_factors = momentum
     if group:  # the number of values is known to the device only
         joint = joint_count(group, count, batch[0])
         scale = joint / (joint - 1).clamp(min=1)
@@ -250,8 +256,8 @@ def _move(
     elif count == 0:
         return
     else:
-        take = _factors(momentum, unbiased, count)[1]
-    torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], take)
+        batch_factors = _factors(momentum, unbiased, count)[1]
+    torch.ops.effdense.update_running_statistics(running, batch, [1 - m for m in momentum], batch_factors)
 
 
 torch.library.impl(library, "update_running_statistics", "CompositeExplicitAutograd")(
@@ -273,8 +279,8 @@ def _update_from_vectors(
     vectors: Tensor,
     starts: list[int],
     running: list[Tensor],
-    keep: list[float],
-    take: list[float],
+    running_factors: list[float],
+    batch_factors: list[float],
     counters: list[Tensor],
     any: bool,
 ) -> None:
@@ -282,7 +288,7 @@ def _update_from_vectors(
         _count(counters)
     if any and running:
         batch = [vectors[start : start + r.numel()] for start, r in zip(starts, running, strict=True)]
-        torch.ops.effdense.update_running_statistics(running, batch, keep, take)
+        torch.ops.effdense.update_running_statistics(running, batch, running_factors, batch_factors)
 
 
 for _name in ("move_running_statistics", "update_running_statistics", "count_batches", "update_from_vectors"):

@@ -112,7 +112,7 @@ def bn_relu_convolve_backward(
     z = scratch.channels_last(x, x.shape[1])
     if need_x and masks_later:  # one pass makes z and takes the sums
         grad_z = channels_last(convolve_backward(grad, z, weight, bias, (True, False, False), dilation)[0])
-        sums = ops.bn_relu_with_sums(grad_z, x, *vectors, z)
+        sums = ops.bn_relu_backward_sums(grad_z, x, *vectors, z)
         needs = False, need_weight, need_bias
         _, grad_weight, grad_bias = convolve_backward(grad, z, weight, bias, needs, dilation)
         return Gradients(grad_z, sums, grad_weight, grad_bias, masked=False)
@@ -124,7 +124,7 @@ def bn_relu_convolve_backward(
     if add_to is None:
         sums = ops.bn_relu_backward(grad_x, x, *vectors, norm.rstd, False)
     else:
-        sums = ops.bn_relu_accumulate(grad_x, x, *vectors, add_to)
+        sums = ops.bn_relu_backward_accumulate(grad_x, x, *vectors, add_to)
     return Gradients(grad_x, sums, grad_weight, grad_bias)
 
 

@@ -38,7 +38,7 @@ def _carries(kind: type[Tensor]) -> bool:
     return (getattr(function, "__module__", ""), getattr(function, "__qualname__", "")) in _CARRIERS
 
 
-def takes(x: Any, dimensions: int) -> bool:
+def accepts(x: Any, dimensions: int) -> bool:
     """Whether a fused forward takes x: a tensor of so many dimensions, batch and channels included, whose class fits.
 
     What it does not take, PyTorch's own modules get: an image without a batch, torch.fx's proxies.

@@ -62,14 +62,14 @@ def _dense_stage_backward(
 
 
 def _is_compiled(ops: Any, settings: StageConfig) -> bool:
-    """Whether csrc/stage.cpp runs on these operators: it knows no other processes."""
+    """Whether the stage in C++ (csrc/stage.h) runs on these operators: it knows no other processes."""
     return not settings.group and hasattr(ops, "stage_forward")
 
 
 def compiled_forward(
     ops: Any, settings: StageConfig, x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As engine.forward, in csrc/stage.cpp."""
+    """As passes.forward, in csrc/stage_forward.cpp."""
     flat = settings[:-1]
     size = ops.stage_scratch(x, x.shape[1], parameters, masks, *flat, False)
     with workspace.lease(x.device, size) as scratch:
@@ -91,7 +91,7 @@ def compiled_backward(
     masks: Parameters,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As engine.backward, in csrc/stage.cpp, without the gradients that are not needed."""
+    """As passes.backward, in csrc/stage_backward.cpp, without the gradients that are not needed."""
     flat, end = settings[:-1], len(parameters) - (len(PoolParameters._fields) if settings.pool else 0)
     pool = parameters[end:], needs[1 + end :], settings.eps[-1], settings.batch_statistics[-1], settings.pool
     made = ops.stage_start_backward(grad, features, vectors, *pool)

@@ -1,4 +1,4 @@
-"""The engine in Python: forward and backward of a whole dense stage, operator by operator. csrc/stage.cpp does the same in C++.
+"""The engine in Python: forward and backward of a whole dense stage, operator by operator. csrc/stage_*.cpp do the same in C++.
 
 A stage is a dense block and, where the caller knows it, the BN-ReLU-average-pool behind it (a transition's, or a head's).
 It owns one feature buffer in channels-last layout. Each layer reads what is there, a prefix, and appends its channels (or
@@ -207,7 +207,7 @@ def backward(
     for layer in reversed(stage.layers[max(lowest, 0) :]):
         with workspace.lease(features.device, size) as scratch:
             run.layer(layer, scratch, need_inputs=layer.position > lowest)
-    grad_x = run.take(0, channels, empty_channels_last(features, channels)) if needs[0] else None
+    grad_x = run.finish_gradient(0, channels, empty_channels_last(features, channels)) if needs[0] else None
     return [grad_x, *run.gradients(parameters)]
 
 
@@ -232,12 +232,12 @@ class _Backward:
         self.grad_features = on_large_pages(empty_buffer(features, stage.channels))
         self.a, self.b = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
 
-    def take(self, start: int, end: int, out: Tensor) -> Tensor:
+    def finish_gradient(self, start: int, end: int, out: Tensor) -> Tensor:
         """The finished gradient of the channels that came as the start-th to the end-th."""
         of = self.stage.at(start, end)
         x, grad = self.features[:, of], self.grad_features[:, of]
         a, b = join_coefficients(self.stage.settings.group, self.a[of], self.b[of], self.count)
-        self.ops.take_gradient(x, self.mean[of], a, b, grad, out)
+        self.ops.apply_correction(x, self.mean[of], a, b, grad, out)
         return out
 
     def gradients(self, parameters: Parameters) -> list[Tensor | None]:
@@ -251,10 +251,10 @@ class _Backward:
             made[i] = shaped(like, made[i]).contiguous() if need and like is not None else None
         return made
 
-    def _correct(self, norm: Folded, sums: Sequence[Tensor], of: slice) -> tuple[Tensor, Tensor]:
+    def _norm_gradients(self, norm: Folded, sums: Sequence[Tensor], of: slice) -> tuple[Tensor, Tensor]:
         """The gradients of a norm's weight and bias that reads the buffer; its part of the correction to come is added."""
         if norm.batch_statistics:
-            norm.add_correction(sums[0], sums[1], self.count, self.a[of], self.b[of])
+            norm.accumulate_correction(sums[0], sums[1], self.count, self.a[of], self.b[of])
         return _affine(norm, sums)
 
     def pool(self, grad: Tensor) -> None:
@@ -277,20 +277,20 @@ class _Backward:
         sums = ops.bn_relu_avg_pool_backward(
             channels_last(grad), features, norm.scale, norm.shift, norm.mean, kernel, self.grad_features
         )
-        grads["norm_weight"], grads["norm_bias"] = self._correct(norm, sums, slice(None))
+        grads["norm_weight"], grads["norm_bias"] = self._norm_gradients(norm, sums, slice(None))
         self.pool_grads = PoolParameters(**grads)
 
     def layer(self, layer: Layer, scratch: workspace.Lease, need_inputs: bool) -> None:
         """One layer; what it makes is gone when the next one starts. `need_inputs`: whether what the layer reads needs a gradient."""
         stage, of = self.stage, self.stage.read_by(layer)
         grad = scratch.channels_last(self.features, layer.growth)
-        self.take(layer.channels, layer.channels + layer.growth, grad)
+        self.finish_gradient(layer.channels, layer.channels + layer.growth, grad)
         _drop_(grad, layer.masks[1], layer.keep[1])
         reads = Reads([self.features[:, of]], [self.grad_features[:, of]], True, need_inputs)
         y, needs = self.kept.get(layer.position), self.needs[layer.position]
         grads, sums = layer_backward(self.ops, stage, layer, grad, reads, self.norms, y, needs, scratch)
         if sums is not None:
-            weight, bias = self._correct(stage.norm1(layer, self.norms), sums, of)
+            weight, bias = self._norm_gradients(stage.norm1(layer, self.norms), sums, of)
             grads = grads._replace(norm1_weight=weight, norm1_bias=bias)
         self.grads[layer.position] = grads
 
@@ -327,7 +327,7 @@ def layer_backward(
     need_features = reads.need or needs.norm1_weight or needs.norm1_bias
     need_y = need_features or needs.conv1_weight or needs.conv1_bias
     # y's gradient is wanted whole where it goes through dropout or is summed up
-    leaves_correction = bool(layer.width) and layer.masks[0] is None and not needs.conv1_bias
+    corrects_later = bool(layer.width) and layer.masks[0] is None and not needs.conv1_bias
     conv2 = bn_relu_convolve_backward(
         ops,
         grad,
@@ -338,7 +338,7 @@ def layer_backward(
         (need_y or needs.norm2_weight or needs.norm2_bias, needs.conv2_weight, needs.conv2_bias),
         scratch,
         None if layer.width else reads.grads[0],
-        leaves_correction,
+        corrects_later,
         layer.dilation,
     )
     grads = {"conv2_weight": conv2.weight, "conv2_bias": conv2.bias}
@@ -349,7 +349,7 @@ def layer_backward(
         else:
             grads["norm2_weight"], grads["norm2_bias"] = _affine(norm, conv2.sums)
             if need_y:
-                grad_y, missing = _grad_y(ops, layer, conv2, source, norm, leaves_correction)
+                grad_y, correction = _grad_y(ops, layer, conv2, source, norm, corrects_later)
                 grads["conv1_bias"] = sum_per_channel(grad_y) if needs.conv1_bias else None
                 grads["conv1_weight"], *sums = ops.bottleneck_backward(
                     reads.features,
@@ -362,7 +362,7 @@ def layer_backward(
                     reads.accumulate,
                     need_features,
                     needs.conv1_weight,
-                    [] if missing is None else missing.tensors(),
+                    [] if correction is None else correction.tensors(),
                 )
     return LayerParameters(**grads), sums
 
@@ -399,19 +399,19 @@ class Correction(NamedTuple):
 
 
 def _grad_y(
-    ops: Any, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, leaves_correction: bool
+    ops: Any, layer: Layer, conv2: Gradients, y: Tensor, norm2: Folded, corrects_later: bool
 ) -> tuple[Tensor, Correction | None]:
     """The gradient of y, and what it misses."""
     assert conv2.x is not None
-    missing = _missing(conv2, y, norm2)
-    if leaves_correction:
-        return conv2.x, missing
-    if missing is not None:
-        ops.take_gradient(y, missing.mean, missing.a, missing.b, conv2.x, conv2.x)
+    correction = _correction(conv2, y, norm2)
+    if corrects_later:
+        return conv2.x, correction
+    if correction is not None:
+        ops.apply_correction(y, correction.mean, correction.a, correction.b, conv2.x, conv2.x)
     return _drop_(conv2.x, layer.masks[0], layer.keep[0]), None
 
 
-def _missing(conv2: Gradients, y: Tensor, norm2: Folded) -> Correction | None:
+def _correction(conv2: Gradients, y: Tensor, norm2: Folded) -> Correction | None:
     """What y's gradient misses as conv2's backward has made it."""
     assert conv2.sums is not None
     if norm2.batch_statistics:

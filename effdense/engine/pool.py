@@ -79,7 +79,7 @@ class AvgPoolNode(torch.autograd.Function):
             )
             if norm.batch_statistics:
                 a, b = norm.correction(sum_d, sum_dx, x.numel() // x.shape[1])
-                ops.take_gradient(x, norm.mean, a, b, grad_x, grad_x)
+                ops.apply_correction(x, norm.mean, a, b, grad_x, grad_x)
             return _gradients(needs, norm, (sum_d, sum_dx), weight, bias, grad_x)
 
         pool = functools.partial(plain_avg_pool, kernel_size=ctx.kernel_size)

@@ -101,7 +101,7 @@ def _finish(
     parts = zip(*(v.split(sizes) for v in (norm.mean, *correction)), strict=True)
     for x, grad, (mean, a, b) in zip(features, grads, parts, strict=True):
         if grad.numel():
-            operators(x).take_gradient(x, mean, a, b, grad, grad)
+            operators(x).apply_correction(x, mean, a, b, grad, grad)
 
 
 class BottleneckNode(torch.autograd.Function):

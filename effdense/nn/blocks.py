@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effdense.engine import pool, single_layer
 from effdense.engine.batch_norm import read_module, update_modules
-from effdense.engine.inputs import takes, through
+from effdense.engine.inputs import accepts, through
 from effdense.engine.validation import check_spatial_dims
 from effdense.nn.chain import NO_DROP, Chain, Drop
 from effdense.nn.kinds import AVG_POOLS, CONVS, NORMS
@@ -118,7 +118,7 @@ class DenseBlock(nn.ModuleDict):
         Fused, the output is the block's feature buffer, in channels-last layout.
         """
         stage = self.chains() if isinstance(init_features, Tensor) else None
-        if stage is not None and takes(init_features, dimensions_of(stage[0])):
+        if stage is not None and accepts(init_features, dimensions_of(stage[0])):
             return run_stage(*stage, init_features)
         features = [init_features]
         for layer in self.values():
@@ -168,7 +168,7 @@ class Transition(nn.Sequential):
 
     def _takes(self, x: Tensor) -> bool:
         conv: Any = self.conv
-        return takes(x, conv.weight.dim())
+        return accepts(x, conv.weight.dim())
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, num_input_features, *spatial] -> [N, num_output_features, *spatial / 2]."""
@@ -187,7 +187,7 @@ def fits(x: Tensor, kernel: Sequence[int]) -> bool:
 
 
 def run_unpooled(x: Tensor, norm: Any, conv: Any) -> Tensor:
-    """A transition's BN-ReLU-convolution, for a pool that cannot come first; `x`: what `takes` agrees to."""
+    """A transition's BN-ReLU-convolution, for a pool that cannot come first; `x`: what `accepts` agrees to."""
 
     def fused(x: Tensor) -> Tensor:
         weights = conv.weight, conv.bias
@@ -199,7 +199,7 @@ def run_unpooled(x: Tensor, norm: Any, conv: Any) -> Tensor:
 
 
 def run_transition(x: Tensor, norm: Any, kernel: tuple[int, ...], conv: Any) -> Tensor:
-    """A transition by itself: BN-ReLU-average-pool, then the convolution; `x`: what `takes` agrees to."""
+    """A transition by itself: BN-ReLU-average-pool, then the convolution; `x`: what `accepts` agrees to."""
 
     def fused(x: Tensor) -> Tensor:
         y, mean, var = pool.bn_relu_avg_pool("Transition", NAMES[:4], x, read_module(norm), kernel)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdense.engine.inputs import takes
+from effdense.engine.inputs import accepts
 from effdense.engine.pool import plain_avg_pool
 from effdense.nn.blocks import fits, run_transition, run_unpooled
 from effdense.nn.chain import Chain
-from effdense.nn.code import Reads, code_of_classes, counts, is_function
+from effdense.nn.code import code_of_classes, is_function
+from effdense.nn.code_reader import Reads, counts
 from effdense.nn.kinds import DROPOUTS
 from effdense.nn.looks import look
 from effdense.nn.modules import original, walk
@@ -203,7 +204,7 @@ class ForeignBlock(Foreign):
     def fused(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """[N, C, *spatial] -> [N, C + what the layers add, *spatial], or what they add alone."""
         stage = self.chains()
-        if stage is None or not takes(x, dimensions_of(stage[0])):
+        if stage is None or not accepts(x, dimensions_of(stage[0])):
             return None
         return lambda x: run_stage(*stage, self.enter(x))
 
@@ -240,7 +241,7 @@ class ForeignTransition(Foreign):
             parts = self.read()
         except Obstacle:
             return None
-        return (lambda x: self._run(x, parts)) if takes(x, parts.conv.weight.dim()) else None
+        return (lambda x: self._run(x, parts)) if accepts(x, parts.conv.weight.dim()) else None
 
     def _run(self, x: Tensor, parts: TransitionParts) -> Tensor:
         kernel = parts.kernel()

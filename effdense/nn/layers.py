@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effdense.engine import single_layer
 from effdense.engine.autograd import dropout_scale
 from effdense.engine.batch_norm import read_module, update_modules
-from effdense.engine.inputs import takes, through
+from effdense.engine.inputs import accepts, through
 from effdense.engine.validation import check_memory, check_spatial_dims
 from effdense.nn.chain import Drop
 from effdense.nn.kinds import CONVS, NORMS
@@ -106,7 +106,7 @@ class DenseLayer(_Layer):
         """Features [N, C_i, *spatial], as a list, as one tensor or as arguments -> [N, growth_rate, *spatial]."""
         features = _as_list(inputs)
         fused = self.obstacle() is None and not self._drops_inside()
-        if fused and features and all(takes(x, self.conv1.weight.dim()) for x in features):
+        if fused and features and all(accepts(x, self.conv1.weight.dim()) for x in features):
             drop = Drop(self.drop_rate if self.training else 0.0)
             new, mask = self._fused(features), draw_mask(drop, self.conv2, features[0])
             return new if mask is None else new * mask * dropout_scale(1 - self.drop_rate)

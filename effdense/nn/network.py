@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from effdense.engine import node, pool, stem
 from effdense.engine.autograd import in_its_layout
 from effdense.engine.batch_norm import read_module, update_modules
-from effdense.engine.inputs import takes, through
+from effdense.engine.inputs import accepts, through
 from effdense.nn.blocks import DenseBlock, Transition
 from effdense.nn.chain import Chain
-from effdense.nn.code import code_of, counts
+from effdense.nn.code import code_of
+from effdense.nn.code_reader import counts
 from effdense.nn.foreign import ForeignBlock, ForeignTransition, Head, Noted
 from effdense.nn.kinds import ACTIVATIONS, CONVS, DROPOUTS, NORMS
 from effdense.nn.modules import kind_of, walk
@@ -93,7 +94,7 @@ class DenseFeatures(nn.Sequential):
         if head is None:
             return None
         block, (chains, memory), norm = head
-        if not takes(input, dimensions_of(chains)):
+        if not accepts(input, dimensions_of(chains)):
             return None
         modules = self.parts()
         x = _enter(modules[block], self._walk(input, modules[:block]))
@@ -103,7 +104,7 @@ class DenseFeatures(nn.Sequential):
         """Whether what forward gives is the last block's feature buffer."""
         parts = _not_idle(self.parts())
         stage = parts[-1].chains() if parts and _is_part(parts[-1], _BLOCKS) else None
-        return stage is not None and takes(input, dimensions_of(stage[0]))
+        return stage is not None and accepts(input, dimensions_of(stage[0]))
 
     def _walk(self, x: Tensor, modules: list[Any]) -> Tensor:
         while modules:
@@ -115,7 +116,7 @@ class DenseFeatures(nn.Sequential):
         """Runs the first module, or the first few together; returns how many."""
         first = modules[0]
         after_conv = stem_of(modules)
-        if after_conv is not None and takes(x, after_conv.dimensions):
+        if after_conv is not None and accepts(x, after_conv.dimensions):
             windows = after_conv.windows
             return after_conv.modules, through(x, lambda x: _run_stem(first, windows, x))
         if len(modules) > 1 and _is_part(first, _BLOCKS):
@@ -201,7 +202,7 @@ def _flat(modules: Iterable[Any]) -> list[Any]:
 def _keeps_no_map(features: nn.Module, modules: list[Any], behind: _Stem, x: Tensor) -> bool:
     """Whether the convolution that comes first, of a stem, is to be computed again in the backward."""
     conv, norm = modules[:2]
-    if conv.weight.dim() != behind.dimensions or not takes(x, behind.dimensions) or not stem.is_plain(conv):
+    if conv.weight.dim() != behind.dimensions or not accepts(x, behind.dimensions) or not stem.is_plain(conv):
         return False
     tensors = x, conv.weight, conv.bias, norm.weight, norm.bias
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -260,7 +261,7 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
     first, second = modules[:2]
     if _is_part(second, _TRANSITIONS):
         stage = first.chains()
-        if stage is None or not takes(x, dimensions_of(stage[0])):
+        if stage is None or not accepts(x, dimensions_of(stage[0])):
             return None
         x = _enter(first, x)
         parts = second.pool_first(x)
@@ -269,7 +270,7 @@ def _step_of_block(x: Tensor, modules: list[Any]) -> tuple[int, Tensor] | None:
         return 2, run_stage(*stage, x, *parts)
     count = _count_head(modules[1:])
     stage = first.chains() if count else None
-    if stage is None or not takes(x, dimensions_of(stage[0])) or not _shares_statistics(stage[0], second):
+    if stage is None or not accepts(x, dimensions_of(stage[0])) or not _shares_statistics(stage[0], second):
         return None
     x = _enter(first, x)
     return 1 + count, run_stage(*stage, x, second, x.shape[2:])

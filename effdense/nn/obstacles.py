@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
 from effdense.engine.synchronize import processes_of
-from effdense.nn.code import is_librarys
+from effdense.nn.code_reader import is_librarys
 from effdense.nn.kinds import ACTIVATIONS, AVG_POOLS, CONVS, MAX_POOLS, NORMS
 from effdense.nn.modules import kind_of
 from effdense.nn.outside import replaced

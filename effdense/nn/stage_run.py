@@ -92,7 +92,7 @@ def dimensions_of(chains: Sequence[Chain]) -> int:
 def run_stage(chains: Sequence[Chain], memory: str, x: Tensor, *behind: Any) -> Tensor:
     """Runs a block's layers, and the BN-ReLU-average-pool and 1x1 convolution behind it, as one stage.
 
-    `x`: what `takes` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is;
+    `x`: what `accepts` agrees to. `behind`: the pool's norm, its kernel size, and the convolution, or as much of it as there is;
     nothing where the block gives back new features only.
     """
     return through(x, lambda x: _run_stage(chains, memory, x, *behind))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from effdense.nn.chain import NO_DROP, Chain, Drop
-from effdense.nn.code import Reads, code_of_tree, constants_of, counts
+from effdense.nn.code import code_of_tree, constants_of
+from effdense.nn.code_reader import Reads, counts
 from effdense.nn.kinds import ACTIVATIONS, AVG_POOLS, CONVS, DROPOUTS, MAX_POOLS, NORMS
 from effdense.nn.looks import KEPT
 from effdense.nn.modules import original, walk

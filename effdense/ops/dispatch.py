@@ -94,7 +94,7 @@ def _map(x: Tensor, spatial: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _register_fakes() -> None:
     """Shapes, dtypes and strides of what the operators return, for torch.compile and export."""
     fake = torch.library.register_fake
-    for name in ("defer", "take_gradient", "bn_relu", "max_pool_backward"):
+    for name in ("accumulate_correction", "apply_correction", "bn_relu", "max_pool_backward"):
         fake(f"effdense::{name}", _nothing)
 
     @fake("effdense::fold")
@@ -137,7 +137,7 @@ def _register_fakes() -> None:
         accumulate: bool,
         need_features: bool,
         need_weight: bool,
-        deferred: Sequence[Tensor],
+        correction: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_weight = scale.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1])
         return grad_weight, torch.empty_like(scale), torch.empty_like(scale)
@@ -166,11 +166,11 @@ def _register_fakes() -> None:
     def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _two_vectors(x)
 
-    @fake("effdense::bn_relu_with_sums")
+    @fake("effdense::bn_relu_backward_sums")
     def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _two_vectors(x)
 
-    @fake("effdense::bn_relu_accumulate")
+    @fake("effdense::bn_relu_backward_accumulate")
     def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _two_vectors(x)
 

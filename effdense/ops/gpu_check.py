@@ -68,7 +68,7 @@ def why_unsupported(index: int) -> str | None:
 
 def _why_wrong(index: int) -> str | None:
     """Runs every operator on a few small shapes against plain PyTorch on the CPU."""
-    torch.cuda.synchronize(index)  # what failed before is not ours, and raises here
+    torch.cuda.synchronize(index)  # an earlier failure, of other code, raises here
     try:
         # Not to be seen by whoever traces, fakes or counts what the caller does.
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():

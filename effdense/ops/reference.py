@@ -66,7 +66,7 @@ def fold(
     return rstd, scale.to(mean.dtype), shift.to(mean.dtype)
 
 
-def defer(
+def accumulate_correction(
     sum_d: Tensor, sum_dx: Tensor, rstd: Tensor, scale: Tensor, count: int, a: Tensor, b: Tensor
 ) -> None:
     """a += scale * sum_d / count, b += scale * rstd^2 * sum_dx / count, on their first channels."""
@@ -128,20 +128,20 @@ def bottleneck_backward(
     accumulate: bool,
     need_features: bool,
     need_weight: bool,
-    deferred: Sequence[Tensor],
+    correction: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `bottleneck`: writes or adds scale * d to every grad_features[i] that is not empty.
 
-    `deferred`: nothing, or y, mean, a, b of what grad_y still misses (see `take_gradient`), or y, mean, a, b, scale, shift
+    `correction`: nothing, or y, mean, a, b of what grad_y still misses (see `apply_correction`), or y, mean, a, b, scale, shift
     where the backward of relu(scale * y + shift) is missing too.
     """
     x, dy = torch.cat(list(features), 1), _wide(grad_y)
-    if deferred:
-        y, y_mean, a, b, *norm = deferred
+    if correction:
+        y, y_mean, a, b, *norm = correction
         if norm:
             dy = dy.masked_fill(_affine(y, *norm) <= 0, 0) * _column(norm[0], y)
         grad_y, dy = dy, torch.empty_like(dy)
-        take_gradient(y, y_mean, a, b, grad_y, dy)
+        apply_correction(y, y_mean, a, b, grad_y, dy)
     z = _affine(x, scale, shift).relu_()
     grad_weight = scale.new_zeros(weight.shape[0] if need_weight else 0, weight.shape[1])
     if need_weight:
@@ -199,7 +199,7 @@ def bn_relu_conv3x3_backward(
     return grad_weight, sum_d, sum_dx
 
 
-def take_gradient(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, grad: Tensor, out: Tensor) -> None:
+def apply_correction(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, grad: Tensor, out: Tensor) -> None:
     """out = grad - a - b * (x - mean)."""
     deviation = (_wide(x) - _column(mean, x)).masked_fill(_column(b == 0, x), 0)
     out.copy_(_wide(grad) - _column(a, x) - _column(b, x) * deviation)
@@ -210,7 +210,7 @@ def bn_relu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     out.copy_(_affine(x, scale, shift).relu_())
 
 
-def bn_relu_with_sums(
+def bn_relu_backward_sums(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out = relu(scale * x + shift), and the sums of its backward, where grad is out's gradient."""
@@ -242,7 +242,7 @@ def bn_relu_backward(
     return sum_d, sum_dx
 
 
-def bn_relu_accumulate(
+def bn_relu_backward_accumulate(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """grad_x += scale * d, where grad is the gradient of relu(bn(x))."""
@@ -340,14 +340,18 @@ def has_repeated(buffers: Sequence[Tensor]) -> bool:
 
 
 def update_running_statistics(
-    running: list[Tensor], batch: list[Tensor], keep: list[float], take: list[float]
+    running: list[Tensor], batch: list[Tensor], running_factors: list[float], batch_factors: list[float]
 ) -> None:
-    """running <- keep * running + take * batch for every pair, of running statistics in any floating dtype."""
+    """running <- running_factor * running + batch_factor * batch for every pair, of running statistics in any floating dtype."""
     with torch.no_grad():
         if has_repeated(running):
-            for r, b, k, t in zip(running, batch, keep, take, strict=True):
-                r.mul_(k).add_(b.to(r.dtype), alpha=t)
+            for r, b, of_running, of_batch in zip(
+                running, batch, running_factors, batch_factors, strict=True
+            ):
+                r.mul_(of_running).add_(b.to(r.dtype), alpha=of_batch)
             return
-        torch._foreach_mul_(running, keep)
-        scaled = torch._foreach_mul([b.to(r.dtype) for r, b in zip(running, batch, strict=True)], take)
+        torch._foreach_mul_(running, running_factors)
+        scaled = torch._foreach_mul(
+            [b.to(r.dtype) for r, b in zip(running, batch, strict=True)], batch_factors
+        )
         torch._foreach_add_(running, scaled)

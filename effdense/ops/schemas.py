@@ -1,7 +1,7 @@
 """The schemas of the operators that run without the extension too; those of kernels alone are in csrc/schemas.h and csrc/stage.h.
 
 The rule: torch.ops must know an operator whenever Python calls it. So what is called with the extension and without is defined
-here, and written in Python by the file that is named beside it; C++ may register a faster kernel all the same.
+here, and registered in Python by the file that is named above it; C++ may register a faster kernel all the same.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ SCHEMAS = (
     # engine/batch_norm.py
     "move_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] momentum, bool[] unbiased, SymInt count,"
     " str group) -> ()",
-    # reference.py; a kernel of the CPU's
-    "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()",
+    # engine/batch_norm.py, of reference.py; a kernel of the CPU's
+    "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] running_factors,"
+    " float[] batch_factors) -> ()",
     # engine/batch_norm.py; kernels of the CPU's
     "count_batches(Tensor(a!)[] counters) -> ()",
     # The same two from a stage's vectors: each running statistic by what starts at its place in there; `any`: not of an
     # empty batch.
-    "update_from_vectors(Tensor vectors, int[] starts, Tensor(a!)[] running, float[] keep, float[] take,"
-    " Tensor(b!)[] counters, bool any) -> ()",
+    "update_from_vectors(Tensor vectors, int[] starts, Tensor(a!)[] running, float[] running_factors,"
+    " float[] batch_factors, Tensor(b!)[] counters, bool any) -> ()",
     # engine/synchronize.py
     "join_statistics(Tensor mean, Tensor var, SymInt count, str group) -> (Tensor, Tensor)",
     "join_coefficients(Tensor a, Tensor b, SymInt count, str group) -> (Tensor, Tensor)",

@@ -106,9 +106,9 @@ def _fold(ops: Any, c: _Case) -> list[Tensor]:
     return [*ops.fold(mean, var.abs(), weight, bias, 1e-5), *ops.fold(mean, var.abs(), None, None, 1e-5)]
 
 
-def _defer(ops: Any, c: _Case) -> list[Tensor]:
+def _accumulate_correction(ops: Any, c: _Case) -> list[Tensor]:
     a, b = (torch.cat([v, v]) for v in c.vectors[:2])
-    ops.defer(*c.vectors, 7, a, b)
+    ops.accumulate_correction(*c.vectors, 7, a, b)
     return [a, b]
 
 
@@ -131,9 +131,9 @@ def _bottleneck(ops: Any, c: _Case) -> list[Tensor]:
 def _bottleneck_backward(ops: Any, c: _Case) -> list[Tensor]:
     results = []
     y, norm = torch.ones_like(c.y), [c.of_out[1], c.of_out[2]]
-    for accumulate, deferred in ((False, []), (True, [y, *c.of_out]), (True, [y, *c.of_out, *norm])):
+    for accumulate, correction in ((False, []), (True, [y, *c.of_out]), (True, [y, *c.of_out, *norm])):
         arguments = c.features, c.y, *c.vectors[:3], c.weight, c.grads
-        results += ops.bottleneck_backward(*arguments, accumulate, True, True, deferred)
+        results += ops.bottleneck_backward(*arguments, accumulate, True, True, correction)
     return [*results, *c.grads]
 
 
@@ -150,8 +150,8 @@ def _bn_relu_conv3x3_backward(ops: Any, c: _Case) -> list[Tensor]:
     return [*results, c.grad]
 
 
-def _take_gradient(ops: Any, c: _Case) -> list[Tensor]:
-    ops.take_gradient(c.x, *c.first(3), c.grad, c.grad)
+def _apply_correction(ops: Any, c: _Case) -> list[Tensor]:
+    ops.apply_correction(c.x, *c.first(3), c.grad, c.grad)
     return [c.grad]
 
 
@@ -160,16 +160,16 @@ def _bn_relu(ops: Any, c: _Case) -> list[Tensor]:
     return [c.grad]
 
 
-def _bn_relu_with_sums(ops: Any, c: _Case) -> list[Tensor]:
-    return [*ops.bn_relu_with_sums(c.grad.neg(), c.x, *c.first(3), c.grad), c.grad]
+def _bn_relu_backward_sums(ops: Any, c: _Case) -> list[Tensor]:
+    return [*ops.bn_relu_backward_sums(c.grad.neg(), c.x, *c.first(3), c.grad), c.grad]
 
 
 def _bn_relu_backward(ops: Any, c: _Case) -> list[Tensor]:
     return [*ops.bn_relu_backward(c.grad, c.x, *c.first(4), True), c.grad]
 
 
-def _bn_relu_accumulate(ops: Any, c: _Case) -> list[Tensor]:
-    return [*ops.bn_relu_accumulate(c.grad.neg(), c.x, *c.first(3), c.grad), c.grad]
+def _bn_relu_backward_accumulate(ops: Any, c: _Case) -> list[Tensor]:
+    return [*ops.bn_relu_backward_accumulate(c.grad.neg(), c.x, *c.first(3), c.grad), c.grad]
 
 
 def _bn_relu_avg_pool(ops: Any, c: _Case) -> list[Tensor]:
@@ -200,18 +200,18 @@ def _update_running_statistics(ops: Any, c: _Case) -> list[Tensor]:
 
 OPERATORS: dict[str, Callable[[Any, _Case], list[Tensor]]] = {
     "fold": _fold,
-    "defer": _defer,
+    "accumulate_correction": _accumulate_correction,
     "channel_statistics": _channel_statistics,
     "append_features": _append_features,
     "bottleneck": _bottleneck,
     "bottleneck_backward": _bottleneck_backward,
     "bn_relu_conv3x3": _bn_relu_conv3x3,
     "bn_relu_conv3x3_backward": _bn_relu_conv3x3_backward,
-    "take_gradient": _take_gradient,
+    "apply_correction": _apply_correction,
     "bn_relu": _bn_relu,
-    "bn_relu_with_sums": _bn_relu_with_sums,
+    "bn_relu_backward_sums": _bn_relu_backward_sums,
     "bn_relu_backward": _bn_relu_backward,
-    "bn_relu_accumulate": _bn_relu_accumulate,
+    "bn_relu_backward_accumulate": _bn_relu_backward_accumulate,
     "bn_relu_avg_pool": _bn_relu_avg_pool,
     "bn_relu_avg_pool_backward": _bn_relu_avg_pool_backward,
     "bn_relu_max_pool": _bn_relu_max_pool,

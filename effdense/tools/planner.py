@@ -71,7 +71,11 @@ class Plan(NamedTuple):
 # What operators take for their tiles while they run, in bytes a thread: up to twice that on large images, less on small
 # ones (csrc/cpu; what stays in a core's cache).
 _TILES = 2**19
-_TILED = {f"effdense::{name}{way}" for name in ("bottleneck", "bn_relu_conv3x3") for way in ("", "_backward")}
+_TILED = {
+    f"effdense::{name}{direction}"
+    for name in ("bottleneck", "bn_relu_conv3x3")
+    for direction in ("", "_backward")
+}
 
 # A stem's operators: what they do, and how many of their arguments come before the settings.
 _STEM: dict[Any, tuple[Callable[..., Any], int]] = {

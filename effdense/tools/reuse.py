@@ -80,7 +80,8 @@ def feature_reuse(model: nn.Module) -> list[BlockReuse]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"feature_reuse: model must be a torch.nn.Module, got {type(model).__name__}")
-    known = convert(bare_copy(model))  # compared with ours: that the channels are in the order of the layers
+    # Compared with effdense's forward: so the channels are in the order of the layers.
+    known = convert(bare_copy(model))
     modules = dict(model.named_modules())
     blocks = [name for name, m in known.named_modules() if isinstance(m, (DenseBlock, ForeignBlock))]
     if not blocks:

@@ -28,7 +28,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not whole, or not one of ours.
+        ValueError: it is not whole, or not one of effdense train's.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to go on with")

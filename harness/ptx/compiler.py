@@ -37,7 +37,10 @@ def compile_interpreter(architectures: Sequence[int]) -> Path:
     """The library, whose kernels are compiled for these architectures, as 75 and 80. Minutes, unless it is kept."""
     flags, link = compiler._of_torch()
     headers, own = compiler._headers(), sorted(FOLDER.glob("*.h"))
-    bound = [BINDINGS, ROOT / "csrc" / "stage.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))]
+    bound = [
+        BINDINGS,
+        *sorted([*(ROOT / "csrc").glob("stage_*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cpp")]),
+    ]
 
     def once(source: Path, made_of: Sequence[Path], flags: Sequence[str], make: functools.partial) -> Path:
         return compiler._once(f"ptx-{source.stem}.o", made_of, flags, make)

@@ -11,7 +11,8 @@
 #include "cuda/features.cpp"
 #include "cuda/pool.cpp"
 #include "ptx/runtime.h"
-#include "stage.cpp"
+#include "stage_backward.cpp"
+#include "stage_forward.cpp"
 
 namespace {
 

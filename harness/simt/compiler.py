@@ -78,8 +78,8 @@ def _for_architecture(kernel: Path, architecture: int) -> list[str]:
 
 
 def compile_fake_device() -> Path:
-    """The library that makes a device of privateuse1 (tests/_fake_device.cpp)."""
-    source = ROOT / "tests" / "_fake_device.cpp"
+    """The library that makes a device of privateuse1 (harness/fake_device.cpp)."""
+    source = ROOT / "harness" / "fake_device.cpp"
     compile_, link = _of_torch()
     flags = [*FLAGS, "-O0", *compile_, *link]
     return _once("fake_device.so", [source], flags, lambda to: _run(["g++", source, *flags, "-o", to]))
@@ -137,7 +137,7 @@ def _headers() -> list[Path]:
 def _object(source: Path, *flags: str) -> Path:
     """Compiled again when any header has changed, or a .cpp file of csrc that operators.cpp includes."""
     included = (
-        [*(ROOT / "csrc" / "cuda").glob("*.cpp"), ROOT / "csrc" / "stage.cpp"]
+        [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc").glob("stage_*.cpp")]
         if source.suffix == ".cpp"
         else []
     )

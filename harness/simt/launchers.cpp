@@ -88,14 +88,15 @@ void run_maps(Size size, int64_t step, int64_t first) {
   append_features<T>(size, x.read(), out.matrix, {of_norm.mean.data() + 2, of_norm.rstd.data() + 2, then, 2},
                      scratch, nullptr);
   const SumsOut<A> sums{one.data(), two.data()};
-  const SumsOut<A> deferred{one.data(), two.data(), v.rstd.data(), v.scale.data(),
-                            a.data(),   b.data(),   false,         A(0.25)};
-  take_gradient(size, x.read(), v.mean.data(), v.a.data(), v.b.data(), grad.read(), out.matrix, nullptr);
+  const SumsOut<A> with_correction{one.data(), two.data(), v.rstd.data(), v.scale.data(),
+                                   a.data(),   b.data(),   false,         A(0.25)};
+  apply_correction(size, x.read(), v.mean.data(), v.a.data(), v.b.data(), grad.read(), out.matrix, nullptr);
   bn_relu(size, x.read(), v.norm(), out.matrix, nullptr);
   for (const bool batch_statistics : {false, true})
     bn_relu_backward<T>(size, grad.matrix, x.read(), v.norm(), batch_statistics, sums, scratch, nullptr);
-  bn_relu_with_sums<T>(size, grad.read(), x.read(), v.norm(), out.matrix, deferred, scratch, nullptr);
-  bn_relu_accumulate<T>(size, grad.read(), x.read(), v.norm(), out.matrix, sums, scratch, nullptr);
+  bn_relu_backward_sums<T>(size, grad.read(), x.read(), v.norm(), out.matrix, with_correction, scratch,
+                           nullptr);
+  bn_relu_backward_accumulate<T>(size, grad.read(), x.read(), v.norm(), out.matrix, sums, scratch, nullptr);
 }
 
 template <typename T>
@@ -138,10 +139,10 @@ void run_bottleneck(Size size, int64_t out_channels, int64_t more, bool tf32) {
                 {of_out.mean.data(), of_out.scale.data(), of_out.shift.data()}, tf32, y.matrix,
                 {mean.data(), var.data()}, temporary.scratch(), nullptr);
   Memory<A> workspace(bottleneck_backward_workspace_size<T>(size, out_channels));
-  const Deferred<T> deferred{y.read(),        of_out.mean.data(),  of_out.a.data(),
-                             of_out.b.data(), of_out.scale.data(), of_out.shift.data()};
-  bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(), deferred, v.norm(), weight.read(), tf32,
-                         grad_x.matrix, true, grad_weight.data(), {sum_d.data(), sum_dx.data()},
+  const Correction<T> correction{y.read(),        of_out.mean.data(),  of_out.a.data(),
+                                 of_out.b.data(), of_out.scale.data(), of_out.shift.data()};
+  bottleneck_backward<T>(size, out_channels, x.read(), grad_y.read(), correction, v.norm(), weight.read(),
+                         tf32, grad_x.matrix, true, grad_weight.data(), {sum_d.data(), sum_dx.data()},
                          workspace.data(), nullptr);
 }
 
@@ -188,8 +189,8 @@ void run_vectors(int64_t channels) {
       folds[29] = {channels,    v.mean.data(), v.rstd.data(), parameter(v.scale), parameter(v.shift), A(0.1),
                    rstd.data(), scale.data(),  shift.data(),  parameter(v.a),     parameter(v.b)};
   fold(folds.data(), static_cast<int64_t>(folds.size()), nullptr);
-  defer(channels, v.mean.data(), v.shift.data(), v.rstd.data(), v.scale.data(), 7, v.a.data(), v.b.data(),
-        nullptr);
+  accumulate_correction(channels, v.mean.data(), v.shift.data(), v.rstd.data(), v.scale.data(), 7, v.a.data(),
+                        v.b.data(), nullptr);
 }
 
 }  // namespace

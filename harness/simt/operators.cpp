@@ -10,7 +10,8 @@
 #include "cuda/features.cpp"
 #include "cuda/pool.cpp"
 #include "simt/launch.h"
-#include "stage.cpp"
+#include "stage_backward.cpp"
+#include "stage_forward.cpp"
 
 namespace {
 

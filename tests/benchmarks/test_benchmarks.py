@@ -81,8 +81,8 @@ def test_twin_is_torchvisions_densenet():
         outputs.append(model(x))
         outputs[-1].square().sum().backward()
     assert torch.equal(*outputs)
-    for (name, ours), theirs in zip(twin.named_parameters(), original.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad), name
+    for (name, of_twin), theirs in zip(twin.named_parameters(), original.parameters(), strict=True):
+        assert torch.equal(of_twin.grad, theirs.grad), name
 
 
 def test_plain_twin_is_d2ls_densenet():
@@ -366,10 +366,10 @@ def test_compare_writes_the_contract(tmp_path, capsys):
 
 def test_compare_measures_compiled_effdense():
     settings = WorkerConfig("densenet_bc_40_4", 4, 32, threads=1)
-    naive, *ours = compare.run(settings, ["naive", "effdense-balanced", "effdense-minimal"], repeats=1)[
+    naive, *fused = compare.run(settings, ["naive", "effdense-balanced", "effdense-minimal"], repeats=1)[
         "rows"
     ]
-    for row, memory in zip(ours, ("balanced", "minimal"), strict=True):
+    for row, memory in zip(fused, ("balanced", "minimal"), strict=True):
         assert "error" not in row, row["error"]
         assert row["compiled"] is True and row["memory"] == memory and "note" not in row
         assert row["peak_bytes"] < naive["peak_bytes"] / 2

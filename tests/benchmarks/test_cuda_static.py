@@ -101,7 +101,7 @@ WRITER = "rows_kernel<float, 4, BnRelu<float>, Nothing>"
 READER = "rows_kernel<float, 4, Statistics<float, false>, Moments<float>>"
 OTHERS = ["avg_pool_kernel<float, 4>", "avg_pool_backward_kernel<float, 4>", "max_pool_kernel<float, 4>"]
 OTHERS += ["max_pool_backward_kernel<float, 4>", "bottleneck_backward_kernel<Tf32, 64>"]
-OTHERS += ["channels_kernel<Defer<float>>", "merge_kernel<float, Moments<float>>"]
+OTHERS += ["channels_kernel<AccumulateCorrection<float>>", "merge_kernel<float, Moments<float>>"]
 OTHERS += [
     "fold_kernel<float>",
     "add_parts_kernel<float>",

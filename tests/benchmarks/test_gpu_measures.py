@@ -140,8 +140,8 @@ def test_a_compiled_net_is_prepared_without_a_search(monkeypatch: Any) -> None:
 def test_the_net_for_volumes_is_densenet121_in_three_dimensions() -> None:
     with torch.device("meta"):
         naive = models.build("densenet121_3d", "naive").model
-        ours = effdense.models.densenet121(spatial_dims=3, in_channels=1, num_classes=10)
-    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+        fused = effdense.models.densenet121(spatial_dims=3, in_channels=1, num_classes=10)
+    shapes = {key: value.shape for key, value in fused.state_dict().items()}
     assert {key: value.shape for key, value in naive.state_dict().items()} == shapes
 
 
@@ -150,10 +150,10 @@ def test_volumes_converted_are_the_same(efficient: bool) -> None:
     torch.manual_seed(0)
     form = {"num_classes": 3, "in_channels": 1, "spatial_dims": 3, "memory_efficient": efficient}
     naive = models.DenseNet(4, (2, 2), 8, **form).double()
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert all(entry.converted for entry in effdense.report(ours) if entry.kind != "DenseNet")
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert all(entry.converted for entry in effdense.report(fused) if entry.kind != "DenseNet")
     x = torch.randn(2, 1, 33, 40, 32, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), naive(x))
+    torch.testing.assert_close(fused(x), naive(x))
 
 
 # --- (h) KernelBench

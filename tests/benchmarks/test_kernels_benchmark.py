@@ -51,7 +51,7 @@ def test_every_compiled_operator_is_measured():
     names = {name.removeprefix("effdense::") for name in compiled if name.startswith("effdense::")}
     names -= {
         "fold",
-        "defer",
+        "accumulate_correction",
         "update_running_statistics",
         "update_from_vectors",
         "count_batches",
@@ -91,14 +91,14 @@ def test_least_is_what_the_tensors_hold():
         "bn_relu": (4 * (160 + 160), 0),
         "conv3x3": (4 * (160 + 90 + 64), 2 * 32 * 90),
         "append_features": (4 * (64 + 64), 0),
-        "take_gradient": (4 * (64 + 64 + 64), 0),
+        "apply_correction": (4 * (64 + 64 + 64), 0),
         "bn_relu_conv3x3_backward": (4 * (64 + 160 + 90 + 160 + 90), 4 * 32 * 90),
         "conv3x3_backward": (4 * (64 + 160 + 90 + 160 + 90), 4 * 32 * 90),
-        "bn_relu_with_sums": (4 * (160 + 160 + 160), 0),
+        "bn_relu_backward_sums": (4 * (160 + 160 + 160), 0),
         "bn_relu_backward": (4 * (160 + 160 + 160), 0),
         "bottleneck_backward": (4 * (96 + 160 + 160 + 15 + 96 + 96 + 15), 4 * 32 * 15),
         "channel_statistics": (4 * 96, 0),
-        "bn_relu_accumulate": (4 * (96 + 96 + 96 + 96), 0),
+        "bn_relu_backward_accumulate": (4 * (96 + 96 + 96 + 96), 0),
         "bn_relu_avg_pool": (4 * (256 + 64), 0),
         "bn_relu_avg_pool_backward": (4 * (64 + 256 + 256), 0),
         "bn_relu_max_pool": (4 * (96 + 24) + 24, 0),
@@ -112,13 +112,13 @@ def test_least_is_what_the_tensors_hold():
 
 
 def test_operators_can_be_chosen_and_shapes_without_them_are_left_out():
-    parsed = kernels._parse(["--op", "max_pool_backward,take_gradient", "--shape", "121"])
-    assert parsed.op == ["max_pool_backward", "take_gradient"] and parsed.shape == kernels.SHAPES["121"]
+    parsed = kernels._parse(["--op", "max_pool_backward,apply_correction", "--shape", "121"])
+    assert parsed.op == ["max_pool_backward", "apply_correction"] and parsed.shape == kernels.SHAPES["121"]
     assert kernels._parse(["--op", "max_pool_backward"]).shape == kernels.SHAPES["121"][-1:]
     tiny = kernels.Shape(1, 4, 4, 3, 8, 5, 2)
     stem = tiny._replace(out_channels=0, growth_rate=0, operators=kernels.STEM)
     rows = kernels.run([tiny, stem], parsed.op, repeats=2)["rows"]
-    assert [row["op"] for row in rows] == ["take_gradient", "max_pool_backward"]
+    assert [row["op"] for row in rows] == ["apply_correction", "max_pool_backward"]
     assert all(len(row["times_ms"]) == 2 for row in rows)
 
 

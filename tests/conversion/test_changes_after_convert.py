@@ -97,9 +97,9 @@ CHANGES = {
 def test_what_changes_after_convert_is_noticed(name: str) -> None:
     make, change, reason = CHANGES[name]
     naive = randomised(make())
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert ours.obstacle() is None
-    copies = [ours, copy.deepcopy(ours)]
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert fused.obstacle() is None
+    copies = [fused, copy.deepcopy(fused)]
     for model in (naive, *copies):
         change(model)
     for model in copies:
@@ -127,20 +127,20 @@ def test_names_of_ours_are_free_for_a_users_attributes(
     make: Callable[[], nn.Module], value: Any, channels: int
 ) -> None:
     naive = randomised(make())
-    ours = effdense.convert(copy.deepcopy(naive))
-    changed = [m for m in ours.modules() if type(m).__dict__.get("_effdense_kind") is not None]
-    paths = [name for name, m in ours.named_modules() if m in changed]
+    fused = effdense.convert(copy.deepcopy(naive))
+    changed = [m for m in fused.modules() if type(m).__dict__.get("_effdense_kind") is not None]
+    paths = [name for name, m in fused.named_modules() if m in changed]
     assert not any(hasattr(m, "memory") for m in changed)
-    for model in (naive, ours):
+    for model in (naive, fused):
         for path in paths:
             for name in OURS:
                 setattr(model.get_submodule(path), name, value)
     if not isinstance(value, nn.Module):  # else a method of ours comes first, as any attribute of a class
         assert all(m.memory is value for m in changed)
-    report = effdense.report(ours)
+    report = effdense.report(fused)
     assert len(report) == len(paths) > 0
     assert all("attributes that hide effdense's: " in str(e.reason) for e in report)
-    assert_same(naive, ours, torch.randn(2, channels, 16, 16, dtype=torch.float64))
+    assert_same(naive, fused, torch.randn(2, channels, 16, 16, dtype=torch.float64))
 
 
 def test_modules_of_one_class_are_compared_one_by_one() -> None:
@@ -151,10 +151,10 @@ def test_modules_of_one_class_are_compared_one_by_one() -> None:
 
     block = structures.NetBlock
     naive = nn.Sequential(block(2, 6, 4), pooled(14, 6), block(2, 6, 4), pooled(14, 6, True))
-    ours = effdense.convert(copy.deepcopy(randomised(naive)))
-    converted = {e.name: e.converted for e in effdense.report(ours)}
+    fused = effdense.convert(copy.deepcopy(randomised(naive)))
+    converted = {e.name: e.converted for e in effdense.report(fused)}
     assert converted["1"] and not converted["3"]
-    assert_same(naive, ours, torch.randn(2, 6, 8, 9, dtype=torch.float64))
+    assert_same(naive, fused, torch.randn(2, 6, 8, 9, dtype=torch.float64))
 
 
 class Padding(structures.StarTransition):
@@ -198,10 +198,10 @@ def test_what_a_probe_must_see(make: Callable[[], nn.Module], reason: str) -> No
 
 def test_called_by_keyword_and_cut() -> None:
     naive = randomised(structures.rate_net(0.0))
-    ours: Any = effdense.convert(copy.deepcopy(naive))
+    fused: Any = effdense.convert(copy.deepcopy(naive))
     x = torch.randn(2, 6, 5, dtype=torch.float64)
-    torch.testing.assert_close(ours[1](input=x), naive[1](input=x))
-    part = ours[1][:2]  # an object of the fused class that convert has not seen
+    torch.testing.assert_close(fused[1](input=x), naive[1](input=x))
+    part = fused[1][:2]  # an object of the fused class that convert has not seen
     assert "has not been compared" in part.obstacle()
     torch.testing.assert_close(part(x), naive[1][:2](x))
     assert type(effdense.revert(effdense.convert(part))) is nn.Sequential
@@ -220,8 +220,8 @@ def test_an_average_over_all_batches_of_a_norm_that_layers_share() -> None:
     second.norm2 = first.norm2
     first.norm2.momentum = None
     naive = randomised(naive)
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert_same(naive, ours, torch.randn(2, 3, 32, 33, dtype=torch.float64))
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert_same(naive, fused, torch.randn(2, 3, 32, 33, dtype=torch.float64))
 
 
 def test_a_users_stem() -> None:

@@ -43,19 +43,19 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def assert_same_step(
-    naive: nn.Module, ours: nn.Module, batch: tuple[Tensor, Tensor], tolerance: float
+    naive: nn.Module, fused: nn.Module, batch: tuple[Tensor, Tensor], tolerance: float
 ) -> None:
     outputs = []
-    for model in (naive, ours):
+    for model in (naive, fused):
         model.zero_grad()
         torch.manual_seed(1)
         outputs.append(model(batch[0]))
         F.cross_entropy(outputs[-1], batch[1]).backward()
     torch.testing.assert_close(outputs[1], outputs[0], rtol=tolerance, atol=tolerance)
-    for (name, a), b in zip(naive.named_parameters(), ours.parameters(), strict=True):
+    for (name, a), b in zip(naive.named_parameters(), fused.parameters(), strict=True):
         scale = a.grad.abs().max().item()
         assert (a.grad - b.grad).abs().max() <= tolerance * max(scale, 1.0), name
-    for (name, a), b in zip(naive.named_buffers(), ours.buffers(), strict=True):
+    for (name, a), b in zip(naive.named_buffers(), fused.buffers(), strict=True):
         assert torch.allclose(b, a, rtol=tolerance, atol=tolerance), name
 
 
@@ -64,17 +64,17 @@ def assert_same_step(
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])
 def test_a_converted_model_trains_like_the_naive_one(memory: str, drop_rate: float) -> None:
     naive = make_small(drop_rate)
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
     batch = make_batch()
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (naive, ours)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (naive, fused)]
     for _ in range(20):
-        assert_same_step(naive, ours, batch, 1e-9)
+        assert_same_step(naive, fused, batch, 1e-9)
         for optimizer in optimizers:
             optimizer.step()
-    assert ours.features.denseblock2.denselayer3.norm2.num_batches_tracked == 20
-    for model in (naive.eval(), ours.eval()):
+    assert fused.features.denseblock2.denselayer3.norm2.num_batches_tracked == 20
+    for model in (naive.eval(), fused.eval()):
         model.zero_grad()
-    torch.testing.assert_close(loss_of(ours, batch), loss_of(naive, batch), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss_of(fused, batch), loss_of(naive, batch), rtol=1e-9, atol=1e-9)
 
 
 # Images of which the last block still has 2x2 pixels: a batch norm of two values alone is nearly their sign.
@@ -95,13 +95,13 @@ ARCHITECTURES = {
 def test_architectures_train_like_the_naive_ones(name: str, memory: str, steps: int) -> None:
     """In float64. The learning rate is small: training itself makes a rounding larger from step to step."""
     naive = models.build(name, "naive", num_classes=10).model.double()
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
-    assert all(e.converted and e.reason is None for e in effdense.report(ours))
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
+    assert all(e.converted and e.reason is None for e in effdense.report(fused))
     images, labels = make_batch(2, ARCHITECTURES[name], 10)
     batch = images[:, : naive.features.conv0.in_channels], labels
-    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4) for m in (naive, ours)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4) for m in (naive, fused)]
     for _ in range(steps):
-        assert_same_step(naive, ours, batch, 1e-9)
+        assert_same_step(naive, fused, batch, 1e-9)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -124,11 +124,11 @@ def test_every_part_of_torchvisions_models_is_converted(name: str) -> None:
 @pytest.mark.core
 def test_state_dict_goes_both_ways() -> None:
     naive, other = make_small(), make_small()
-    ours = effdense.convert(make_small())
+    fused = effdense.convert(make_small())
     x, _ = make_batch()
-    ours.load_state_dict(naive.state_dict())
-    torch.testing.assert_close(ours.eval()(x), naive.eval()(x))
-    other.load_state_dict(ours.state_dict())
+    fused.load_state_dict(naive.state_dict())
+    torch.testing.assert_close(fused.eval()(x), naive.eval()(x))
+    other.load_state_dict(fused.state_dict())
     torch.testing.assert_close(other.eval()(x), naive(x))
 
 
@@ -205,8 +205,8 @@ HOOKED = [
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_see_what_they_see_in_the_naive_model(when: str) -> None:
     naive = make_small()
-    ours = copy.deepcopy(naive)
-    seen: dict[str, list[tuple[str, Tensor]]] = {"naive": [], "ours": []}
+    fused = copy.deepcopy(naive)
+    seen: dict[str, list[tuple[str, Tensor]]] = {"naive": [], "fused": []}
 
     def put_hooks(model: nn.Module, who: str) -> None:
         for name in HOOKED:
@@ -215,19 +215,19 @@ def test_hooks_see_what_they_see_in_the_naive_model(when: str) -> None:
             )
 
     if when == "before":
-        put_hooks(ours, "ours")
-    effdense.convert(ours)
+        put_hooks(fused, "fused")
+    effdense.convert(fused)
     if when == "after":
-        put_hooks(ours, "ours")
+        put_hooks(fused, "fused")
     put_hooks(naive, "naive")
-    assert_same_step(naive, ours, make_batch(), 1e-9)
-    assert [name for name, _ in seen["ours"]] == [name for name, _ in seen["naive"]]
-    for (_, a), (_, b) in zip(seen["ours"], seen["naive"], strict=True):
+    assert_same_step(naive, fused, make_batch(), 1e-9)
+    assert [name for name, _ in seen["fused"]] == [name for name, _ in seen["naive"]]
+    for (_, a), (_, b) in zip(seen["fused"], seen["naive"], strict=True):
         torch.testing.assert_close(a, b)
-    report = {e.name: e for e in effdense.report(ours)}
+    report = {e.name: e for e in effdense.report(fused)}
     entry = report["features.denseblock2.denselayer1"]
     assert (entry.converted, entry.reason) == (True, "norm1 has hooks")
-    assert "converted, but runs one by one: norm1 has hooks" in str(effdense.report(ours))
+    assert "converted, but runs one by one: norm1 has hooks" in str(effdense.report(fused))
 
 
 class ReversedLayer(models._DenseLayer):
@@ -317,20 +317,20 @@ def quantise(layer: Any) -> None:
     ],
 )
 def test_what_is_not_recognised_stays_and_the_report_says_why(change: Any, reason: str) -> None:
-    naive, ours = make_small(), make_small()
-    ours.load_state_dict(naive.state_dict())
-    for model in (naive, ours):
+    naive, fused = make_small(), make_small()
+    fused.load_state_dict(naive.state_dict())
+    for model in (naive, fused):
         torch.manual_seed(1)
         change(model.features.denseblock1.denselayer1)
-    left = type(ours.features.denseblock1.denselayer1)
-    effdense.convert(ours)
-    assert type(ours.features.denseblock1.denselayer1) is left
-    assert isinstance(ours.features.denseblock1.denselayer2, DenseLayer)
-    (entry,) = [e for e in effdense.report(ours) if not e.converted]
+    left = type(fused.features.denseblock1.denselayer1)
+    effdense.convert(fused)
+    assert type(fused.features.denseblock1.denselayer1) is left
+    assert isinstance(fused.features.denseblock1.denselayer2, DenseLayer)
+    (entry,) = [e for e in effdense.report(fused) if not e.converted]
     assert entry.name == "features.denseblock1.denselayer1"
     assert entry.reason == reason
     batch = make_batch()
-    assert loss_of(ours, batch).item() == pytest.approx(loss_of(naive, batch).item(), rel=1e-9)
+    assert loss_of(fused, batch).item() == pytest.approx(loss_of(naive, batch).item(), rel=1e-9)
 
 
 def test_a_block_that_does_something_else_stays_but_its_layers_do_not() -> None:
@@ -373,18 +373,18 @@ def test_the_twin_alone_trains_like_the_naive_model(memory: str, monkeypatch: py
     monkeypatch.setattr(effdense.engine.node, "operators", lambda _: reference)
     monkeypatch.setattr(torch.ops.effdense, "bottleneck", None)
     naive = make_small()
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
-    assert_same_step(naive, ours, make_batch(), 1e-9)
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
+    assert_same_step(naive, fused, make_batch(), 1e-9)
 
 
 @pytest.mark.core
 def test_checkpointed_layers_are_converted() -> None:
     naive = make_small()
-    ours = models.DenseNet(4, (2, 3, 2), 6, num_classes=5, memory_efficient=True).double()
-    ours.load_state_dict(naive.state_dict())
-    effdense.convert(ours)
-    assert all(e.converted and e.reason is None for e in effdense.report(ours))
-    assert_same_step(naive, ours, make_batch(), 1e-9)
+    fused = models.DenseNet(4, (2, 3, 2), 6, num_classes=5, memory_efficient=True).double()
+    fused.load_state_dict(naive.state_dict())
+    effdense.convert(fused)
+    assert all(e.converted and e.reason is None for e in effdense.report(fused))
+    assert_same_step(naive, fused, make_batch(), 1e-9)
 
 
 class OwnLayer(nn.Module):
@@ -405,11 +405,13 @@ class OwnLayer(nn.Module):
 
 def test_a_users_own_class_is_recognised_by_its_structure() -> None:
     naive = OwnLayer(6, 4)
-    ours = copy.deepcopy(naive)
-    effdense.convert(ours)
-    assert isinstance(ours, DenseLayer) and isinstance(ours, OwnLayer) and type(ours).__name__ == "OwnLayer"
+    fused = copy.deepcopy(naive)
+    effdense.convert(fused)
+    assert (
+        isinstance(fused, DenseLayer) and isinstance(fused, OwnLayer) and type(fused).__name__ == "OwnLayer"
+    )
     x = torch.randn(2, 6, 5, 5)
-    torch.testing.assert_close(ours(x), naive(x))
+    torch.testing.assert_close(fused(x), naive(x))
 
 
 class GatedLayer(models._DenseLayer):
@@ -457,10 +459,10 @@ def test_convert_does_not_care_what_is_switched_on_around_it(mode: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_under_autocast_takes_float32(dtype: torch.dtype) -> None:
     naive = models._DenseBlock(3, 6, 4, 4, 0.0)
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     x = torch.randn(4, 6, 8, 8).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        a, b = ours(x), naive(x)
+        a, b = fused(x), naive(x)
     assert a.dtype == b.dtype
     torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
 
@@ -486,11 +488,11 @@ def patched_torchvision() -> Iterator[Any]:
 
 def test_torchvisions_layer_class_can_be_replaced(patched_torchvision: Any) -> None:
     arguments = {"memory_efficient": True, "num_classes": 5, "drop_rate": 0.1}
-    ours = patched_torchvision.DenseNet(4, (2, 3, 2), 6, **arguments).double()
-    assert type(ours.features.denseblock1.denselayer1) is DenseLayer
+    fused = patched_torchvision.DenseNet(4, (2, 3, 2), 6, **arguments).double()
+    assert type(fused.features.denseblock1.denselayer1) is DenseLayer
     naive = make_small(drop_rate=0.1)
-    naive.load_state_dict(ours.state_dict())
-    assert_same_step(naive, ours, make_batch(), 1e-9)
+    naive.load_state_dict(fused.state_dict())
+    assert_same_step(naive, fused, make_batch(), 1e-9)
 
 
 def test_the_classes_are_drop_in_for_the_twins() -> None:

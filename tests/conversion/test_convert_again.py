@@ -21,19 +21,19 @@ pytestmark = pytest.mark.core
 @pytest.mark.parametrize("part", ["features.denseblock2", "features.denseblock1.denselayer2", "features"])
 def test_what_is_half_converted_becomes_whole(part: str) -> None:
     naive = make_small()
-    ours = copy.deepcopy(naive)
-    effdense.convert(ours.get_submodule(part), memory="minimal")
-    first = [type(m) for m in ours.get_submodule(part).modules()]
-    states = {e.converted for e in effdense.report(ours)}
+    fused = copy.deepcopy(naive)
+    effdense.convert(fused.get_submodule(part), memory="minimal")
+    first = [type(m) for m in fused.get_submodule(part).modules()]
+    states = {e.converted for e in effdense.report(fused)}
     assert states == {True, False}
-    effdense.convert(ours)
-    assert [type(m) for m in ours.get_submodule(part).modules()] == first
-    before, report = [type(m) for m in ours.modules()], str(effdense.report(ours))
+    effdense.convert(fused)
+    assert [type(m) for m in fused.get_submodule(part).modules()] == first
+    before, report = [type(m) for m in fused.modules()], str(effdense.report(fused))
     assert "not converted" not in report and "DenseNet: 1 of 1 run fused" in report
-    effdense.convert(ours)
-    assert [type(m) for m in ours.modules()] == before and str(effdense.report(ours)) == report
-    assert_same_step(naive, ours, make_batch(), 1e-9)
-    assert [type(m) for m in effdense.revert(ours).modules()] == [type(m) for m in naive.modules()]
+    effdense.convert(fused)
+    assert [type(m) for m in fused.modules()] == before and str(effdense.report(fused)) == report
+    assert_same_step(naive, fused, make_batch(), 1e-9)
+    assert [type(m) for m in effdense.revert(fused).modules()] == [type(m) for m in naive.modules()]
 
 
 def preactivated(channels: int, width: int, kernel: int) -> nn.Module:
@@ -162,9 +162,9 @@ def state_of(model: nn.Module) -> tuple[list[type], str, list[set[str]]]:
 def test_once_is_enough(name: str) -> None:
     make, size, blocks, transitions = STRUCTURES[name]
     naive = randomised(make())
-    ours = effdense.convert(copy.deepcopy(naive))
-    once = state_of(ours)
-    assert (kinds(ours)["DenseBlock"], kinds(ours).get("Transition", 0)) == (blocks, transitions), once[1]
-    assert state_of(effdense.convert(ours)) == once
-    assert state_of(effdense.convert(effdense.revert(ours))) == once
-    assert_same(naive, ours, images_for(naive, size), 1)
+    fused = effdense.convert(copy.deepcopy(naive))
+    once = state_of(fused)
+    assert (kinds(fused)["DenseBlock"], kinds(fused).get("Transition", 0)) == (blocks, transitions), once[1]
+    assert state_of(effdense.convert(fused)) == once
+    assert state_of(effdense.convert(effdense.revert(fused))) == once
+    assert_same(naive, fused, images_for(naive, size), 1)

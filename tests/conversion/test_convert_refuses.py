@@ -123,16 +123,16 @@ def _twice(make: Callable[[], nn.Module]) -> list[nn.Module]:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_differs_is_refused_and_left_alone(name: str) -> None:
     make, reason = REFUSED[name]
-    naive, ours = _twice(make)
-    ours.eval().requires_grad_(False)
-    classes = [type(m) for m in ours.modules()]
-    with unchanged(ours):
-        effdense.convert(ours)
-    assert [type(m) for m in ours.modules()] == classes
-    (entry,) = [e for e in effdense.report(ours) if e.kind == "DenseBlock"]
+    naive, fused = _twice(make)
+    fused.eval().requires_grad_(False)
+    classes = [type(m) for m in fused.modules()]
+    with unchanged(fused):
+        effdense.convert(fused)
+    assert [type(m) for m in fused.modules()] == classes
+    (entry,) = [e for e in effdense.report(fused) if e.kind == "DenseBlock"]
     assert (entry.converted, entry.reason) == (False, reason)
     x = torch.randn(2, 6, 5, 5)
-    assert torch.equal(ours(x), naive.eval()(x))
+    assert torch.equal(fused(x), naive.eval()(x))
 
 
 def transition(*replaced: tuple[int, nn.Module]) -> nn.Module:
@@ -156,10 +156,10 @@ TRANSITIONS: dict[str, tuple[nn.Module, str]] = {
 def test_a_transition_that_differs_is_refused(name: str) -> None:
     module, reason = TRANSITIONS[name]
     naive = nn.Sequential(structures.NetBlock(3, 6, 4), module)
-    ours = effdense.convert(copy.deepcopy(naive))
-    (entry,) = [e for e in effdense.report(ours) if e.kind == "Transition"]
+    fused = effdense.convert(copy.deepcopy(naive))
+    (entry,) = [e for e in effdense.report(fused) if e.kind == "Transition"]
     assert (entry.name, entry.converted, entry.reason) == ("1", False, reason)
-    assert_same_classes(ours[1], naive[1])
+    assert_same_classes(fused[1], naive[1])
 
 
 def test_a_block_of_one_layer_is_told_by_its_class() -> None:
@@ -177,12 +177,12 @@ def test_a_block_of_one_layer_is_told_by_its_class() -> None:
 @pytest.mark.parametrize("change", [hook, weight_norm_hook, prune_hook])
 def test_what_stands_in_the_way_later_makes_its_own_forward_run(change: Callable[[nn.Module], Any]) -> None:
     naive = randomised(structures.NetBlock(3, 6, 4))
-    ours = effdense.convert(copy.deepcopy(naive))
-    for block in (naive, ours):
+    fused = effdense.convert(copy.deepcopy(naive))
+    for block in (naive, fused):
         torch.manual_seed(1)
         change(block.net[1][2])
-    assert ours.obstacle() in ("net.1.2 has hooks", "net.1.2.weight is not a plain parameter")
-    assert_same(naive, ours, torch.randn(2, 6, 5, 5, dtype=torch.float64))
+    assert fused.obstacle() in ("net.1.2 has hooks", "net.1.2.weight is not a plain parameter")
+    assert_same(naive, fused, torch.randn(2, 6, 5, 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("attribute, value", [("padding", (0, 0)), ("stride", (2, 2)), ("groups", 2)])

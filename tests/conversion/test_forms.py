@@ -131,17 +131,17 @@ NETS: dict[str, Callable[[Any], nn.Module]] = {"in lists": Walking, "at the head
 @pytest.mark.parametrize("form", FORMS)
 def test_transitions_of_other_forms_are_converted(form: Any, net: str) -> None:
     naive = randomised(NETS[net](form))
-    ours = convert_and_compare(naive, images_for(naive, 20), 3, steps=1)
-    assert kinds(ours)["Transition"] == 2, str(effdense.report(ours))
+    fused = convert_and_compare(naive, images_for(naive, 20), 3, steps=1)
+    assert kinds(fused)["Transition"] == 2, str(effdense.report(fused))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_transition_alone_is_converted(form: Any) -> None:
     naive = randomised(form(18, 9))
-    ours = effdense.convert(form(18, 9).double())
-    ours.load_state_dict(naive.state_dict())
-    assert kinds(ours) == {"Transition": 1}
-    assert_same(naive, ours, torch.randn(2, 18, 8, 9, dtype=torch.float64))
+    fused = effdense.convert(form(18, 9).double())
+    fused.load_state_dict(naive.state_dict())
+    assert kinds(fused) == {"Transition": 1}
+    assert_same(naive, fused, torch.randn(2, 18, 8, 9, dtype=torch.float64))
 
 
 def test_what_only_looks_like_a_transition_stays() -> None:
@@ -171,11 +171,11 @@ def test_a_transition_without_a_relu_stays_and_the_report_says_why() -> None:
             return self.down_sample(x)
 
     naive = randomised(nn.Sequential(structures.NetBlock(2, 6, 4), Narrowing(), structures.NetBlock(2, 7, 4)))
-    ours = effdense.convert(copy.deepcopy(naive))
-    (entry,) = (e for e in effdense.report(ours) if not e.converted)
+    fused = effdense.convert(copy.deepcopy(naive))
+    (entry,) = (e for e in effdense.report(fused) if not e.converted)
     assert (entry.name, entry.kind) == ("1", "Transition")
     assert str(entry.reason).startswith("it has no ReLU between its norm and its convolution")
-    assert_same(naive, ours, torch.randn(2, 6, 8, 9, dtype=torch.float64))
+    assert_same(naive, fused, torch.randn(2, 6, 8, 9, dtype=torch.float64))
 
 
 def saved(model: nn.Module, x: Tensor) -> list[int]:
@@ -188,37 +188,37 @@ def saved(model: nn.Module, x: Tensor) -> list[int]:
 
 def test_a_stem_inside_a_sequence_runs_fused() -> None:
     naive = randomised(structures.d2l_net(channels=11))
-    ours = convert_and_compare(naive, images_for(naive, 33), 2, steps=1)
+    fused = convert_and_compare(naive, images_for(naive, 33), 2, steps=1)
     maps = 2 * 11 * 17 * 17  # what the stem's convolution gives
     x = images_for(naive, 33)
     assert saved(naive.train(), x).count(maps) >= 2
-    assert saved(ours.train(), x).count(maps) == 1
+    assert saved(fused.train(), x).count(maps) == 1
 
 
 def test_a_head_at_the_end_of_a_sequence_runs_with_the_last_block() -> None:
     naive = randomised(structures.d2l_net(channels=11))
-    ours = convert_and_compare(naive, images_for(naive, 33), 2, steps=1)
+    fused = convert_and_compare(naive, images_for(naive, 33), 2, steps=1)
     x = images_for(naive, 33)
     (last,) = {m.in_features for m in naive.modules() if isinstance(m, nn.Linear)}
     maps = 2 * last * 4 * 4
     assert saved(naive.train(), x).count(maps) >= 2
-    assert saved(ours.train(), x).count(maps) == 1  # the block's features
+    assert saved(fused.train(), x).count(maps) == 1  # the block's features
 
 
 def test_a_stem_of_a_net_with_its_own_forward_runs_fused() -> None:
     naive = randomised(Walking(Wrapped))
-    ours = convert_and_compare(naive, images_for(naive, 20), 3, steps=1)
-    assert kinds(ours)["DenseFeatures"] == 1
-    ours.stem[1].register_forward_hook(lambda *_: None)
-    assert_same(naive.train(), ours.train(), images_for(naive, 20), 1)
+    fused = convert_and_compare(naive, images_for(naive, 20), 3, steps=1)
+    assert kinds(fused)["DenseFeatures"] == 1
+    fused.stem[1].register_forward_hook(lambda *_: None)
+    assert_same(naive.train(), fused.train(), images_for(naive, 20), 1)
 
 
 def test_timms_stem_runs_fused() -> None:
     naive = randomised(
         library("timm").create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=3)
     )
-    ours = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
-    stem = stem_of(ours.features.parts()[1:])
+    fused = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
+    stem = stem_of(fused.features.parts()[1:])
     assert stem is not None and stem.modules == 2  # the ReLU is inside of the norm
 
 
@@ -228,5 +228,5 @@ def test_timms_features_only() -> None:
             "densenet121", features_only=True, out_indices=(0, 1, 2), growth_rate=4, block_config=(2, 2, 2)
         )
     )
-    ours = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
-    assert kinds(ours)["Transition"] == 1, str(effdense.report(ours))
+    fused = convert_and_compare(naive, images_for(naive, 40), 2, steps=1)
+    assert kinds(fused)["Transition"] == 1, str(effdense.report(fused))

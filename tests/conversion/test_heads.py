@@ -85,11 +85,11 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 def test_a_head_runs_with_the_last_block(head: str) -> None:
     naive = randomised(HEADS[head]())
     x = images_for(naive, 12)
-    ours = convert_and_compare(naive, x, 1)
-    assert kinds(ours) == {"DenseNet": 1, "DenseFeatures": 1, "DenseBlock": 1}
+    fused = convert_and_compare(naive, x, 1)
+    assert kinds(fused) == {"DenseNet": 1, "DenseFeatures": 1, "DenseBlock": 1}
     maps = 2 * 18 * 12 * 12
-    sizes = {m: [t.numel() for t in kept_tensors(m.train(), x)[0]].count(maps) for m in (naive, ours)}
-    assert sizes[ours] == 1 < sizes[naive]  # the block's features
+    sizes = {m: [t.numel() for t in kept_tensors(m.train(), x)[0]].count(maps) for m in (naive, fused)}
+    assert sizes[fused] == 1 < sizes[naive]  # the block's features
 
 
 def test_dropout_behind_the_pool() -> None:
@@ -99,8 +99,8 @@ def test_dropout_behind_the_pool() -> None:
             self.drop.p = 0.5
 
     naive = randomised(Dropping())
-    ours = convert_and_compare(naive, images_for(naive, 12), 1)
-    assert kinds(ours)["DenseNet"] == 1
+    fused = convert_and_compare(naive, images_for(naive, 12), 1)
+    assert kinds(fused)["DenseNet"] == 1
 
 
 def net(after: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -123,10 +123,10 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_head_that_computes_something_else_is_refused(name: str) -> None:
     naive = randomised(REFUSED[name]())
-    ours = effdense.convert(copy.deepcopy(naive))
-    (entry,) = (e for e in effdense.report(ours) if e.kind == "DenseNet")
+    fused = effdense.convert(copy.deepcopy(naive))
+    (entry,) = (e for e in effdense.report(fused) if e.kind == "DenseNet")
     assert not entry.converted and "its forward" in str(entry.reason)
-    assert_same(naive, ours, images_for(naive, 32), 1)
+    assert_same(naive, fused, images_for(naive, 32), 1)
 
 
 def max_pool(model: Any) -> None:
@@ -169,11 +169,11 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
 def test_a_head_that_changes_later_runs_as_it_is(name: str) -> None:
     make, change = CHANGES[name]
     naive = randomised(make())
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert kinds(ours)["DenseNet"] == 1
-    change(naive), change(ours)
-    assert "DenseNet" not in kinds(ours)
-    assert_same(naive, ours, images_for(naive, 12), 1)
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert kinds(fused)["DenseNet"] == 1
+    change(naive), change(fused)
+    assert "DenseNet" not in kinds(fused)
+    assert_same(naive, fused, images_for(naive, 12), 1)
 
 
 def timm(**options: Any) -> Any:
@@ -184,24 +184,24 @@ def timm(**options: Any) -> Any:
 def test_timms_head() -> None:
     naive = randomised(timm(drop_rate=0.3))
     x = images_for(naive, 64)
-    ours = convert_and_compare(naive, x, 2, steps=1)
-    assert kinds(ours)["DenseNet"] == 1
-    for model in (naive, ours):
+    fused = convert_and_compare(naive, x, 2, steps=1)
+    assert kinds(fused)["DenseNet"] == 1
+    for model in (naive, fused):
         model.reset_classifier(5, "max")
         model.double().load_state_dict(naive.state_dict())
-    assert "DenseNet" not in kinds(ours)
-    assert_same(naive, ours, x, 1)
+    assert "DenseNet" not in kinds(fused)
+    assert_same(naive, fused, x, 1)
     pooled = convert_and_compare(randomised(timm(global_pool="max")), x, 2, steps=1)
     assert "DenseNet" not in kinds(pooled)
 
 
 def test_timms_methods_run_by_themselves() -> None:
     naive = randomised(timm()).eval()
-    ours, x = effdense.convert(copy.deepcopy(naive)), images_for(naive, 64)
-    torch.testing.assert_close(ours.forward_head(ours.forward_features(x)), ours(x))
-    torch.testing.assert_close(ours.forward_features(x), naive.forward_features(x))
+    fused, x = effdense.convert(copy.deepcopy(naive)), images_for(naive, 64)
+    torch.testing.assert_close(fused.forward_head(fused.forward_features(x)), fused(x))
+    torch.testing.assert_close(fused.forward_features(x), naive.forward_features(x))
     torch.testing.assert_close(
-        ours.forward_head(naive.forward_features(x), pre_logits=True),
+        fused.forward_head(naive.forward_features(x), pre_logits=True),
         naive.forward_head(naive.forward_features(x), pre_logits=True),
     )
 
@@ -211,6 +211,6 @@ def test_monais_head(dimensions: int) -> None:
     nets = library("monai.networks.nets")
     naive = randomised(nets.DenseNet(dimensions, 1, 3, init_features=8, growth_rate=4, block_config=(2, 2)))
     x = images_for(naive, 32, 1)
-    ours = convert_and_compare(naive, x, 2, steps=1)
-    assert kinds(ours)["DenseNet"] == 1
-    assert type(effdense.revert(ours)) is nets.DenseNet
+    fused = convert_and_compare(naive, x, 2, steps=1)
+    assert kinds(fused)["DenseNet"] == 1
+    assert type(effdense.revert(fused)) is nets.DenseNet

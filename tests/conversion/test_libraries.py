@@ -74,11 +74,11 @@ def test_a_librarys_net_computes_the_same(name: str) -> None:
         m for m in naive.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     ).in_channels
     x = images_for(naive, size, channels)
-    ours = convert_and_compare(naive, x, 4, steps=1)
-    assert kinds(ours) == expected
-    other = pickle.loads(pickle.dumps(ours))
-    assert str(effdense.report(other)) == str(effdense.report(ours))
-    assert_close(step(other, x), step(ours, x))
+    fused = convert_and_compare(naive, x, 4, steps=1)
+    assert kinds(fused) == expected
+    other = pickle.loads(pickle.dumps(fused))
+    assert str(effdense.report(other)) == str(effdense.report(fused))
+    assert_close(step(other, x), step(fused, x))
     assert_same_classes(effdense.revert(other), naive)
 
 
@@ -91,16 +91,16 @@ def test_timms_other_nets_are_converted(name: str) -> None:
 
 def test_timms_methods_stay() -> None:
     naive = timm("densenet121", block_config=(2, 2))
-    ours = effdense.convert(copy.deepcopy(naive))
-    ours.set_grad_checkpointing(True)
-    assert isinstance(ours.features.denseblock1, type(naive.features.denseblock1))
+    fused = effdense.convert(copy.deepcopy(naive))
+    fused.set_grad_checkpointing(True)
+    assert isinstance(fused.features.denseblock1, type(naive.features.denseblock1))
 
 
 def test_an_encoder() -> None:
     smp = library("segmentation_models_pytorch")
     naive = randomised(smp.Unet("densenet121", encoder_weights=None, decoder_channels=(16, 8, 8, 8, 8)))
-    ours = convert_and_compare(naive, images_for(naive, 64), 4, steps=1)
-    assert kinds(ours)["DenseLayer"] == 58
+    fused = convert_and_compare(naive, images_for(naive, 64), 4, steps=1)
+    assert kinds(fused)["DenseLayer"] == 58
 
 
 LAYER = "denselayer1"

@@ -65,11 +65,11 @@ def train(model: nn.Module, loader: Any, epochs: int = 2) -> tuple[list[float], 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_the_tutorial_trains_as_before(memory: str) -> None:
     naive = make_net()
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
-    report = effdense.report(ours)
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
+    report = effdense.report(fused)
     assert sum(e.kind == "DenseBlock" and e.converted and e.reason is None for e in report) == 4, report
     expected, outputs = train(naive, make_loader())
-    losses, own_outputs = train(ours, make_loader())
+    losses, own_outputs = train(fused, make_loader())
     assert len(set(losses)) == len(losses) == 2 * IMAGES // BATCH  # it learns, from other images each time
     assert losses == pytest.approx(expected, rel=1e-9)
     for a, b in zip(own_outputs, outputs, strict=True):

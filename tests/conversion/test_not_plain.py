@@ -113,31 +113,31 @@ def test_only_the_very_classes_are_taken(name: str, net: str) -> None:
     change, cls = KINDS[name]
     naive = randomised(NETS[net]())
     change(naive)
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert "DenseBlock" not in kinds(ours)
-    reasons = [e.reason for e in effdense.report(ours) if not e.converted]
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert "DenseBlock" not in kinds(fused)
+    reasons = [e.reason for e in effdense.report(fused) if not e.converted]
     assert reasons and any(
         cls in str(reason) or "clamp" in str(reason) or "shape" in str(reason) for reason in reasons
     )
     x = torch.randn(6, 3, 32, 32, dtype=torch.float64) * 5
-    assert_same(naive, ours, x, 1)
+    assert_same(naive, fused, x, 1)
 
 
 def test_a_ghost_norm_in_one_dimension() -> None:
     naive = randomised(NETS["one rate for all"]())
     swap(nn.BatchNorm1d, GhostNorm1d)(naive)
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert "GhostNorm1d" in str(effdense.report(ours))
-    assert_same(naive, ours, torch.randn(6, 3, 20, dtype=torch.float64), 1)
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert "GhostNorm1d" in str(effdense.report(fused))
+    assert_same(naive, fused, torch.randn(6, 3, 20, dtype=torch.float64), 1)
 
 
 def test_a_norm_that_is_replaced_later() -> None:
     naive = randomised(NETS["torchvision's structure"]())
-    ours = effdense.convert(copy.deepcopy(naive))
-    for model in (naive, ours):
+    fused = effdense.convert(copy.deepcopy(naive))
+    for model in (naive, fused):
         swap(nn.BatchNorm2d, GhostNorm)(model)
-    assert "DenseBlock" not in kinds(ours) and "GhostNorm" in str(effdense.report(ours))
-    assert_same(naive, ours, torch.randn(6, 3, 32, 32, dtype=torch.float64), 1)
+    assert "DenseBlock" not in kinds(fused) and "GhostNorm" in str(effdense.report(fused))
+    assert_same(naive, fused, torch.randn(6, 3, 32, 32, dtype=torch.float64), 1)
 
 
 class SkippingByTorch(structures.RateLayer):
@@ -253,11 +253,11 @@ NOT_SHOWN = [
 @pytest.mark.parametrize("cls", NOT_SHOWN)
 def test_what_a_probes_input_does_not_show_is_refused(cls: Any) -> None:
     naive = cls(2, 6, 4)
-    ours = effdense.convert(copy.deepcopy(naive))
-    (entry,) = [e for e in effdense.report(ours) if e.kind == "DenseBlock"]
+    fused = effdense.convert(copy.deepcopy(naive))
+    (entry,) = [e for e in effdense.report(fused) if e.kind == "DenseBlock"]
     assert not entry.converted and "its forward" in str(entry.reason)
     x = torch.randn(70, 6, 2, 101) * 1e6
-    assert torch.equal(ours(x), naive(x))
+    assert torch.equal(fused(x), naive(x))
 
 
 class Functional(structures.NetBlock):
@@ -273,9 +273,9 @@ class Functional(structures.NetBlock):
 
 def test_what_cannot_matter_is_allowed() -> None:
     naive = randomised(Functional(3, 6, 4))
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert kinds(ours) == {"DenseBlock": 1}
-    assert_same(naive, ours, torch.randn(2, 6, 5, 5, dtype=torch.float64))
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert kinds(fused) == {"DenseBlock": 1}
+    assert_same(naive, fused, torch.randn(2, 6, 5, 5, dtype=torch.float64))
 
 
 # ---- what is switched on around a call, modes, and tensors that are no parameters or buffers
@@ -389,9 +389,9 @@ def test_a_tensor_that_is_neither_a_parameter_nor_a_buffer(how: str) -> None:
 
 def test_such_a_tensor_that_nothing_computes_with() -> None:
     naive = randomised(nn.Sequential(*(Plus(6 + 4 * i, "not at all") for i in range(3))))
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert kinds(ours) == {"DenseBlock": 1}
-    assert_same(naive, ours, torch.randn(2, 6, 5, dtype=torch.float64))
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert kinds(fused) == {"DenseBlock": 1}
+    assert_same(naive, fused, torch.randn(2, 6, 5, dtype=torch.float64))
 
 
 class Called(structures.RateLayer):

@@ -125,42 +125,42 @@ OVERRIDDEN: dict[str, tuple[Any, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_what_a_class_overrides_stays(name: str) -> None:
     cls, use = OVERRIDDEN[name]
-    naive, ours = pair(cls)
-    assert use(ours) == use(naive)
-    assert kinds(ours)["DenseBlock"] == 2 and kinds(ours)["DenseFeatures"] == 1
+    naive, fused = pair(cls)
+    assert use(fused) == use(naive)
+    assert kinds(fused)["DenseBlock"] == 2 and kinds(fused)["DenseFeatures"] == 1
     assert (
-        isinstance(ours, cls)
-        and type(ours).__name__ == cls.__name__
-        and type(ours).__module__ == cls.__module__
+        isinstance(fused, cls)
+        and type(fused).__name__ == cls.__name__
+        and type(fused).__module__ == cls.__module__
     )
-    assert_close([ours.eval()(images())], [naive.eval()(images())])
-    assert_same_classes(effdense.revert(ours), naive)
+    assert_close([fused.eval()(images())], [naive.eval()(images())])
+    assert_same_classes(effdense.revert(fused), naive)
 
 
 def test_classes_and_names_stay() -> None:
-    naive, ours = pair(models.DenseNet)
-    assert repr(ours) == repr(naive)
-    for a, b in zip(ours.modules(), naive.modules(), strict=True):
+    naive, fused = pair(models.DenseNet)
+    assert repr(fused) == repr(naive)
+    for a, b in zip(fused.modules(), naive.modules(), strict=True):
         assert isinstance(a, type(b)) and a._get_name() == b._get_name()
-    names = collections.Counter(type(m).__name__ for m in ours.modules())
+    names = collections.Counter(type(m).__name__ for m in fused.modules())
     assert names["_DenseLayer"] == 5 and names["_DenseBlock"] == 2 and names["_Transition"] == 1
-    assert isinstance(ours, effdense.nn.DenseNet) and isinstance(ours.features, effdense.nn.DenseFeatures)
-    assert sum(isinstance(m, effdense.nn.DenseLayer) for m in ours.modules()) == 5
+    assert isinstance(fused, effdense.nn.DenseNet) and isinstance(fused.features, effdense.nn.DenseFeatures)
+    assert sum(isinstance(m, effdense.nn.DenseLayer) for m in fused.modules()) == 5
 
 
 def test_the_arguments_names_stay() -> None:
-    _, ours = pair(WithFeature)
-    assert list(inspect.signature(ours.forward).parameters) == ["images", "with_feature"]
+    _, fused = pair(WithFeature)
+    assert list(inspect.signature(fused.forward).parameters) == ["images", "with_feature"]
     traced = torch.fx.symbolic_trace(effdense.convert(make()).eval())
     assert [n.name for n in traced.graph.nodes if n.op == "placeholder"] == ["x"]
 
 
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_of_a_users_class(how: str) -> None:
-    ours = effdense.convert(make(FrozenNorms))
-    other = copied(ours, how)
-    assert type(other) is type(ours) and str(effdense.report(other)) == str(effdense.report(ours))
-    assert_close([other.train()(images())], [ours.train()(images())])
+    fused = effdense.convert(make(FrozenNorms))
+    other = copied(fused, how)
+    assert type(other) is type(fused) and str(effdense.report(other)) == str(effdense.report(fused))
+    assert_close([other.train()(images())], [fused.train()(images())])
 
 
 # ---- arguments, branches, side effects, attributes that change later
@@ -267,16 +267,16 @@ CALLED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", CALLED)
 def test_a_model_is_called_as_before(name: str) -> None:
     cls, use = CALLED[name]
-    naive, ours = pair(cls)
-    got, expected = use(ours.eval()), use(naive.eval())
+    naive, fused = pair(cls)
+    got, expected = use(fused.eval()), use(naive.eval())
     flat = lambda y: list(y) if isinstance(y, tuple) and not isinstance(y, torch.Size) else [y]  # noqa: E731
     for a, b in zip(flat(got), flat(expected), strict=True):
         if isinstance(b, Tensor):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         else:
             assert a == b
-    assert kinds(ours)["DenseBlock"] == 2
-    assert_same(naive, ours, images() if name != "squeezed" else images(2, 3, 32, 32), 1)
+    assert kinds(fused)["DenseBlock"] == 2
+    assert_same(naive, fused, images() if name != "squeezed" else images(2, 3, 32, 32), 1)
 
 
 # ---- what convert must not leave behind, and no fused forward leave out
@@ -519,15 +519,15 @@ def test_a_class_that_gets_another_forward_later() -> None:
         pass
 
     naive = randomised(Patched(3, 6, 4))
-    ours: Any = effdense.convert(copy.deepcopy(naive))
-    assert ours.obstacle() is None
+    fused: Any = effdense.convert(copy.deepcopy(naive))
+    assert fused.obstacle() is None
     Patched.forward = lambda self, x: structures.NetBlock.forward(self, x) * 2  # type: ignore[method-assign]
-    assert "another forward" in ours.obstacle()
-    assert_same(naive, ours, images(2, 6, 5, 5), 1)
+    assert "another forward" in fused.obstacle()
+    assert_same(naive, fused, images(2, 6, 5, 5), 1)
 
 
 def test_a_librarys_function_in_another_name_is_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    from effdense.nn.code import is_librarys
+    from effdense.nn.code_reader import is_librarys
 
     assert is_librarys(nn.Sequential.forward) and is_librarys(F.relu) and not is_librarys(Appending.forward)
 

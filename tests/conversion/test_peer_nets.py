@@ -80,13 +80,13 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
 def test_a_converted_net_computes_the_same(name: str, memory: str) -> None:
     """Output, gradients of the images and of all parameters, and buffers, of two steps and in evaluation."""
     naive, x = make(name)
-    ours = copy.deepcopy(naive)
-    with unchanged(ours):
-        effdense.convert(ours, memory=memory)
+    fused = copy.deepcopy(naive)
+    with unchanged(fused):
+        effdense.convert(fused, memory=memory)
     for training in (True, True, False):
-        naive.train(training), ours.train(training)
-        assert_close(step(ours, x), step(naive, x), 1e-10)
-    assert_same_classes(effdense.revert(ours), naive)
+        naive.train(training), fused.train(training)
+        assert_close(step(fused, x), step(naive, x), 1e-10)
+    assert_same_classes(effdense.revert(fused), naive)
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -86,22 +86,22 @@ def test_a_transition_with_anything_behind_its_convolution(name: str) -> None:
     parts = nn.BatchNorm2d(18), nn.ReLU(), nn.Conv2d(18, 9, 1), *(make() for make in BEHIND[name])
     blocks = structures.NetBlock(3, 6, 4), nn.Sequential(*parts), structures.NetBlock(3, 9, 4)
     naive = randomised(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *blocks))
-    ours = convert_and_compare(naive, images_for(naive, 8), 2)
-    assert kinds(ours) == {"DenseFeatures": 1, "DenseBlock": 2, "Transition": 1}
+    fused = convert_and_compare(naive, images_for(naive, 8), 2)
+    assert kinds(fused) == {"DenseFeatures": 1, "DenseBlock": 2, "Transition": 1}
     saved = {}
-    for model in (naive.train(), ours.train()):
+    for model in (naive.train(), fused.train()):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
         ):
             model[2](torch.randn(2, 18, 8, 8, dtype=torch.float64).requires_grad_())
         saved[model] = sizes.count(2 * 18 * 8 * 8)
-    assert (saved[naive], saved[ours]) == (
+    assert (saved[naive], saved[fused]) == (
         3,
         1,
     )  # the norm's, the ReLU's and the convolution's input; the input
-    ours[2][0].register_forward_hook(lambda *_: None)
-    assert effdense.report(ours)[-2].reason == "0 has hooks"
+    fused[2][0].register_forward_hook(lambda *_: None)
+    assert effdense.report(fused)[-2].reason == "0 has hooks"
 
 
 ONE_LAYER: dict[str, Callable[[], nn.Module]] = {
@@ -122,22 +122,22 @@ def test_checkpointed_blocks_are_converted() -> None:
     """Naive and checkpointed, statistics would move twice."""
     naive, checkpointed = randomised(structures.StarNet()), structures.StarNet(efficient=True).double()
     checkpointed.load_state_dict(naive.state_dict())
-    ours = effdense.convert(copy.deepcopy(checkpointed))
-    assert kinds(ours)["DenseBlock"] == 2
-    assert_same(naive, ours, images_for(naive))
-    assert_same_classes(effdense.revert(ours), checkpointed)
+    fused = effdense.convert(copy.deepcopy(checkpointed))
+    assert kinds(fused)["DenseBlock"] == 2
+    assert_same(naive, fused, images_for(naive))
+    assert_same_classes(effdense.revert(fused), checkpointed)
 
 
 def test_a_hook_inside_is_called() -> None:
     naive = randomised(structures.d2l_net())
-    ours = convert_and_compare(naive, images_for(naive, 32), 2)
-    naive.train(), ours.train()
+    fused = convert_and_compare(naive, images_for(naive, 32), 2)
+    naive.train(), fused.train()
     seen: list[Tensor] = []
-    for model in (naive, ours):
+    for model in (naive, fused):
         model[1].net[1][0].register_forward_hook(lambda _, __, out: seen.append(out.detach().clone()))
-    report = {e.name: e for e in effdense.report(ours)}
+    report = {e.name: e for e in effdense.report(fused)}
     assert (report["1"].converted, report["1"].reason) == (True, "net.1.0 has hooks")
-    assert_same(naive, ours, images_for(naive, 32), 1)
+    assert_same(naive, fused, images_for(naive, 32), 1)
     torch.testing.assert_close(seen[1], seen[0])
 
 
@@ -159,14 +159,14 @@ def test_a_replaced_submodule_runs() -> None:
 @pytest.mark.parametrize("module", [nn.Identity(), nn.Dropout(0.5), nn.Sequential(nn.ReLU(), nn.ReLU())])
 def test_a_submodule_of_another_kind_though_the_structure_fits_runs(module: nn.Module) -> None:
     naive = structures.NetBlock(3, 6, 4)
-    ours = effdense.convert(copy.deepcopy(naive))
-    for block in (naive, ours):
+    fused = effdense.convert(copy.deepcopy(naive))
+    for block in (naive, fused):
         block.net[1][1] = module
     changed = r"effdense.convert has (not )?compared"
-    for again in (lambda: ours, lambda: effdense.convert(ours, memory="minimal")):
+    for again in (lambda: fused, lambda: effdense.convert(fused, memory="minimal")):
         assert re.search(changed, again().obstacle()) or isinstance(module, nn.Dropout)
     x = torch.randn(2, 6, 5, 5)
-    for block in (naive.eval(), ours.eval()):
+    for block in (naive.eval(), fused.eval()):
         assert torch.equal(block(x), naive(x))
 
 
@@ -231,32 +231,34 @@ def test_converting_again_changes_the_memory_mode_only() -> None:
 
 def test_a_rate_that_changes_later_counts() -> None:
     naive = randomised(structures.rate_net(0.0))
-    ours = effdense.convert(copy.deepcopy(naive))
-    for model in (naive, ours):
+    fused = effdense.convert(copy.deepcopy(naive))
+    for model in (naive, fused):
         for m in model.modules():
             if isinstance(m, structures.RateLayer):
                 m.droprate = 0.4
-    assert kinds(ours)["DenseBlock"] == 1
-    assert_same(naive, ours, images_for(naive))
+    assert kinds(fused)["DenseBlock"] == 1
+    assert_same(naive, fused, images_for(naive))
 
 
 def test_a_dropout_in_evaluation_by_itself_counts() -> None:
     naive = randomised(structures.tutorial_net())
-    ours = effdense.convert(copy.deepcopy(naive))
-    for model in (naive, ours):
+    fused = effdense.convert(copy.deepcopy(naive))
+    for model in (naive, fused):
         model[3].layers[1].conv1.dropout.eval()
-    assert_same(naive, ours, images_for(naive))
+    assert_same(naive, fused, images_for(naive))
 
 
 def test_revert_of_our_own_classes() -> None:
     from benchmarks import models
 
     naive = models.DenseNet(4, (2, 2), 6, num_classes=5).double()
-    ours = effdense.revert(effdense.convert(copy.deepcopy(naive)))
-    assert [type(m) for m in ours.modules()] == [type(m) for m in naive.modules()]
-    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(ours.modules(), naive.modules(), strict=True))
+    fused = effdense.revert(effdense.convert(copy.deepcopy(naive)))
+    assert [type(m) for m in fused.modules()] == [type(m) for m in naive.modules()]
+    assert all(
+        vars(a).keys() == vars(b).keys() for a, b in zip(fused.modules(), naive.modules(), strict=True)
+    )
     x = images_for(naive, 32)
-    assert_same(naive, ours, x)
+    assert_same(naive, fused, x)
     built = effdense.nn.DenseBlock(2, 6, 2, 4, 0.0)
     assert type(effdense.revert(effdense.convert(built))) is effdense.nn.DenseBlock
     with pytest.raises(TypeError, match=r"revert: model must be a torch.nn.Module, got str"):

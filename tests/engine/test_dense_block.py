@@ -42,12 +42,12 @@ pytestmark = pytest.mark.usefixtures("runs_on")
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_stage_is_the_naive_one(memory: str, tail: str, plain: bool, bias: bool) -> None:
-    naive, ours = make_pair(memory, plain, tail, bias=bias)
+    naive, fused = make_pair(memory, plain, tail, bias=bias)
     for spatial in ((6, 4), (7, 5)):  # the pool leaves out a row and a column
-        assert_same((naive, ours), make_input(spatial))
-    counters = [m.num_batches_tracked.item() for m in ours.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert_same((naive, fused), make_input(spatial))
+    counters = [m.num_batches_tracked.item() for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
     assert counters == [4] * len(counters)
-    assert_same((naive.eval(), ours.eval()))
+    assert_same((naive.eval(), fused.eval()))
 
 
 @pytest.mark.parametrize("spatial", [(7,), (2, 3, 5)])
@@ -64,18 +64,18 @@ def test_1d_and_3d(plain: bool, tail: str, spatial: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("tail", ["block", "transition"])
 def test_gradcheck(memory: str, plain: bool, tail: str) -> None:
-    ours = converted(make_naive(plain, tail), memory)
-    frozen = block_of(ours).denselayer2
+    fused = converted(make_naive(plain, tail), memory)
+    frozen = block_of(fused).denselayer2
     frozen.norm1.eval()
     frozen.norm1.weight.requires_grad_(False)
     frozen.conv1.weight.requires_grad_(False)
-    names = [name for name, p in ours.named_parameters() if p.requires_grad]
+    names = [name for name, p in fused.named_parameters() if p.requires_grad]
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(ours, dict(zip(names, parameters, strict=True)), (x,))
+        return torch.func.functional_call(fused, dict(zip(names, parameters, strict=True)), (x,))
 
     x = make_input((2, 3), 2).requires_grad_()
-    inputs = (x, *(p for p in ours.parameters() if p.requires_grad))
+    inputs = (x, *(p for p in fused.parameters() if p.requires_grad))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
@@ -100,8 +100,8 @@ def detached(values: Any) -> list[Tensor | None]:
 def test_compiled_operators_and_the_twin_agree(
     memory: str, tail: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = converted(make_naive(plain, tail, bias=True, drop_rate=0.3), memory)
-    settings, x, parameters, running, masks = capture(ours, make_input((5, 6)), monkeypatch)
+    fused = converted(make_naive(plain, tail, bias=True, drop_rate=0.3), memory)
+    settings, x, parameters, running, masks = capture(fused, make_input((5, 6)), monkeypatch)
     assert masks and settings.memory == memory
     parameters, needs = detached(parameters), [True, *(p is not None for p in parameters)]
     results = []
@@ -139,11 +139,11 @@ def change(model: nn.Module, setting: str) -> None:
 def test_both_orchestrations_give_the_same_bits(
     plain: bool, tail: str, memory: str, setting: str, drop_rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine in Python and csrc/stage.cpp, on the same operators."""
+    """The engine in Python and in C++, on the same operators."""
     ops = operators(make_input())
-    ours = converted(make_naive(plain, tail, bias=True, drop_rate=drop_rate), "minimal")
-    change(ours, setting)
-    settings, x, parameters, running, masks = capture(ours, make_input((5, 6)), monkeypatch)
+    fused = converted(make_naive(plain, tail, bias=True, drop_rate=drop_rate), "minimal")
+    change(fused, setting)
+    settings, x, parameters, running, masks = capture(fused, make_input((5, 6)), monkeypatch)
     settings = settings._replace(memory=memory)
     for newest_first in (False, True):
         for needs_x in (False, True):
@@ -185,16 +185,16 @@ def assert_equal(ones: Any, others: Any) -> None:
 def test_dropout_draws_the_same_numbers(memory: str, plain: bool, drop_rate: float, runs_on: str) -> None:
     if runs_on == "cuda" and drop_rate < 1:
         pytest.skip("on a GPU, torch's dropout draws them for four elements at a time")
-    naive, ours = make_pair(memory, plain, "transition", drop_rate=drop_rate)
-    assert_same((naive, ours))
-    assert (block_of(copy.deepcopy(ours))(make_input())[:, CHANNELS:] == 0).any()
+    naive, fused = make_pair(memory, plain, "transition", drop_rate=drop_rate)
+    assert_same((naive, fused))
+    assert (block_of(copy.deepcopy(fused))(make_input())[:, CHANNELS:] == 0).any()
     following = []
-    for model in (naive, ours):
+    for model in (naive, fused):
         torch.manual_seed(3)
         model(make_input())
         following.append(torch.rand(1))
     assert following[0] == following[1]
-    assert_same((naive.eval(), ours.eval()), steps=1)
+    assert_same((naive.eval(), fused.eval()), steps=1)
 
 
 def test_layers_may_drop_differently() -> None:
@@ -233,13 +233,13 @@ def naive_with_masks(block: Any, x: Tensor, drop: list[float], masks: list[Tenso
 @pytest.mark.parametrize("norms", ["training", "norm2 in eval", "eval"])
 def test_masks_inside_a_layer(memory: str, plain: bool, norms: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine drops y before its statistics are taken, also where y is not kept, or nothing is."""
-    naive, ours = make_pair("minimal" if memory == "inference" else memory, plain, bias=True)
-    for model in (naive, ours):
+    naive, fused = make_pair("minimal" if memory == "inference" else memory, plain, bias=True)
+    for model in (naive, fused):
         for name, m in model.named_modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.train(norms == "training" or (norms != "eval" and "norm2" not in name))
     x = make_input().requires_grad_()
-    settings, _, parameters, running, _ = capture(ours, x, monkeypatch)
+    settings, _, parameters, running, _ = capture(fused, x, monkeypatch)
     drop, masks = make_masks(x, plain)
     expected = naive_with_masks(naive, x, drop, masks)
     with torch.set_grad_enabled(memory != "inference"):
@@ -247,26 +247,26 @@ def test_masks_inside_a_layer(memory: str, plain: bool, norms: str, monkeypatch:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
     if memory == "inference":
         return
-    inputs = [[x, *naive.parameters()], [x, *ours.parameters()]]
+    inputs = [[x, *naive.parameters()], [x, *fused.parameters()]]
     grads = [torch.autograd.grad(y, i, weights_of(y)) for y, i in zip((expected, got), inputs, strict=True)]
     assert_close(grads[1], grads[0])
 
 
 def test_of_dropout_bytes_are_kept() -> None:
-    ours = converted(make_naive(drop_rate=0.3), "minimal")
-    kept, _ = kept_tensors(ours, make_input())
+    fused = converted(make_naive(drop_rate=0.3), "minimal")
+    kept, _ = kept_tensors(fused, make_input())
     large = [t for t in kept if t.dim() == 4 and t.shape[-2:] == (6, 5)]
     assert sorted(str(t.dtype) for t in large) == ["torch.bool"] * LAYERS + ["torch.float64"]
 
 
 def test_what_is_kept_may_be_moved_meanwhile() -> None:
     """Saved-tensor hooks, as of save_on_cpu, may give back a copy in another layout."""
-    naive, ours = make_pair("balanced", tail="transition")
+    naive, fused = make_pair("balanced", tail="transition")
     x = make_input()
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)
     ):
-        got = step(ours, x)
+        got = step(fused, x)
     assert_close(got, step(naive, x))
 
 
@@ -351,8 +351,8 @@ def test_a_norm_that_two_layers_share() -> None:
 
 @pytest.mark.parametrize("tail", ["block", "transition"])
 def test_a_backward_does_not_see_later_changes_of_the_statistics(tail: str) -> None:
-    ours = converted(make_naive(tail=tail), "minimal")
-    for norm in list(named_norms(ours).values())[::2]:
+    fused = converted(make_naive(tail=tail), "minimal")
+    for norm in list(named_norms(fused).values())[::2]:
         norm.eval()
     results = []
     for change in (False, True):
@@ -361,7 +361,7 @@ def test_a_backward_does_not_see_later_changes_of_the_statistics(tail: str) -> N
             .view(2, CHANNELS, 3, 4)
             .requires_grad_()
         )
-        model = copy.deepcopy(ours)
+        model = copy.deepcopy(fused)
         y = model(x)
         with torch.no_grad():
             for buffer in model.buffers() if change else ():
@@ -376,15 +376,15 @@ def test_a_backward_does_not_see_later_changes_of_the_statistics(tail: str) -> N
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("tail", TAILS)
 def test_every_parameter_alone(plain: bool, tail: str) -> None:
-    naive, ours = make_pair("balanced", plain, tail, bias=True)
+    naive, fused = make_pair("balanced", plain, tail, bias=True)
     x = make_input((3, 4), 2)
     names = [name for name, _ in naive.named_parameters()]
     for i, name in enumerate(names):
-        for model in (naive, ours):
+        for model in (naive, fused):
             for other, p in model.named_parameters():
                 p.requires_grad_(other == name)
-        effdense.convert(ours, memory=MEMORY[i % 2])
-        assert_same((naive, ours), x, steps=1, need_x=False)
+        effdense.convert(fused, memory=MEMORY[i % 2])
+        assert_same((naive, fused), x, steps=1, need_x=False)
 
 
 @pytest.mark.core
@@ -392,15 +392,15 @@ def test_every_parameter_alone(plain: bool, tail: str) -> None:
 @pytest.mark.parametrize("first", range(LAYERS + 1))
 @pytest.mark.parametrize("need_x", [False, True])
 def test_frozen_first_layers(memory: str, first: int, need_x: bool) -> None:
-    naive, ours = make_pair(memory, tail="transition")
-    for model in (naive, ours):
+    naive, fused = make_pair(memory, tail="transition")
+    for model in (naive, fused):
         for layer in list(block_of(model).values())[:first]:
             layer.requires_grad_(False)
-    assert_same((naive, ours), steps=1, need_x=need_x)
+    assert_same((naive, fused), steps=1, need_x=need_x)
 
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_frozen_stage_makes_no_graph(tail: str) -> None:
-    ours = converted(make_naive(tail=tail), "balanced").requires_grad_(False)
-    assert ours(make_input()).grad_fn is None
-    assert step(ours, make_input())[1] is not None  # the input alone
+    fused = converted(make_naive(tail=tail), "balanced").requires_grad_(False)
+    assert fused(make_input()).grad_fn is None
+    assert step(fused, make_input())[1] is not None  # the input alone

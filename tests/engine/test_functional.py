@@ -89,9 +89,9 @@ def test_is_as_exact_as_the_naive_composition(dtype: torch.dtype, training: bool
         {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in arguments.items()},
         training=training,
     )
-    ours = run(cat_bn_relu_conv1x1, features, arguments, training=training)
+    fused = run(cat_bn_relu_conv1x1, features, arguments, training=training)
     theirs = run(naive, features, arguments, training=training)
-    for a, b, c in zip(ours, theirs, exact, strict=True):
+    for a, b, c in zip(fused, theirs, exact, strict=True):
         assert a.dtype == b.dtype
         assert rms(a.double() - c) <= 2 * rms(b.double() - c) + torch.finfo(dtype).eps * rms(c)
 
@@ -175,17 +175,17 @@ def test_autocast_is_as_exact_as_the_naive_composition(dtypes: tuple[str, ...]) 
         for x, dtype in zip(features, dtypes, strict=True)
     ]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = run(cat_bn_relu_conv1x1, features, arguments)
+        fused = run(cat_bn_relu_conv1x1, features, arguments)
         theirs = run(naive, features, arguments)
     exact = run(
         naive,
         [x.detach().double().requires_grad_() for x in features],
         {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in arguments.items()},
     )
-    for a, b, c in zip(ours, theirs, exact, strict=True):
+    for a, b, c in zip(fused, theirs, exact, strict=True):
         assert a.dtype == b.dtype
         assert rms(a.double() - c) <= 2 * rms(b.double() - c) + torch.finfo(a.dtype).eps * rms(c)
-    assert ours[0].dtype == torch.bfloat16
+    assert fused[0].dtype == torch.bfloat16
 
 
 def test_autocast_leaves_float64_alone() -> None:

@@ -79,20 +79,20 @@ def test_the_naive_model_does_not() -> None:
     assert (peaks[2] - peaks[1]) / (100 - 64) > 1.3 * (peaks[1] - peaks[0]) / (64 - 40)
 
 
-def kept_bytes(ours: nn.Module, x: Tensor, need: Callable[[str], bool], grad: bool = True) -> int:
-    for name, p in ours.named_parameters():
+def kept_bytes(fused: nn.Module, x: Tensor, need: Callable[[str], bool], grad: bool = True) -> int:
+    for name, p in fused.named_parameters():
         p.requires_grad_(need(name))
 
     def forward() -> None:
         with torch.set_grad_enabled(grad):
-            ours(x)
+            fused(x)
 
     forward()  # the workspace
     return peak_bytes(forward)
 
 
 def test_no_bottleneck_is_kept_below_what_is_trained() -> None:
-    ours, x = (
+    fused, x = (
         stages.converted(stages.make_naive(), "balanced").float(),
         stages.make_input((32, 32), 32).float(),
     )
@@ -100,10 +100,10 @@ def test_no_bottleneck_is_kept_below_what_is_trained() -> None:
     # The buffer, and what an operator takes in passing: per thread a band of z and of nine products for each new channel.
     features = pixel * (-(-stages.ALL // 4) * 4) + torch.get_num_threads() * 1_100_000
     per_layer = stages.WIDTH * pixel
-    everything = kept_bytes(ours, x, lambda _: True)
+    everything = kept_bytes(fused, x, lambda _: True)
     assert features < stages.LAYERS * per_layer < everything <= features + stages.LAYERS * per_layer
-    assert kept_bytes(ours, x, lambda name: "layer3" in name) <= features + per_layer
-    assert kept_bytes(ours, x, lambda _: False) <= features
-    assert kept_bytes(ours, x, lambda _: True, grad=False) <= features
-    effdense.convert(ours, memory="minimal")
-    assert kept_bytes(ours, x, lambda _: True) <= features
+    assert kept_bytes(fused, x, lambda name: "layer3" in name) <= features + per_layer
+    assert kept_bytes(fused, x, lambda _: False) <= features
+    assert kept_bytes(fused, x, lambda _: True, grad=False) <= features
+    effdense.convert(fused, memory="minimal")
+    assert kept_bytes(fused, x, lambda _: True) <= features

@@ -108,10 +108,10 @@ def randomised(model: nn.Module) -> Any:
 
 def pair(model: nn.Module, memory: str = "balanced", blocks: int = 1) -> tuple[Any, Any]:
     naive = randomised(model)
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
-    report = effdense.report(ours)
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
+    report = effdense.report(fused)
     assert [(e.converted, e.reason) for e in report if e.kind == "DenseBlock"] == [(True, None)] * blocks
-    return naive, ours
+    return naive, fused
 
 
 def images(*spatial: int, channels: int = CHANNELS) -> Tensor:
@@ -121,11 +121,11 @@ def images(*spatial: int, channels: int = CHANNELS) -> Tensor:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_block_that_gives_back_new_features_only(form: str, memory: str) -> None:
-    naive, ours = pair(FORMS[form](), memory)
-    assert_same((naive, ours), images(6, 5))
-    assert_same((naive.eval(), ours.eval()), images(6, 5), 1)
+    naive, fused = pair(FORMS[form](), memory)
+    assert_same((naive, fused), images(6, 5))
+    assert_same((naive.eval(), fused.eval()), images(6, 5), 1)
     with torch.no_grad():
-        assert_close([ours(images(7, 4).fill_(0.3))], [naive(images(7, 4).fill_(0.3))])
+        assert_close([fused(images(7, 4).fill_(0.3))], [naive(images(7, 4).fill_(0.3))])
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])
@@ -135,10 +135,10 @@ def test_in_one_and_three_dimensions(bottleneck: bool, dimensions: int) -> None:
 
 
 def test_layout_and_what_is_kept() -> None:
-    naive, ours = pair(Block(True))
+    naive, fused = pair(Block(True))
     x = images(6, 5).contiguous(memory_format=torch.channels_last)
-    assert_same((naive, ours), x)
-    y = ours(x)
+    assert_same((naive, fused), x)
+    y = fused(x)
     assert y.shape == naive(x).shape == (3, LAYERS * K, 6, 5)
     assert y.stride(1) == 1 and y._base is not None and y._base.shape[1] == CHANNELS + LAYERS * K
 
@@ -146,10 +146,10 @@ def test_layout_and_what_is_kept() -> None:
 @pytest.mark.parametrize("frozen", range(LAYERS + 1))
 @pytest.mark.parametrize("need_x", [False, True])
 def test_frozen_layers(need_x: bool, frozen: int) -> None:
-    naive, ours = pair(Block(True))
-    for model in (naive, ours):
+    naive, fused = pair(Block(True))
+    for model in (naive, fused):
         model.layers[:frozen].requires_grad_(False)
-    assert_same((naive, ours), images(4, 5), need_x=need_x)
+    assert_same((naive, fused), images(4, 5), need_x=need_x)
 
 
 class Net(nn.Module):
@@ -178,14 +178,14 @@ BEHIND: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("behind", BEHIND)
 def test_both_forms_in_one_net_with_anything_behind(behind: str) -> None:
-    naive, ours = pair(Net(BEHIND[behind]()), blocks=3 if behind == "a block" else 2)
-    assert_same((naive, ours), images(8, 9))
+    naive, fused = pair(Net(BEHIND[behind]()), blocks=3 if behind == "a block" else 2)
+    assert_same((naive, fused), images(8, 9))
 
 
 def test_second_derivatives() -> None:
-    naive, ours = pair(Block(True))
+    naive, fused = pair(Block(True))
     x, results = images(4, 4), []
-    for model in (naive, ours):
+    for model in (naive, fused):
         at = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(model(at).square().sum(), at, create_graph=True)
         results.append([first, *torch.autograd.grad(first.square().sum(), [at, *model.parameters()])])
@@ -193,21 +193,21 @@ def test_second_derivatives() -> None:
 
 
 def test_an_in_place_change_elsewhere_names_the_block() -> None:
-    _, ours = pair(Block(True))
-    y = ours(images(4, 4))
+    _, fused = pair(Block(True))
+    y = fused(images(4, 4))
     y.relu_()
     with pytest.raises(RuntimeError, match=r"DenseBlock \(3 layers, from 5 to 17 channels\): its output"):
         y.sum().backward()
 
 
 def test_a_switch_that_is_turned_later_counts() -> None:
-    naive, ours = pair(Block(True))
-    for model in (naive, ours):
+    naive, fused = pair(Block(True))
+    for model in (naive, fused):
         model.upsample = False
-    assert "Block.upsample, which was changed" in ours.obstacle()
-    assert_same((naive, ours), images(4, 4))
-    assert effdense.convert(effdense.revert(ours)).obstacle() is None
-    assert_same((naive, ours), images(4, 4))
+    assert "Block.upsample, which was changed" in fused.obstacle()
+    assert_same((naive, fused), images(4, 4))
+    assert effdense.convert(effdense.revert(fused)).obstacle() is None
+    assert_same((naive, fused), images(4, 4))
 
 
 def test_a_layer_alone_is_no_block() -> None:

@@ -73,13 +73,13 @@ def make_net(
 
 def check(naive: Any, memory: str, blocks: int = 1) -> Any:
     """Converts a copy; all of it must run fused and give what the naive one does, step after step, and in evaluation."""
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
-    report = effdense.report(ours)
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
+    report = effdense.report(fused)
     assert sum(e.kind == "DenseBlock" and e.converted and e.reason is None for e in report) == blocks, report
     for spatial in ((6, 4), (7, 5)):
-        assert_same((naive, ours), torch.randn(3, CHANNELS, *spatial, dtype=torch.float64))
-    assert_same((naive.eval(), ours.eval()), torch.randn(3, CHANNELS, 6, 4, dtype=torch.float64))
-    return ours
+        assert_same((naive, fused), torch.randn(3, CHANNELS, *spatial, dtype=torch.float64))
+    assert_same((naive.eval(), fused.eval()), torch.randn(3, CHANNELS, 6, 4, dtype=torch.float64))
+    return fused
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -107,16 +107,16 @@ def test_kernels_and_dilation(old_first: bool, plain: bool, kernel: int, dilatio
 def test_frozen_layers_of_a_block_with_new_features_first(need_x: bool, frozen: int) -> None:
     naive = make_net()
     naive[0][:frozen].requires_grad_(False)
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert_same((naive, ours), torch.randn(2, CHANNELS, 4, 5, dtype=torch.float64), need_x=need_x)
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert_same((naive, fused), torch.randn(2, CHANNELS, 4, 5, dtype=torch.float64), need_x=need_x)
 
 
 def test_second_derivatives_with_new_features_first() -> None:
     naive = make_net(transition=True)
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64)
     results = []
-    for model in (naive, ours):
+    for model in (naive, fused):
         at = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(model(at).square().sum(), at, create_graph=True)
         results.append([first, *torch.autograd.grad(first.square().sum(), [at, *model.parameters()])])

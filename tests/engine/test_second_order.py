@@ -266,8 +266,8 @@ class Functional(nn.Module):
 
 def layer_pair(memory: str) -> tuple[nn.Module, nn.Module]:
     naive = models._DenseLayer(CHANNELS, 4, 3, 0.3)
-    ours = DenseLayer(CHANNELS, 4, 3, 0.3, memory=memory)
-    return OnOne(naive), OnOne(ours)
+    fused = DenseLayer(CHANNELS, 4, 3, 0.3, memory=memory)
+    return OnOne(naive), OnOne(fused)
 
 
 def functional_pair(_: str) -> tuple[nn.Module, nn.Module]:
@@ -304,13 +304,13 @@ PARTS: dict[str, Callable[[str], tuple[nn.Module, nn.Module]]] = {
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("training", [True, False])
 def test_parts_alone(part: str, memory: str, training: bool) -> None:
-    naive, ours = (m.double().train(training) for m in PARTS[part](memory))
+    naive, fused = (m.double().train(training) for m in PARTS[part](memory))
     with torch.no_grad():
         for tensor in naive.state_dict().values():
             if tensor.is_floating_point() and tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
-    ours.load_state_dict(naive.state_dict())
-    assert_ways_agree((naive, ours), make_input((6, 6)))
+    fused.load_state_dict(naive.state_dict())
+    assert_ways_agree((naive, fused), make_input((6, 6)))
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -338,12 +338,12 @@ def test_whole_models(net: str, training: bool) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("tail", TAILS)
 def test_first_order_results_are_the_ordinary_ones(memory: str, tail: str) -> None:
-    ours, x = converted(make_naive(tail=tail, drop_rate=0.2), memory), make_input().requires_grad_()
+    fused, x = converted(make_naive(tail=tail, drop_rate=0.2), memory), make_input().requires_grad_()
     results = []
     for create_graph in (False, True):
         torch.manual_seed(1)
-        y = ours(x)
-        inputs = [x, *ours.parameters()]
+        y = fused(x)
+        inputs = [x, *fused.parameters()]
         grads = torch.autograd.grad(y, inputs, weights_of(y), create_graph=create_graph)
         assert all(g.requires_grad == create_graph for g in grads)
         results.append(grads)
@@ -351,9 +351,9 @@ def test_first_order_results_are_the_ordinary_ones(memory: str, tail: str) -> No
 
 
 def test_the_input_is_not_kept() -> None:
-    ours, x = converted(make_naive(), "balanced"), make_input().requires_grad_() * 1
+    fused, x = converted(make_naive(), "balanced"), make_input().requires_grad_() * 1
     storage = x.untyped_storage().data_ptr()
-    kept, y = kept_tensors(ours, x)
+    kept, y = kept_tensors(fused, x)
     assert all(t.untyped_storage().data_ptr() != storage for t in (*kept, y.grad_fn.place))
     assert not any(t.shape == x.shape for t in kept)  # whoever packs saved tensors gets no copy either
     assert y.grad_fn.place.untyped_storage().nbytes() == x.element_size()
@@ -363,23 +363,23 @@ def test_the_input_is_not_kept() -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_an_input_changed_in_place_afterwards(tail: str) -> None:
     """A stage reads its own copy."""
-    ours, results = converted(make_naive(tail=tail), "balanced"), []
+    fused, results = converted(make_naive(tail=tail), "balanced"), []
     for change in (False, True):
         torch.manual_seed(0)
         leaf = make_input().requires_grad_()
         x = leaf * 1
-        y = ours(x)
+        y = fused(x)
         if change:
             x.mul_(3)
-        inputs = [leaf, *ours.parameters()]
+        inputs = [leaf, *fused.parameters()]
         grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
         results.append(torch.autograd.grad(grads, inputs, directions(list(grads))))
     assert_close(*results, 0.0)
 
 
 def test_an_output_changed_between_two_derivatives() -> None:
-    ours, x = converted(make_naive(), "balanced"), make_input().requires_grad_()
-    y = ours(x)
+    fused, x = converted(make_naive(), "balanced"), make_input().requires_grad_()
+    y = fused(x)
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     y.detach().mul_(2)
     with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
@@ -408,10 +408,10 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_saved_tensors_packed_and_checkpointed(tail: str) -> None:
-    naive, ours = make_pair("minimal", tail=tail, drop_rate=0.2)
+    naive, fused = make_pair("minimal", tail=tail, drop_rate=0.2)
     for way in (by_grad, by_backward, by_penalty):
-        assert_ways_agree((naive, ours), make_input(), [packed(way)])
-        assert_ways_agree((naive, Checkpointed(ours)), make_input(), [way])
+        assert_ways_agree((naive, fused), make_input(), [packed(way)])
+        assert_ways_agree((naive, Checkpointed(fused)), make_input(), [way])
 
 
 def test_one_block_twice_and_in_itself() -> None:
@@ -441,11 +441,11 @@ def test_an_input_made_of_a_parameter() -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_gradgradcheck(tail: str) -> None:
     naive = make_naive(tail=tail)
-    ours, x = converted(naive.eval(), "minimal"), make_input((2, 3), 2).requires_grad_()
-    parameters = dict(list(ours.named_parameters())[:6])
+    fused, x = converted(naive.eval(), "minimal"), make_input((2, 3), 2).requires_grad_()
+    parameters = dict(list(fused.named_parameters())[:6])
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(ours, dict(zip(parameters, values, strict=True)), (x,))
+        return torch.func.functional_call(fused, dict(zip(parameters, values, strict=True)), (x,))
 
     inputs = (x, *(p.detach().clone().requires_grad_() for p in parameters.values()))
     assert torch.autograd.gradgradcheck(function, inputs, atol=1e-4, fast_mode=True)
@@ -479,9 +479,9 @@ def by_batched_gradients(model: nn.Module, x: Tensor) -> list[Any]:
 @pytest.mark.parametrize("part", [*TAILS, *PARTS])
 def test_gradients_in_a_batch(part: str) -> None:
     if part in PARTS:
-        naive, ours = (m.double() for m in PARTS[part]("balanced"))
-        ours.load_state_dict(naive.state_dict())
-        pair: Any = (naive, ours)
+        naive, fused = (m.double() for m in PARTS[part]("balanced"))
+        fused.load_state_dict(naive.state_dict())
+        pair: Any = (naive, fused)
     else:
         pair = make_pair("balanced", tail=part, drop_rate=0.2)
     assert_ways_agree(pair, make_input((6, 6)), [by_batched_gradients])
@@ -496,8 +496,8 @@ def test_gradients_in_a_batch(part: str) -> None:
 @pytest.mark.core
 def test_a_dual_gradient_is_refused() -> None:
     """Its tangent would be lost in our operators."""
-    ours, x = converted(make_naive(), "balanced"), make_input().requires_grad_()
-    y = ours(x)
+    fused, x = converted(make_naive(), "balanced"), make_input().requires_grad_()
+    y = fused(x)
     with torch.autograd.forward_ad.dual_level():
         grad = torch.autograd.forward_ad.make_dual(weights_of(y), torch.ones_like(y))
         with pytest.raises(RuntimeError, match="DenseBlock: forward-mode derivatives of its backward"):
@@ -556,20 +556,20 @@ def gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("tail", TAILS)
 def test_an_inputs_gradient_has_its_layout(tail: str, plain: bool, layout: torch.memory_format) -> None:
     for memory in MEMORY:
-        naive, ours = make_pair(memory, plain, tail)
+        naive, fused = make_pair(memory, plain, tail)
         x = make_input().contiguous(memory_format=layout).requires_grad_()
-        grads = [torch.autograd.grad(model(x).sum(), x)[0] for model in (naive, ours)]
+        grads = [torch.autograd.grad(model(x).sum(), x)[0] for model in (naive, fused)]
         assert grads[1].is_contiguous(memory_format=layout)
         assert_close(grads[1:], grads[:1])
         if layout == torch.contiguous_format:
-            assert_close([gradient_penalty(ours, x.detach())], [gradient_penalty(naive, x.detach())])
+            assert_close([gradient_penalty(fused, x.detach())], [gradient_penalty(naive, x.detach())])
 
 
 def test_a_penalty_on_a_whole_net() -> None:
     naive = structures.StarNet().double()
-    ours, x = effdense.convert(copy.deepcopy(naive)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert_close([gradient_penalty(ours, x)], [gradient_penalty(naive, x)])
-    assert_close([p.grad for p in ours.parameters()], [p.grad for p in naive.parameters()])
+    fused, x = effdense.convert(copy.deepcopy(naive)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert_close([gradient_penalty(fused, x)], [gradient_penalty(naive, x)])
+    assert_close([p.grad for p in fused.parameters()], [p.grad for p in naive.parameters()])
 
 
 # ---- lower precision
@@ -580,13 +580,13 @@ def test_a_penalty_on_a_whole_net() -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_lower_precision(dtype: torch.dtype, tail: str) -> None:
     """As near to float64 as the naive stage, within the dtype's rounding."""
-    naive, ours = make_pair("balanced", tail=tail)
+    naive, fused = make_pair("balanced", tail=tail)
     runs = []
     for _ in range(8):
         x = make_input((8, 8), 6)
         exact = by_grad(naive, x.clone().requires_grad_())
         got, theirs = (
-            by_grad(copy.deepcopy(m).to(dtype), x.to(dtype).requires_grad_()) for m in (ours, naive)
+            by_grad(copy.deepcopy(m).to(dtype), x.to(dtype).requires_grad_()) for m in (fused, naive)
         )
         runs.append((got, theirs, exact))
     assert_as_exact(runs, dtype)
@@ -594,10 +594,10 @@ def test_lower_precision(dtype: torch.dtype, tail: str) -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_under_autocast(tail: str) -> None:
-    naive, ours = (m.float() for m in make_pair("balanced", tail=tail))
+    naive, fused = (m.float() for m in make_pair("balanced", tail=tail))
     exact, x = copy.deepcopy(naive).double(), make_input((8, 8), 6).float()
     results = []
-    for model, enabled in ((ours, True), (naive, True), (exact, False)):
+    for model, enabled in ((fused, True), (naive, True), (exact, False)):
         inputs = [x.to(next(model.parameters()).dtype).requires_grad_(), *model.parameters()]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             y = model(inputs[0])
@@ -613,10 +613,10 @@ def test_under_autocast(tail: str) -> None:
 @pytest.mark.core
 def test_cross_entropys_hessian() -> None:
     naive = models.DenseNet(4, (2, 2), 6, num_classes=5).double().eval()
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     x, target = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3, 1])
     products = []
-    for model in (naive, ours):
+    for model in (naive, fused):
         parameters = list(model.parameters())
         grads = torch.autograd.grad(F.cross_entropy(model(x), target), parameters, create_graph=True)
         products.append(torch.autograd.grad(grads, parameters, directions(parameters)))

@@ -47,8 +47,8 @@ def test_low_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype, memory: 
     x = make_input().to(dtype)
     exact = step(copy.deepcopy(naive), x.double())
     naive = low_precision(naive.float(), dtype)
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
-    theirs, mine = (step(model, x) for model in (naive, ours))
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
+    theirs, mine = (step(model, x) for model in (naive, fused))
     assert [a if a is None else a.dtype for a in mine] == [a if a is None else a.dtype for a in theirs]
     assert relative_error(mine, exact) <= 1.5 * relative_error(theirs, exact)
 
@@ -81,8 +81,8 @@ def test_the_rows_of_a_buffer_are_whole_pieces_of_16_bytes(dtype: torch.dtype, s
 @pytest.mark.parametrize("name, size", [("densenet_bc_22_5", 16), ("densenet_16_7", 12)])
 def test_a_whole_model_trains_as_the_naive_one(name: str, size: int, memory: str) -> None:
     naive: Any = models.build(name, "naive").model.double()
-    ours = effdense.convert(copy.deepcopy(naive), memory=memory)
-    assert_same((naive, ours), torch.randn(4, 3, size, size, dtype=torch.float64))
+    fused = effdense.convert(copy.deepcopy(naive), memory=memory)
+    assert_same((naive, fused), torch.randn(4, 3, size, size, dtype=torch.float64))
     x = torch.randn(4, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(x), naive.eval()(x), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(fused.eval()(x), naive.eval()(x), rtol=1e-9, atol=1e-10)

@@ -34,9 +34,9 @@ from tests._stages import (
 @pytest.mark.parametrize("tail", TAILS)
 def test_an_output_changed_in_place_is_never_silent(tail: str) -> None:
     """An error or the right gradient; the naive block allows it."""
-    naive, ours = make_pair("balanced", tail=tail)
+    naive, fused = make_pair("balanced", tail=tail)
     x, results = make_input(), []
-    for model in (naive, ours):
+    for model in (naive, fused):
         y = model(x)
         try:
             y.mul_(2)
@@ -50,10 +50,10 @@ def test_an_output_changed_in_place_is_never_silent(tail: str) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("what", ["parameter", "detached output"])
 def test_what_the_backward_reads_may_not_change(what: str) -> None:
-    ours = converted(make_naive(), "balanced")
-    y = ours(make_input())
+    fused = converted(make_naive(), "balanced")
+    y = fused(make_input())
     with torch.no_grad():
-        (ours.denselayer2.conv2.weight if what == "parameter" else y.detach()).mul_(2)
+        (fused.denselayer2.conv2.weight if what == "parameter" else y.detach()).mul_(2)
     with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         y.sum().backward()
 
@@ -62,10 +62,10 @@ def test_what_the_backward_reads_may_not_change(what: str) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("tail", TAILS)
 def test_two_backwards_through_one_graph(memory: str, tail: str) -> None:
-    ours = converted(make_naive(tail=tail, drop_rate=0.2), memory)
+    fused = converted(make_naive(tail=tail, drop_rate=0.2), memory)
     x = make_input().requires_grad_()
-    y = ours(x)
-    inputs = [x, *ours.parameters()]
+    y = fused(x)
+    inputs = [x, *fused.parameters()]
     first = torch.autograd.grad(y, inputs, weights_of(y), retain_graph=True)
     kept = [g.clone() for g in first]
     torch.autograd.grad(y, inputs, -weights_of(y), retain_graph=True)
@@ -129,11 +129,11 @@ def test_gradients_that_come_in(layout: str, tail: str) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_checkpoint(reentrant: bool) -> None:
-    ours = converted(make_naive(tail="transition", drop_rate=0.2), "minimal")
+    fused = converted(make_naive(tail="transition", drop_rate=0.2), "minimal")
     results = []
     x = make_input().requires_grad_()
     run = lambda m: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=reentrant)  # noqa: E731
-    for model, call in ((ours, run), (copy.deepcopy(ours), lambda m: m(x))):
+    for model, call in ((fused, run), (copy.deepcopy(fused), lambda m: m(x))):
         torch.manual_seed(1)
         x.grad = None
         call(model).square().sum().backward()
@@ -142,11 +142,11 @@ def test_under_checkpoint(reentrant: bool) -> None:
 
 
 def test_no_reference_cycle() -> None:
-    ours = converted(make_naive(tail="transition"), "balanced")
+    fused = converted(make_naive(tail="transition"), "balanced")
     gc.disable()
     try:
         x = make_input().requires_grad_() * 1
-        watched = [weakref.ref(x), weakref.ref(ours(x))]
+        watched = [weakref.ref(x), weakref.ref(fused(x))]
         del x
         assert [w() for w in watched] == [None, None]
     finally:
@@ -157,8 +157,8 @@ def test_no_reference_cycle() -> None:
 
 
 def test_messages_name_the_layer() -> None:
-    ours = converted(make_naive(), "balanced")
-    before = copy.deepcopy(ours.state_dict())
+    fused = converted(make_naive(), "balanced")
+    before = copy.deepcopy(fused.state_dict())
     cases: list[tuple[Any, type[Exception], str]] = [
         (make_input(channels=4), ValueError, r"DenseBlock: denselayer1.norm1.weight must have 4 elements"),
         (make_input().float(), TypeError, r"DenseBlock: denselayer1.conv1.weight must be torch.float32"),
@@ -170,16 +170,16 @@ def test_messages_name_the_layer() -> None:
     ]
     for x, error, message in cases:
         with pytest.raises(error, match=message):
-            ours(x)
-    ours.denselayer2.norm2 = nn.BatchNorm2d(7).double()
+            fused(x)
+    fused.denselayer2.norm2 = nn.BatchNorm2d(7).double()
     with pytest.raises(ValueError, match=r"DenseBlock: denselayer2.norm2.weight must have 12 elements"):
-        ours(make_input())
-    del ours.denselayer2.norm2
-    ours.denselayer3.norm1.eval().running_var = None
-    ours.denselayer2.norm2 = nn.BatchNorm2d(12).double()
+        fused(make_input())
+    del fused.denselayer2.norm2
+    fused.denselayer3.norm1.eval().running_var = None
+    fused.denselayer2.norm2 = nn.BatchNorm2d(12).double()
     with pytest.raises(ValueError, match=r"needs denselayer3.norm1.running_var, got None"):
-        ours(make_input())
-    for name, value in ours.state_dict().items():  # nothing has moved
+        fused(make_input())
+    for name, value in fused.state_dict().items():  # nothing has moved
         if "denselayer2.norm2" not in name:
             assert torch.equal(value, before[name])
 
@@ -219,8 +219,8 @@ def gradients_by_func(model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 def test_func_grad(memory: str, training: bool) -> None:
     x = make_input()
-    naive, ours = (gradients_by_func(m.train(training), x) for m in make_pair(memory, tail="transition"))
-    assert_close(ours, naive)
+    naive, fused = (gradients_by_func(m.train(training), x) for m in make_pair(memory, tail="transition"))
+    assert_close(fused, naive)
 
 
 def by_jvp(model: nn.Module, x: Tensor) -> Tensor:
@@ -250,25 +250,25 @@ def test_transforms_are_those_of_the_naive_stage(
     how: Callable[[nn.Module, Tensor], Tensor], frozen: bool
 ) -> None:
     """PyTorch's own operators run then."""
-    naive, ours = (m.eval().requires_grad_(not frozen) for m in make_pair("balanced", tail="transition"))
+    naive, fused = (m.eval().requires_grad_(not frozen) for m in make_pair("balanced", tail="transition"))
     x = make_input()
-    assert_close([how(ours, x)], [how(naive, x)])
+    assert_close([how(fused, x)], [how(naive, x)])
 
 
 def test_functional_call_runs_fused() -> None:
-    ours = converted(make_naive(), "balanced")
-    parameters = {k: (2 * p).detach().requires_grad_() for k, p in ours.named_parameters()}
+    fused = converted(make_naive(), "balanced")
+    parameters = {k: (2 * p).detach().requires_grad_() for k, p in fused.named_parameters()}
     x = make_input()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(ours.denselayer1), "forward", None)
-        y = torch.func.functional_call(ours, parameters, (x,))
+        patch.setattr(type(fused.denselayer1), "forward", None)
+        y = torch.func.functional_call(fused, parameters, (x,))
     grads = torch.autograd.grad(y, list(parameters.values()), weights_of(y))
     with torch.no_grad():
-        for p in ours.parameters():
+        for p in fused.parameters():
             p.mul_(2)
-    expected = ours(x)
+    expected = fused(x)
     assert_close(
-        [y, *grads], [expected, *torch.autograd.grad(expected, list(ours.parameters()), weights_of(y))]
+        [y, *grads], [expected, *torch.autograd.grad(expected, list(fused.parameters()), weights_of(y))]
     )
 
 
@@ -287,18 +287,18 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("memory", MEMORY)
 def test_compiled_as_one_graph(memory: str) -> None:
-    ours = converted(make_naive(tail="transition"), memory)
-    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
+    fused = converted(make_naive(tail="transition"), memory)
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
     x = make_input()
     for _ in range(2):
         results = []
-        for model in (ours, compiled):
+        for model in (fused, compiled):
             y = model(x.requires_grad_())
             grads = torch.autograd.grad(y, [x, *model.parameters()], weights_of(y))
             results.append([y.detach(), *grads, *(b.clone() for b in model.buffers())])
         assert_close(*results, 1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(compiled.eval()(x), ours.eval()(x))
+        torch.testing.assert_close(compiled.eval()(x), fused.eval()(x))
 
 
 @pytest.mark.compiled
@@ -308,11 +308,11 @@ def test_compiled_as_one_graph(memory: str) -> None:
 def test_operators_are_what_their_schemas_say(
     memory: str, tail: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = converted(make_naive(plain, tail, drop_rate=0.3), "minimal")
+    fused = converted(make_naive(plain, tail, drop_rate=0.3), "minimal")
     calls: list[Any] = []
     run = node.run
     monkeypatch.setattr(node, "run", lambda *a: calls.append(a) or run(*a))
-    ours(make_input((4, 5), 2))
+    fused(make_input((4, 5), 2))
     settings, x, parameters, running, masks = calls[0]
     settings = settings._replace(memory=memory)
     parameters = [None if p is None else p.detach() for p in parameters]
@@ -382,10 +382,10 @@ def test_as_exact_as_the_naive_stage(memory: str, dtype: torch.dtype, tail: str,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_on_two_threads(memory: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(2)
-    ours, x = converted(make_naive(tail="transition"), memory), make_input((24, 24), 4)
-    first = results(ours, x, dtype)
+    fused, x = converted(make_naive(tail="transition"), memory), make_input((24, 24), 4)
+    first = results(fused, x, dtype)
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(results(ours, x, dtype), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results(fused, x, dtype), first, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -106,8 +106,8 @@ def test_an_exception_gives_the_block_back() -> None:
 
 def test_a_failing_layer_gives_the_block_back(monkeypatch: pytest.MonkeyPatch) -> None:
     naive = make_naive()
-    ours = converted(naive, "minimal")
-    y = ours(make_input())
+    fused = converted(naive, "minimal")
+    y = fused(make_input())
     before = len(free())
 
     def fail(*_: Any) -> None:
@@ -121,12 +121,12 @@ def test_a_failing_layer_gives_the_block_back(monkeypatch: pytest.MonkeyPatch) -
     )
     with monkeypatch.context() as patch:
         patch.setattr(node, "operators", lambda _: failing)
-        for call in (lambda: ours(make_input()), lambda: y.sum().backward()):
+        for call in (lambda: fused(make_input()), lambda: y.sum().backward()):
             with pytest.raises(MemoryError):
                 call()
     assert len(free()) == before == 1
-    ours.load_state_dict(naive.state_dict())
-    assert_same((naive, ours))
+    fused.load_state_dict(naive.state_dict())
+    assert_same((naive, fused))
 
 
 def test_emptied_while_it_is_lent() -> None:
@@ -144,17 +144,17 @@ def test_emptied_while_it_is_lent() -> None:
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("plain", [False, True])
 def test_nothing_that_is_handed_out_lies_in_the_pool(memory: str, tail: str, plain: bool) -> None:
-    ours = converted(make_naive(plain, tail, drop_rate=0.3), memory)
+    fused = converted(make_naive(plain, tail, drop_rate=0.3), memory)
     x = make_input((8, 8)).requires_grad_()
-    kept, y = kept_tensors(ours, x)
-    torch.autograd.grad(y.sum(), [x, *ours.parameters()], retain_graph=True)
+    kept, y = kept_tensors(fused, x)
+    torch.autograd.grad(y.sum(), [x, *fused.parameters()], retain_graph=True)
     y.sum().backward()
-    grads = [x.grad, *(p.grad for p in ours.parameters())]
+    grads = [x.grad, *(p.grad for p in fused.parameters())]
     with torch.no_grad():
-        y2 = ours(x)
+        y2 = fused(x)
     assert free()
     for block in free():
-        for given in (y, y2, *kept, *grads, *ours.buffers()):
+        for given in (y, y2, *kept, *grads, *fused.buffers()):
             assert not overlap(block, given)
     for i, grad in enumerate(grads):  # nor do gradients share memory with each other, or with what is kept
         assert not any(overlap(grad, other) for other in (*grads[:i], y, *kept))
@@ -172,19 +172,19 @@ def test_whatever_the_pool_holds_does_not_matter(memory: str) -> None:
 
 def test_made_in_inference_mode_used_in_training() -> None:
     naive = make_naive()
-    ours = converted(naive, "minimal")
+    fused = converted(naive, "minimal")
     with torch.inference_mode():
-        ours.eval()(make_input())
+        fused.eval()(make_input())
     assert free() and not any(block.is_inference() for block in free())
-    assert_same((naive, ours.train()))
+    assert_same((naive, fused.train()))
 
 
 def test_another_default_device() -> None:
     naive = make_naive()
-    ours = converted(naive, "minimal")
+    fused = converted(naive, "minimal")
     x = make_input()
     with torch.device("meta"):
-        y = ours(x)
+        y = fused(x)
     torch.testing.assert_close(y, naive(x), rtol=1e-9, atol=1e-10)
     assert all(block.device == CPU for block in free())
 
@@ -240,8 +240,8 @@ class Transformed(Dataset):  # type: ignore[type-arg]
 @pytest.mark.core
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_in_a_forked_worker() -> None:
-    ours = converted(make_naive(), "minimal").eval()
-    dataset = Transformed(ours)
+    fused = converted(make_naive(), "minimal").eval()
+    dataset = Transformed(fused)
     expected = [dataset[i] for i in range(2)]
     loader = DataLoader(dataset, 1, num_workers=1, multiprocessing_context="fork", timeout=30)
     with workspace.lease(CPU, 1 << 16), workspace._pool._lock:  # another thread may hold it at the fork

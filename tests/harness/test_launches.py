@@ -17,7 +17,7 @@ GOAL = 4, 7  # forward, backward, beside convolutions
 
 
 def test_what_a_layer_launches(simt: Any) -> None:
-    """Few pixels: forward the bottleneck, bn_relu, append_features; backward take_gradient, bn_relu_with_sums, bottleneck_backward
+    """Few pixels: forward the bottleneck, bn_relu, append_features; backward apply_correction, bn_relu_backward_sums, bottleneck_backward
     and the sum of its blocks' parts of the weight's gradient."""
     forward, backward = launches.per_layer(simt, "balanced")
     assert (forward.own, forward.others) == (3, 0)
@@ -36,8 +36,8 @@ def test_minimal_makes_y_again(simt: Any) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_a_layer_stays_below_its_goal(simt: Any, memory: str, growth_rate: int, dtype: torch.dtype) -> None:
     """So many pixels that sums are merged by kernels of their own; under autocast gradients get their parameters' type."""
-    way = launches.per_layer(simt, memory, 96, 1, dtype, growth_rate)
-    for counted, goal in zip(way, GOAL, strict=True):
+    counts = launches.per_layer(simt, memory, 96, 1, dtype, growth_rate)
+    for counted, goal in zip(counts, GOAL, strict=True):
         assert counted.beside_convolutions <= goal, counted
 
 
@@ -88,7 +88,7 @@ SOURCES = [
     for folder in ("csrc/cuda", "csrc/cuda/kernels")
     for path in sorted((ROOT / folder).iterdir())
     if path.is_file()
-] + [ROOT / "csrc" / name for name in ("stage.cpp", "stage.h", "stage_layout.h", "maps.h", "checks.h")]
+] + [*sorted((ROOT / "csrc").glob("stage*")), ROOT / "csrc" / "maps.h", ROOT / "csrc" / "checks.h"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)

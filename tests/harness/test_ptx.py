@@ -14,7 +14,8 @@ import torch
 
 from harness.ptx import interpreter
 from harness.ptx.compiler import can_compile
-from harness.ptx.interpreter import MODES, Interpreter, architectures, every_call
+from harness.ptx.interpreter import MODES, Interpreter, architectures
+from tests.harness._ptx_calls import every_call
 
 pytestmark = [
     pytest.mark.ptx,
@@ -106,14 +107,23 @@ MUTATIONS = {
         HALF, OF_HALF, r"(ld\.shared\.v2\.f32\s+[^;]*\[%\w+)\+(\d+)\]", r"\1+4]"
     ),
     "a wrong offset of a parameter": Mutation(
-        "channels_kernelINS1_5DeferIfE", "defer torch.float32", r"_param_0\+8\]", "_param_0+16]"
+        "channels_kernelINS1_20AccumulateCorrectionIfE",
+        "accumulate_correction torch.float32",
+        r"_param_0\+8\]",
+        "_param_0+16]",
     ),
     "a guard left out": Mutation(
-        "channels_kernelINS1_5DeferIfE", "defer torch.float32", r"@%p1 bra\s+\S+;", ""
+        "channels_kernelINS1_20AccumulateCorrectionIfE",
+        "accumulate_correction torch.float32",
+        r"@%p1 bra\s+\S+;",
+        "",
     ),
     "the opposite comparison": Mutation(HALF, OF_HALF, r"setp\.lt\.s32", "setp.ge.s32"),
     "one channel too many": Mutation(
-        "channels_kernelINS1_5DeferIfE", "defer torch.float32", r"setp\.ge\.s64", "setp.gt.s64"
+        "channels_kernelINS1_20AccumulateCorrectionIfE",
+        "accumulate_correction torch.float32",
+        r"setp\.ge\.s64",
+        "setp.gt.s64",
     ),
 }
 
@@ -166,12 +176,12 @@ def test_a_mutation_is_caught(name: str, replaced: list[tuple[Any, str]]) -> Non
 
 def test_an_unknown_instruction_is_named(replaced: list[tuple[Any, str]]) -> None:
     ops = Interpreter(architectures()[-1], "late")
-    (kernel,) = [name for name in ops.kernels() if "channels_kernelINS1_5DeferIfE" in name]
+    (kernel,) = [name for name in ops.kernels() if "channels_kernelINS1_20AccumulateCorrectionIfE" in name]
     replaced.append((ops, kernel))
     ops.replace(kernel, ops.text(kernel).replace("ret;", "wgmma.fence.sync.aligned;\nret;", 1))
     vector, a, b = torch.ones(3), torch.ones(3), torch.ones(3)
     with pytest.raises(RuntimeError, match=r"line \d+: instruction \"wgmma.fence.sync.aligned\" is unknown"):
-        ops.defer(vector, vector, vector, vector, 3, a, b)
+        ops.accumulate_correction(vector, vector, vector, vector, 3, a, b)
 
 
 # Every block writes a number, and the one that is the last to count adds them up. The counter starts at -1.
@@ -235,12 +245,12 @@ def test_the_last_block_sees_what_a_fence_has_published(
     mode: str, fence: str, count: str, replaced: list[tuple[Any, str]]
 ) -> None:
     ops = Interpreter(architectures()[-1], mode)
-    (kernel,) = [name for name in ops.kernels() if "channels_kernelINS1_5DeferIfE" in name]
+    (kernel,) = [name for name in ops.kernels() if "channels_kernelINS1_20AccumulateCorrectionIfE" in name]
     replaced.append((ops, kernel))
     ops.replace(kernel, LAST_BLOCK.format(name=kernel, fence=fence, count=count))
     vector, numbers, total = torch.ones(600), torch.zeros(600), torch.zeros(600)  # three blocks
     counter = torch.full((600,), -1, dtype=torch.int32)
-    ops.defer(vector, vector, total, vector, 600, numbers, counter.view(torch.float32))
+    ops.accumulate_correction(vector, vector, total, vector, 600, numbers, counter.view(torch.float32))
     assert numbers[:3].tolist() == [1, 2, 3] and counter[0] == 2
     is_published = "gl" in fence or "gpu" in fence or "acq_rel" in count
     assert (total[0] == 6) == (is_published or mode == "backwards")

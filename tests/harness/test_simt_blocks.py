@@ -101,9 +101,9 @@ LARGE: list[tuple[Any, ...]] = [(2, (20, 13), (13,), 3), (1, (20, 10), (300,), 3
 SUMS = [
     "channel_statistics",
     "append_features",
-    "bn_relu_with_sums",
+    "bn_relu_backward_sums",
     "bn_relu_backward",
-    "bn_relu_accumulate",
+    "bn_relu_backward_accumulate",
 ]
 
 

@@ -135,7 +135,7 @@ def make_case(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> dict[s
 
 
 MAPS = ("x", "grad_y", "y", "grad_x")
-DEFERRED = ("y", "y_mean", "a", "b", "out_scale", "out_shift")
+CORRECTION = ("y", "y_mean", "a", "b", "out_scale", "out_shift")
 
 
 def as_arguments(case: dict[str, Tensor], arithmetic: Arithmetic, where: Sequence[int]) -> dict[str, Tensor]:
@@ -238,12 +238,12 @@ def launched(simt: Any, shape: Sequence[int], arithmetic: Arithmetic) -> dict[st
     """The grid of the first launch each way: (pixels, out channels), and (channels, pixels)."""
     case = make_case(shape, arithmetic.dtype)
     grids = {}
-    for way, run in (("forward", forward), ("backward", backward)):
+    for direction, run in (("forward", forward), ("backward", backward)):
         simt.plan()
         try:
             run(simt, case, arithmetic)
         finally:
-            grids[way] = list(simt.take_plan()[1:3])
+            grids[direction] = list(simt.take_plan()[1:3])
     return grids
 
 
@@ -331,7 +331,7 @@ def backward(
     case: dict[str, Tensor],
     arithmetic: Arithmetic,
     where: Sequence[int] = (0, 0),
-    deferred: int = 0,
+    correction: int = 0,
     accumulate: bool = True,
     need_features: bool = True,
     need_grad_x: bool = True,
@@ -352,7 +352,7 @@ def backward(
         accumulate,
         need_features,
         need_weight,
-        [c[name] for name in DEFERRED[:deferred]],
+        [c[name] for name in CORRECTION[:correction]],
     )
     results = {"grad_weight": grad_weight} if need_weight else {}
     if need_features:
@@ -367,19 +367,19 @@ def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **op
     dtype, unit = arithmetic
     case = make_case(shape, dtype, seed=1)
     results = backward(simt, case, arithmetic, shape[3:], **options)
-    deferred = options.get("deferred", 0)
+    correction = options.get("correction", 0)
     accumulate = options.get("accumulate", True)
     grad_x = case["grad_x"].clone().t()[None]
     vectors = case["scale"], case["shift"], case["mean"]
-    correction = [case["y"].t()[None], *(case[name] for name in DEFERRED[1:])][:deferred]
+    tensors = [case["y"].t()[None], *(case[name] for name in CORRECTION[1:])][:correction]
     args = [case["x"].t()[None]], case["grad_y"].t()[None], *vectors, case["weight"], [grad_x]
-    grad_weight, sum_d, sum_dx = reference.bottleneck_backward(*args, accumulate, True, True, correction)
+    grad_weight, sum_d, sum_dx = reference.bottleneck_backward(*args, accumulate, True, True, tensors)
 
     # How much there is to be rounded: of grad_y, of d, and of what becomes of them.
     grad = case["grad_y"].abs()
-    if deferred == 6:
+    if correction == 6:
         grad = grad * case["out_scale"].abs()
-    if deferred:
+    if correction:
         grad = grad + case["a"].abs() + case["b"].abs() * (case["y"] - case["y_mean"]).abs()
     z = (case["x"] * case["scale"]).abs() + case["shift"].abs()
     d = grad @ case["weight"].abs()
@@ -400,13 +400,13 @@ def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **op
 
 
 @pytest.mark.parametrize("arithmetic, shape", CASES, indirect=["arithmetic"])
-@pytest.mark.parametrize("deferred", [0, 4, 6])
+@pytest.mark.parametrize("correction", [0, 4, 6])
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_backward_in_every_tile(
-    simt: Any, on_card: Any, shape: tuple, deferred: int, arithmetic: Arithmetic, multiprocessors: int
+    simt: Any, on_card: Any, shape: tuple, correction: int, arithmetic: Arithmetic, multiprocessors: int
 ) -> None:
     on_card(multiprocessors)
-    check_backward(simt, shape, arithmetic, deferred=deferred)
+    check_backward(simt, shape, arithmetic, correction=correction)
 
 
 @in_every_arithmetic
@@ -422,7 +422,7 @@ def test_backward_in_every_tile(
 )
 def test_backward_of_what_is_wanted(simt: Any, arithmetic: Arithmetic, options: dict) -> None:
     check_backward(simt, WIDE[3], arithmetic, **options)
-    check_backward(simt, WIDE[1], arithmetic, deferred=6, **options)
+    check_backward(simt, WIDE[1], arithmetic, correction=6, **options)
 
 
 @in_every_arithmetic
@@ -436,7 +436,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
         outcomes = []
         for order in ORDERS:
             monkeypatch.setenv("SIMT_ORDER", order)
-            results = backward(simt, case, arithmetic, shape[3:], deferred=6)
+            results = backward(simt, case, arithmetic, shape[3:], correction=6)
             outcomes.append([*forward(simt, case, arithmetic, shape[3:]), *results.values()])
         for other in outcomes[1:]:
             assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
@@ -447,7 +447,7 @@ def test_no_pixels_launch_nothing(simt: Any, arithmetic: Arithmetic) -> None:
     case = make_case((0, 24, 48), arithmetic.dtype)
     forward(simt, case, arithmetic)
     assert simt.traffic() == [0, 0, 0, 0]
-    backward(simt, case, arithmetic, deferred=6)
+    backward(simt, case, arithmetic, correction=6)
     assert simt.traffic() == [0, 0, 0, 0]
 
 
@@ -492,7 +492,7 @@ def check_traffic(simt: Any, shape: tuple, arithmetic: Arithmetic, launches: int
     forward(simt, case, arithmetic, shape[3:])
     assert simt.watched("x") == [of_x * tiles // 16, of_x * tiles, 0, 0]  # by pieces of 16 bytes
     assert simt.watched("y") == [0, 0, of_y // 16, of_y]
-    backward(simt, case, arithmetic, shape[3:], deferred=6)
+    backward(simt, case, arithmetic, shape[3:], correction=6)
     assert simt.watched("x") == [of_x * launches // 16, of_x * launches, 0, 0]
     assert simt.watched("grad_x") == 2 * [of_x * launches // 16, of_x * launches]
     for name in ("grad_y", "y"):

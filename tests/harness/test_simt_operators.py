@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from effdense.ops import reference
 from harness.simt.compiler import compile_launchers
-from tests._cases import SHAPES, assert_as_exact, channels_last, make_norm_case, to_dtype
+from tests._cases import SHAPES, Run, assert_as_exact, channels_last, make_norm_case, to_dtype
 from tests.harness.test_simt_harness import ORDERS, SANITIZER_OPTIONS
 from tests.ops.test_batch_norm import (
-    run_accumulate,
+    run_accumulate_correction,
     run_backward,
-    run_defer,
+    run_backward_accumulate,
+    run_backward_sums,
     run_fold,
     run_forward,
-    run_with_sums,
 )
-from tests.ops.test_features import run_append, run_statistics, run_take
+from tests.ops.test_features import run_append, run_apply_correction, run_statistics
 from tests.ops.test_pool import (
     AVERAGES,
     MAXIMA,
@@ -33,7 +33,6 @@ from tests.ops.test_pool import (
     run_maximum_backward,
 )
 
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.half]
 
 
@@ -44,12 +43,12 @@ def without_statistics(shape: tuple, dtype: torch.dtype) -> Run:
 OF_MAPS = {
     "channel_statistics": run_statistics,
     "append_features": run_append,
-    "take_gradient": run_take,
+    "apply_correction": run_apply_correction,
     "bn_relu": run_forward,
-    "bn_relu_with_sums": run_with_sums,
+    "bn_relu_backward_sums": run_backward_sums,
     "bn_relu_backward": run_backward,
     "bn_relu_backward without statistics": without_statistics,
-    "bn_relu_accumulate": run_accumulate,
+    "bn_relu_backward_accumulate": run_backward_accumulate,
 }
 OF_POOLS = {
     "bn_relu_avg_pool": (run_average, AVERAGES),
@@ -112,7 +111,7 @@ def test_the_order_of_threads_in_pools(
 def test_the_order_of_threads_in_vectors(
     simt: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    for run in (run_fold(dtype, dtype, 700), run_defer(12, 700)):
+    for run in (run_fold(dtype, dtype, 700), run_accumulate_correction(12, 700)):
         assert_the_same_in_every_order(simt, monkeypatch, run, dtype)
 
 
@@ -166,7 +165,7 @@ def test_traffic_of_features(traffic: Traffic) -> None:
     traffic.check()
     traffic = Traffic(simt, traffic.dtype)
     x, grad, out = traffic.map("x", 1, 0), traffic.map("grad", 1, 0), traffic.map("out", 0, 1)
-    simt.take_gradient(x, *traffic.vectors(3), grad, out)
+    simt.apply_correction(x, *traffic.vectors(3), grad, out)
     traffic.check()
 
 
@@ -181,11 +180,11 @@ def test_traffic_of_batch_norm(traffic: Traffic) -> None:
         traffic.check()
     traffic = Traffic(simt, traffic.dtype)
     x, grad, grad_x = traffic.map("x", 1, 0), traffic.map("grad", 1, 0), traffic.map("grad_x", 1, 1)
-    simt.bn_relu_accumulate(grad, x, *traffic.vectors(3), grad_x)
+    simt.bn_relu_backward_accumulate(grad, x, *traffic.vectors(3), grad_x)
     traffic.check()
     traffic = Traffic(simt, traffic.dtype)
     x, grad, out = traffic.map("x", 1, 0), traffic.map("grad", 1, 0), traffic.map("out", 0, 1)
-    simt.bn_relu_with_sums(grad, x, *traffic.vectors(3), out)
+    simt.bn_relu_backward_sums(grad, x, *traffic.vectors(3), out)
     traffic.check()
 
 

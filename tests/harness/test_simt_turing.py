@@ -72,7 +72,7 @@ def test_tf32_changes_nothing(simt: Any) -> None:
     for precision in ("ieee", "tf32"):
         torch.backends.cudnn.conv.fp32_precision = precision
         of_x = forward(simt, case, ARITHMETICS["float"])
-        results.append([*of_x, *backward(simt, case, ARITHMETICS["float"], deferred=6).values()])
+        results.append([*of_x, *backward(simt, case, ARITHMETICS["float"], correction=6).values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

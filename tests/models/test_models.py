@@ -97,14 +97,14 @@ def test_the_same_seed_gives_torchvisions_weights(name: str) -> None:
     torch.manual_seed(4)
     theirs = getattr(torchvision.models, name)(num_classes=3, drop_rate=0.1)
     torch.manual_seed(4)
-    ours = getattr(models, name)(num_classes=3, drop_rate=0.1, memory="minimal")
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+    fused = getattr(models, name)(num_classes=3, drop_rate=0.1, memory="minimal")
+    assert list(fused.state_dict()) == list(theirs.state_dict())
     assert all(
         torch.equal(a, b)
-        for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
+        for a, b in zip(fused.state_dict().values(), theirs.state_dict().values(), strict=True)
     )
-    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
-    assert ours.features.denseblock2.denselayer1.memory == "minimal"
+    assert [n for n, _ in fused.named_modules()] == [n for n, _ in theirs.named_modules()]
+    assert fused.features.denseblock2.denselayer1.memory == "minimal"
 
 
 @needs_torchvision
@@ -123,9 +123,9 @@ def test_torchvisions_weights_are_downloaded(monkeypatch: pytest.MonkeyPatch) ->
     )
     enum = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
     for weights in ("DEFAULT", "IMAGENET1K_V1", enum):
-        ours = models.densenet121(weights=weights)
+        fused = models.densenet121(weights=weights)
         assert torch.equal(
-            ours.features.denseblock1.denselayer1.conv2.weight,
+            fused.features.denseblock1.denselayer1.conv2.weight,
             theirs.features.denseblock1.denselayer1.conv2.weight,
         )
     assert asked == [enum.url] * 3

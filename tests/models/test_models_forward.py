@@ -30,14 +30,14 @@ def random_(model: nn.Module) -> nn.Module:
     return model
 
 
-def assert_like(ours: nn.Module, naive: nn.Module, x: Tensor) -> None:
+def assert_like(fused: nn.Module, naive: nn.Module, x: Tensor) -> None:
     """With the naive model's weights: training, then evaluation."""
-    ours.double().load_state_dict(naive.state_dict())
+    fused.double().load_state_dict(naive.state_dict())
     for training in (True, False):
-        for model in (ours, naive):
+        for model in (fused, naive):
             model.train(training)
         for _ in range(2):
-            assert_close(step(ours, x), step(naive, x))
+            assert_close(step(fused, x), step(naive, x))
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -53,9 +53,9 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_a_model_is_the_naive_twin(form: str, memory: str) -> None:
     options = {"num_classes": 5, "bn_size": 2, **FORMS[form]}
     naive = random_(twins.DenseNet(4, (2, 3, 2), 6, **options))
-    ours = models.DenseNet(4, (2, 3, 2), 6, memory=memory, **options)
+    fused = models.DenseNet(4, (2, 3, 2), 6, memory=memory, **options)
     channels = options.get("in_channels", 3)
-    assert_like(ours, naive, torch.randn(3, channels, 21, 17, dtype=torch.float64))
+    assert_like(fused, naive, torch.randn(3, channels, 21, 17, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -64,16 +64,16 @@ def test_one_and_three_dimensions(dims: int, size: tuple[int, ...], plain: bool)
     options = {"num_classes": 5, "small_inputs": True, "bn_size": None if plain else 2}
     naive = random_(stages.in_dimensions(twins.DenseNet(4, (2, 2), 6, **options), dims))
     naive.forward = lambda x: naive.classifier(F.relu(naive.features(x)).flatten(2).mean(2))
-    ours = models.DenseNet(4, (2, 2), 6, spatial_dims=dims, **options)
-    assert_like(ours, naive, torch.randn(3, 3, *size, dtype=torch.float64))
+    fused = models.DenseNet(4, (2, 2), 6, spatial_dims=dims, **options)
+    assert_like(fused, naive, torch.randn(3, 3, *size, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dims, size", [(1, (29,)), (2, (29, 30)), (3, (13, 14, 15))])
 def test_the_large_stem_in_every_dimension(dims: int, size: tuple[int, ...]) -> None:
     blocks = (2, 1, 1) if dims == 3 else (2, 1, 1, 1)
-    ours = random_(models.DenseNet(4, blocks, 6, spatial_dims=dims, in_channels=1, num_classes=5))
-    assert ours.least_size == (13 if dims == 3 else 29)
-    one_by_one(ours, torch.randn(3, 1, *size, dtype=torch.float64))
+    fused = random_(models.DenseNet(4, blocks, 6, spatial_dims=dims, in_channels=1, num_classes=5))
+    assert fused.least_size == (13 if dims == 3 else 29)
+    one_by_one(fused, torch.randn(3, 1, *size, dtype=torch.float64))
 
 
 def one_by_one(model: nn.Module, x: Tensor) -> None:
@@ -155,9 +155,9 @@ class Tutorial(nn.Module):
         for i, block in enumerate(self.blocks):
             for j in range(len(block)):
                 for k in (0, 1):
-                    ours = f"features.denseblock{i + 1}.denselayer{j + 1}"
-                    keys[f"blocks.{i}.{j}.{k}.0"] = f"{ours}.norm{k + 1}"
-                    keys[f"blocks.{i}.{j}.{k}.2"] = f"{ours}.conv{k + 1}"
+                    layer = f"features.denseblock{i + 1}.denselayer{j + 1}"
+                    keys[f"blocks.{i}.{j}.{k}.0"] = f"{layer}.norm{k + 1}"
+                    keys[f"blocks.{i}.{j}.{k}.2"] = f"{layer}.conv{k + 1}"
             keys[f"transitions.{i}.0"] = f"features.transition{i + 1}.norm"
             keys[f"transitions.{i}.2"] = f"features.transition{i + 1}.conv"
         state = OrderedDict()
@@ -171,12 +171,12 @@ class Tutorial(nn.Module):
 def test_the_tutorials_net(memory: str, dropped: str) -> None:
     """Outside of the blocks dropout draws in its tensor's layout, which is not the naive net's: it is not compared."""
     naive = random_(Tutorial())
-    ours = models.densenet169_tutorial(num_classes=5, memory=memory).double()
-    ours.load_state_dict(naive.with_our_names())
-    outside = {n: m for n, m in ours.named_modules() if isinstance(m, nn.Dropout)}
+    fused = models.densenet169_tutorial(num_classes=5, memory=memory).double()
+    fused.load_state_dict(naive.with_our_names())
+    outside = {n: m for n, m in fused.named_modules() if isinstance(m, nn.Dropout)}
     assert list(outside) == ["features.drop0", *(f"features.transition{i}.pool.0" for i in (1, 2, 3))]
     assert all(m.p == 0.2 for m in outside.values())
-    layers = [m for m in ours.modules() if isinstance(m, effdense.nn.DenseLayer)]
+    layers = [m for m in fused.modules() if isinstance(m, effdense.nn.DenseLayer)]
     assert all(m.drop_rate == 0.2 and m.dropout_after_bottleneck for m in layers)
     for m in (*outside.values(), naive.stem[3], *(t[3] for t in naive.transitions)):
         m.p = 0.0
@@ -189,18 +189,18 @@ def test_the_tutorials_net(memory: str, dropped: str) -> None:
     named = dict(zip(naive.with_our_names(), naive.state_dict(), strict=True))
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for training in (True, False):
-        for model in (ours.train(training), naive.train(training)):
+        for model in (fused.train(training), naive.train(training)):
             model.zero_grad()
             torch.manual_seed(1)
             F.cross_entropy(model(x), torch.tensor([1, 3])).backward()
         theirs = dict(naive.named_parameters())
-        for name, p in ours.named_parameters():
+        for name, p in fused.named_parameters():
             expected = theirs[named[name]].grad
             scale = 1e-9 * max(1.0, expected.abs().max().item())
             torch.testing.assert_close(p.grad, expected, rtol=0, atol=scale, msg=name)
         with torch.no_grad():
             torch.manual_seed(1)
-            got = ours(x)
+            got = fused(x)
             torch.manual_seed(1)
             torch.testing.assert_close(got, naive(x), rtol=1e-9, atol=1e-9)
 

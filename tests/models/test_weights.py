@@ -62,22 +62,22 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_round_trips(layout: str, on_disk: bool, tmp_path: Path) -> None:
-    theirs, ours = make(), make()
+    theirs, fused = make(), make()
     weights = LAYOUTS[layout](theirs.state_dict())
     if on_disk:
         torch.save(weights, tmp_path / "weights.pth")
         weights = tmp_path / "weights.pth" if layout == "MONAI" else str(tmp_path / "weights.pth")
-    assert load_weights(ours, weights) is ours
+    assert load_weights(fused, weights) is fused
     for key, tensor in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[key], tensor), key
+        assert torch.equal(fused.state_dict()[key], tensor), key
 
 
 def test_counters_may_be_missing() -> None:
-    theirs, ours = make(), make()
+    theirs, fused = make(), make()
     state = {k: v for k, v in theirs.state_dict().items() if "batches" not in k}
-    load_weights(ours, LAYOUTS["old torchvision"](state))
+    load_weights(fused, LAYOUTS["old torchvision"](state))
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    assert torch.equal(fused.eval()(x), theirs.eval()(x))
 
 
 # ---- the libraries' own models
@@ -118,15 +118,15 @@ LIBRARIES: dict[str, tuple[str, Callable[[], tuple[nn.Module, DenseNet, int]]]] 
 def test_weights_of_the_libraries_own_models(name: str) -> None:
     package, pair = LIBRARIES[name]
     library(package)
-    theirs, ours, dims = pair()
-    theirs, ours = theirs.double(), ours.double()
-    load_weights(ours, theirs.state_dict())
+    theirs, fused, dims = pair()
+    theirs, fused = theirs.double(), fused.double()
+    load_weights(fused, theirs.state_dict())
     x = torch.randn(
-        2, ours.features.conv0.in_channels, *(64 if dims < 3 else 32,) * dims, dtype=torch.float64
+        2, fused.features.conv0.in_channels, *(64 if dims < 3 else 32,) * dims, dtype=torch.float64
     )
     for training in (True, False):
         with torch.no_grad():
-            assert_close([ours.train(training)(x)], [theirs.train(training)(x)], 1e-9)
+            assert_close([fused.train(training)(x)], [theirs.train(training)(x)], 1e-9)
 
 
 # ---- what does not fit
@@ -184,24 +184,24 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(name: str) -> None:
 
 
 def test_transfer_learning_trains_the_head_only() -> None:
-    ours, theirs = make(num_classes=3), make(num_classes=9)
-    own = ours.classifier.weight.clone()
-    load_weights(ours, LAYOUTS["MONAI"](theirs.state_dict()), strip_classifier=True)
-    assert torch.equal(ours.classifier.weight, own)
-    assert torch.equal(ours.features.conv0.weight, theirs.features.conv0.weight)
-    ours.freeze_features()
-    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
+    fused, theirs = make(num_classes=3), make(num_classes=9)
+    own = fused.classifier.weight.clone()
+    load_weights(fused, LAYOUTS["MONAI"](theirs.state_dict()), strip_classifier=True)
+    assert torch.equal(fused.classifier.weight, own)
+    assert torch.equal(fused.features.conv0.weight, theirs.features.conv0.weight)
+    fused.freeze_features()
+    assert [n for n, p in fused.named_parameters() if p.requires_grad] == [
         "classifier.weight",
         "classifier.bias",
     ]
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    kept, y = kept_tensors(ours, x)
-    own_storages = {p.untyped_storage().data_ptr() for p in ours.parameters()}
+    kept, y = kept_tensors(fused, x)
+    own_storages = {p.untyped_storage().data_ptr() for p in fused.parameters()}
     others = [t for t in kept if t.untyped_storage().data_ptr() not in own_storages]
     assert [tuple(t.shape) for t in others] == [(2, 12)]  # what the classifier reads
     assert type(y.grad_fn).__name__ == "AddmmBackward0"
     F.cross_entropy(y, torch.tensor([0, 2])).backward()
-    assert all((p.grad is None) != n.startswith("classifier") for n, p in ours.named_parameters())
+    assert all((p.grad is None) != n.startswith("classifier") for n, p in fused.named_parameters())
 
 
 def test_a_model_without_memory_takes_no_weights() -> None:

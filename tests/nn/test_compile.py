@@ -46,8 +46,8 @@ class Recorder:
 
     def _note(self, graph: torch.fx.GraphModule, _: Any) -> Any:
         names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
-        ours = (n.split(".")[1] for n in names if n.startswith("effdense."))
-        self.graphs.append(dict(collections.Counter(n for n in ours if n.startswith("dense_stage"))))
+        fused = (n.split(".")[1] for n in names if n.startswith("effdense."))
+        self.graphs.append(dict(collections.Counter(n for n in fused if n.startswith("dense_stage"))))
         return make_boxed_func(graph.forward)
 
 
@@ -69,22 +69,22 @@ FORWARD, BACKWARD = {"dense_stage": 2}, {"dense_stage_backward": 2}
 @pytest.mark.parametrize("name", NETS)
 def test_one_node_per_block_each_way_and_one_graph_for_every_batch_size(name: str) -> None:
     """The second size makes a graph with a symbol in its place; no other does."""
-    ours, recorder = NETS[name](), Recorder()
-    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend=recorder.backend)
+    fused, recorder = NETS[name](), Recorder()
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend=recorder.backend)
     for images in (4, 2, 3):
         x = make_images(images)
-        assert_close(step(compiled, x, False), step(ours, x, False), 1e-12)
+        assert_close(step(compiled, x, False), step(fused, x, False), 1e-12)
     assert recorder.graphs == [FORWARD, BACKWARD] * 2
     recorder.graphs.clear()
     with torch.no_grad():
-        assert_close([compiled.eval()(x)], [ours.eval()(x)], 1e-12)
+        assert_close([compiled.eval()(x)], [fused.eval()(x)], 1e-12)
     assert recorder.graphs == [FORWARD]
 
 
 @fused_under_compile
 def test_a_dynamic_batch_is_one_graph_from_the_start() -> None:
-    ours, recorder = effdense.nn.DenseBlock(2, 3, 2, 2, 0.0).double(), Recorder()
-    compiled = torch.compile(ours, fullgraph=True, backend=recorder.backend)
+    fused, recorder = effdense.nn.DenseBlock(2, 3, 2, 2, 0.0).double(), Recorder()
+    compiled = torch.compile(fused, fullgraph=True, backend=recorder.backend)
     for images in (4, 2, 5):
         x = make_images(images, 4)
         torch._dynamo.mark_dynamic(x, 0)
@@ -95,8 +95,8 @@ def test_a_dynamic_batch_is_one_graph_from_the_start() -> None:
 @fused_under_compile
 @pytest.mark.parametrize("training", [True, False])
 def test_by_inductor_with_the_memory_of_eager(training: bool) -> None:
-    ours = effdense.convert(small_net()).train(training)
-    compiled, x = torch.compile(copy.deepcopy(ours), fullgraph=True), make_images()
+    fused = effdense.convert(small_net()).train(training)
+    compiled, x = torch.compile(copy.deepcopy(fused), fullgraph=True), make_images()
 
     def run(model: nn.Module) -> list[Tensor]:
         model.zero_grad()
@@ -106,8 +106,8 @@ def test_by_inductor_with_the_memory_of_eager(training: bool) -> None:
             y.square().sum().backward()
         return [y.detach(), *(p.grad for p in model.parameters() if training), *model.buffers()]
 
-    assert_close(run(compiled), run(ours), 1e-12)
-    eager, peak = (peak_bytes(lambda model=model: run(model)) for model in (ours, compiled))
+    assert_close(run(compiled), run(fused), 1e-12)
+    eager, peak = (peak_bytes(lambda model=model: run(model)) for model in (fused, compiled))
     assert peak <= eager + VECTORS, (peak, eager)
 
 
@@ -132,10 +132,10 @@ def test_convert_after_compile_is_not_stale(how: str) -> None:
 
 def test_an_older_compiler_gets_pytorchs_own_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(obstacles, "FUSED_UNDER_COMPILE", (3, 0))
-    ours, recorder = effdense.convert(small_net()), Recorder()
-    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend=recorder.backend)
+    fused, recorder = effdense.convert(small_net()), Recorder()
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend=recorder.backend)
     x = make_images()
     with pytest.warns(RuntimeWarning, match=r"PyTorch's own operators under torch.compile .* use torch 3.0"):
         results = step(compiled, x, False)
     assert recorder.graphs and not any(recorder.graphs)
-    assert_close(results, step(ours, x, False))
+    assert_close(results, step(fused, x, False))

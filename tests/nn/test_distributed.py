@@ -122,6 +122,6 @@ def test_a_sharded_model_is_left_as_it_is(runs: list[dict[str, Run]]) -> None:
 
 def test_training_is_that_of_the_naive_model(runs: list[dict[str, Run]]) -> None:
     for run in runs:
-        ours, naive = run["ddp, training"], run["ddp, training, naive"]
-        assert (ours.stages, naive.stages) == (2, 0)
-        assert_close(ours.gradients + ours.buffers, naive.gradients + naive.buffers)
+        fused, naive = run["ddp, training"], run["ddp, training, naive"]
+        assert (fused.stages, naive.stages) == (2, 0)
+        assert_close(fused.gradients + fused.buffers, naive.gradients + naive.buffers)

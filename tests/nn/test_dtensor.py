@@ -42,29 +42,29 @@ def test_a_distributed_input_of_a_plain_model_is_refused_as_by_pytorch(
     mesh: DeviceMesh, placement: Any
 ) -> None:
     naive = make()
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     x = distribute_tensor(images(), mesh, [placement])
     messages = []
-    for model in (naive, ours):
+    for model in (naive, fused):
         with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor") as error:
             model(x)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), naive.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(fused.buffers(), naive.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("first", ["convert", "distribute"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_distributed_model_computes_what_pytorch_does(mesh: DeviceMesh, placement: Any, first: str) -> None:
     naive = make()
-    ours = copy.deepcopy(naive)
+    fused = copy.deepcopy(naive)
     if first == "convert":
-        effdense.convert(ours)
-    naive, ours = (distribute_module(model, mesh) for model in (naive, ours))
-    effdense.convert(ours)
-    assert all("is sharded" in str(e.reason) for e in effdense.report(ours) if e.kind == "DenseBlock")
+        effdense.convert(fused)
+    naive, fused = (distribute_module(model, mesh) for model in (naive, fused))
+    effdense.convert(fused)
+    assert all("is sharded" in str(e.reason) for e in effdense.report(fused) if e.kind == "DenseBlock")
     image, results, refusals = images(), [], []
-    for model in (naive, ours):
+    for model in (naive, fused):
         x = distribute_tensor(image, mesh, [placement]).requires_grad_()
         try:
             y = model(x)

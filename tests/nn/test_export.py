@@ -52,12 +52,14 @@ def test_a_fused_model(make: Callable[[], nn.Module], training: bool, strict: bo
         pytest.skip(
             "strict export of torch 2.8 refuses modules with a dict, as DenseLayer is; 2.11 takes them"
         )
-    ours = effdense.convert(make()).train(training)
+    fused = effdense.convert(make()).train(training)
     shapes = ({0: torch.export.Dim("images", min=2)},)
-    program = torch.export.export(copy.deepcopy(ours), (make_images(),), dynamic_shapes=shapes, strict=strict)
+    program = torch.export.export(
+        copy.deepcopy(fused), (make_images(),), dynamic_shapes=shapes, strict=strict
+    )
     assert not operators_in(program)
     exported, x, results = through_file(program).module(), make_images(5), []
-    for model in (exported, ours):
+    for model in (exported, fused):
         y = model(x)
         named = dict(model.named_parameters())
         grads = torch.autograd.grad(y.square().sum(), [named[k] for k in sorted(named)]) if training else ()

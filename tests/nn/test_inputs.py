@@ -121,11 +121,11 @@ def test_subclasses_in_stages(make: str, tail: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("make", MAKES)
 def test_subclasses_in_layers(make: str) -> None:
     naive = models._DenseLayer(CHANNELS, 4, 3, 0.0).double()
-    ours = DenseLayer(CHANNELS, 4, 3, 0.0).double()
-    ours.load_state_dict(naive.state_dict())
-    assert_same_of(MAKES[make], (naive, ours), make_input())
+    fused = DenseLayer(CHANNELS, 4, 3, 0.0).double()
+    fused.load_state_dict(naive.state_dict())
+    assert_same_of(MAKES[make], (naive, fused), make_input())
     x = make_input()
-    y = ours([MAKES[make](x[:, :2].clone()), x[:, 2:]])  # one of several
+    y = fused([MAKES[make](x[:, :2].clone()), x[:, 2:]])  # one of several
     assert_close([plain(y)], [plain(naive([MAKES[make](x[:, :2].clone()), x[:, 2:]]))])
 
 
@@ -145,11 +145,11 @@ def test_subclasses_in_whole_nets(make: str, net: str) -> None:
 
 
 def test_our_own_net_takes_them() -> None:
-    ours = effdense.models.densenet_cifar(10, 4).double().eval()
+    fused = effdense.models.densenet_cifar(10, 4).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    y = ours(x.as_subclass(Bare))
+    y = fused(x.as_subclass(Bare))
     assert type(y) is Bare
-    assert_close([plain(y)], [ours(x)])
+    assert_close([plain(y)], [fused(x)])
 
 
 def test_the_function_takes_them() -> None:
@@ -169,9 +169,9 @@ def test_what_a_subclass_refuses_stays_refused() -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_fake_tensors(tail: str) -> None:
-    naive, ours = make_pair("balanced", tail=tail)
+    naive, fused = make_pair("balanced", tail=tail)
     shapes = []
-    for model in (naive.eval(), ours.eval()):  # in training statistics that are not fake would have to move
+    for model in (naive.eval(), fused.eval()):  # in training statistics that are not fake would have to move
         x = make_input()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             y = model(mode.from_tensor(x))
@@ -190,9 +190,9 @@ def test_an_image_without_a_batch_where_it_runs() -> None:
     """PyTorch's convolution takes it, and so does what follows if no norm is in the way."""
     naive = models._Transition(CHANNELS, 4).double()
     naive.norm = nn.Identity()
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     x = make_input()[0]
-    assert_close([ours(x)], [naive(x)])
+    assert_close([fused(x)], [naive(x)])
 
 
 # ---- in place, right behind a block
@@ -218,10 +218,10 @@ BEHIND: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("nested", [False, True])
 def test_behind_a_block_in_a_sequence_it_runs_out_of_place(kind: str, nested: bool) -> None:
     naive = in_place(BEHIND[kind], nested)
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     x = torch.randn(3, 3, 6, 5, dtype=torch.float64)
     for _ in range(2):
-        assert_close(step(ours, x), step(naive, x))
+        assert_close(step(fused, x), step(naive, x))
 
 
 def test_elsewhere_the_message_says_what_to_write() -> None:
@@ -237,7 +237,7 @@ def test_elsewhere_the_message_says_what_to_write() -> None:
 
 def test_without_a_backward_it_may_be_in_place() -> None:
     naive = in_place(BEHIND["ReLU"]).eval()
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     with torch.no_grad():
         x = torch.randn(3, 3, 6, 5, dtype=torch.float64)
-        assert_close([ours(x)], [naive(x)])
+        assert_close([fused(x)], [naive(x)])

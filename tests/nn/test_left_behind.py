@@ -72,26 +72,26 @@ TOOLS = [counters, backup, marks, hooks_gone, pruned_for_good]
 def test_what_a_tool_leaves_changes_nothing(net: str, tool: Callable[[nn.Module], None], when: str) -> None:
     naive = randomised(NETS[net]())
     expected = kinds(effdense.convert(copy.deepcopy(naive)))
-    ours = copy.deepcopy(naive)
+    fused = copy.deepcopy(naive)
     if when == "after":
-        effdense.convert(ours)
+        effdense.convert(fused)
     tool(naive)
-    tool(ours)
-    effdense.convert(ours)
-    assert kinds(ours) == expected, str(effdense.report(ours))
+    tool(fused)
+    effdense.convert(fused)
+    assert kinds(fused) == expected, str(effdense.report(fused))
     size = (16,) if net == "one rate for all" else (32, 32)
-    assert_same(naive, ours, torch.randn(2, 3, *size, dtype=torch.float64), 1)
+    assert_same(naive, fused, torch.randn(2, 3, *size, dtype=torch.float64), 1)
 
 
 @pytest.mark.parametrize("enable", [True, False])
 def test_checkpointing_switched_later(enable: bool) -> None:
     naive = randomised(structures.StarNet(efficient=not enable))
-    ours = effdense.convert(copy.deepcopy(naive))
-    expected = kinds(ours)
-    for module in ours.modules():
+    fused = effdense.convert(copy.deepcopy(naive))
+    expected = kinds(fused)
+    for module in fused.modules():
         if isinstance(module, structures.StarLayer):
             module.efficient = enable
-    assert kinds(ours) == expected, str(effdense.report(ours))
+    assert kinds(fused) == expected, str(effdense.report(fused))
 
 
 @pytest.mark.parametrize("enable", [True, False])
@@ -99,12 +99,12 @@ def test_timms_checkpointing_switched_later(enable: bool) -> None:
     naive = randomised(
         library("timm").create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=3)
     )
-    ours: Any = copy.deepcopy(naive)
-    ours.set_grad_checkpointing(not enable)
-    effdense.convert(ours)
-    ours.set_grad_checkpointing(enable)
-    assert kinds(ours)["DenseBlock"] == 2, str(effdense.report(ours))
-    assert_same(naive, ours, torch.randn(2, 3, 64, 64, dtype=torch.float64), 1)
+    fused: Any = copy.deepcopy(naive)
+    fused.set_grad_checkpointing(not enable)
+    effdense.convert(fused)
+    fused.set_grad_checkpointing(enable)
+    assert kinds(fused)["DenseBlock"] == 2, str(effdense.report(fused))
+    assert_same(naive, fused, torch.randn(2, 3, 64, 64, dtype=torch.float64), 1)
 
 
 class Gated(structures.NetBlock):
@@ -121,11 +121,11 @@ class Gated(structures.NetBlock):
 
 def test_what_the_code_reads_counts() -> None:
     naive = randomised(Gated())
-    ours: Any = effdense.convert(copy.deepcopy(naive))
-    for block in (naive, ours):
+    fused: Any = effdense.convert(copy.deepcopy(naive))
+    for block in (naive, fused):
         block.double_it = True
-    assert ours.obstacle() is not None and "double_it" in ours.obstacle()
-    assert_same(naive, ours, torch.randn(2, 6, 5, 5, dtype=torch.float64), 1)
+    assert fused.obstacle() is not None and "double_it" in fused.obstacle()
+    assert_same(naive, fused, torch.randn(2, 6, 5, 5, dtype=torch.float64), 1)
 
 
 class Scaled(structures.NetBlock):

@@ -44,17 +44,17 @@ def images(own: bool) -> Tensor:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_one_look_for_many_steps(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, ours = net(own)
+    _, fused = net(own)
     cls = DenseBlock if own else ForeignBlock
     looks: list[Any] = []
     look = cls._chains
     monkeypatch.setattr(cls, "_chains", lambda self: looks.append(self) or look(self))
-    blocks = sum(isinstance(m, cls) for m in ours.modules())
+    blocks = sum(isinstance(m, cls) for m in fused.modules())
     for _ in range(3):
-        ours(images(own)).sum().backward()
+        fused(images(own)).sum().backward()
     assert len(looks) == blocks == len(set(looks))
-    ours.eval()
-    ours(images(own)), ours(images(own))
+    fused.eval()
+    fused(images(own)), fused(images(own))
     assert len(looks) == 2 * blocks
 
 
@@ -162,39 +162,39 @@ def test_a_patched_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:
             return x
 
     naive = Layers().double()
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert isinstance(ours, ForeignBlock)
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert isinstance(fused, ForeignBlock)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    assert_same(naive, ours, x)
+    assert_same(naive, fused, x)
     forward = Layers.forward
     monkeypatch.setattr(Layers, "forward", lambda self, x: 2 * forward(self, x))
-    assert_same(naive, ours, x)
+    assert_same(naive, fused, x)
 
 
 def test_dtypes_and_image_sizes_in_turn() -> None:
-    naive, ours = pair = net(True)
+    naive, fused = pair = net(True)
     for dtype in (torch.float64, torch.float32, torch.float64):
         for model in pair:
             model.to(dtype)
         for size in (8, 6):
             x = make_input((size, size)).to(dtype)
-            got, expected = ours(x), naive(x)
+            got, expected = fused(x), naive(x)
             assert got.dtype == dtype
             torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_looks_for_itself(copied: Callable[[Any], Any]) -> None:
-    _, ours = net(True)
+    _, fused = net(True)
     x = make_input((8, 8))
-    expected = ours.eval()(x)
-    block = block_of(ours)
+    expected = fused.eval()(x)
+    block = block_of(fused)
     assert block.__dict__[KEPT].found is not None
     other = copied(block)
     other.forward(block_input := torch.randn(2, *_input_shape(block), dtype=torch.float64))
     assert other.__dict__[KEPT] is not block.__dict__[KEPT] or other.__dict__[KEPT].owner() is other
     torch.testing.assert_close(other(block_input), block(block_input))
-    torch.testing.assert_close(ours(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(fused(x), expected, rtol=0, atol=0)
 
 
 def _input_shape(block: Any) -> tuple[int, int, int]:
@@ -202,10 +202,10 @@ def _input_shape(block: Any) -> tuple[int, int, int]:
 
 
 def test_a_model_that_has_run_is_freed() -> None:
-    _, ours = net(True)
-    ours(make_input((8, 8))).sum().backward()
-    block = weakref.ref(block_of(ours))
-    del ours
+    _, fused = net(True)
+    fused(make_input((8, 8))).sum().backward()
+    block = weakref.ref(block_of(fused))
+    del fused
     gc.collect()
     assert block() is None
 
@@ -213,6 +213,6 @@ def test_a_model_that_has_run_is_freed() -> None:
 def test_without_the_compiled_module_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extension is not None
     monkeypatch.setattr("effdense.nn.looks.extension", None)
-    _, ours = net(True)
-    ours(make_input((8, 8)))
-    assert KEPT not in block_of(ours).__dict__
+    _, fused = net(True)
+    fused(make_input((8, 8)))
+    assert KEPT not in block_of(fused).__dict__

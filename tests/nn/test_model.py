@@ -42,10 +42,10 @@ def make_input(size: int = 32, images: int = 3) -> Tensor:
 def make_pair(change: Any = None, memory: str = "balanced", **options: Any) -> tuple[Any, Any]:
     """A naive and a converted model; both changed afterwards."""
     naive = make_naive(**options)
-    ours = converted(naive, memory)
-    for model in (naive, ours) if change else ():
+    fused = converted(naive, memory)
+    for model in (naive, fused) if change else ():
         change(model)
-    return naive, ours
+    return naive, fused
 
 
 @pytest.mark.core
@@ -54,10 +54,10 @@ def make_pair(change: Any = None, memory: str = "balanced", **options: Any) -> t
 @pytest.mark.parametrize("small_inputs", [False, True])
 def test_a_model_is_the_naive_one(memory: str, plain: bool, small_inputs: bool) -> None:
     options = {"plain": plain, "small_inputs": small_inputs, "bias": plain}
-    naive, ours = make_pair(None, memory, **options)
+    naive, fused = make_pair(None, memory, **options)
     for size in (32, 37):
-        assert_same((naive, ours), make_input(size // 2 if small_inputs else size))
-    assert_same((naive.eval(), ours.eval()), make_input())
+        assert_same((naive, fused), make_input(size // 2 if small_inputs else size))
+    assert_same((naive.eval(), fused.eval()), make_input())
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -98,11 +98,11 @@ def test_the_stems_convolution_is_channels_last(
     channels: int, small_inputs: bool, dtype: torch.dtype
 ) -> None:
     """What it gives, for the layout of what follows: the images are not copied, and neither is the output."""
-    _, ours = make_pair(in_channels=channels, small_inputs=small_inputs)
+    _, fused = make_pair(in_channels=channels, small_inputs=small_inputs)
     x = torch.randn(2, channels, 32, 32, dtype=dtype)
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         with Convolutions() as seen:
-            ours.to(dtype)(image)
+            fused.to(dtype)(image)
         stem = seen.outputs[0]
         assert stem.shape[1] == 6 and stem.is_contiguous(memory_format=torch.channels_last)
         assert not {image.shape, stem.shape} & set(seen.copies)
@@ -110,17 +110,17 @@ def test_the_stems_convolution_is_channels_last(
 
 @pytest.mark.core
 def test_inference_is_the_naive_one() -> None:
-    naive, ours = make_pair()
+    naive, fused = make_pair()
     x = make_input()
     for training in (True, False):
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
-                assert_close([ours.train(training)(x)], [naive.train(training)(x)])
-    assert_close(ours.buffers(), naive.buffers())
-    assert_same((naive.train(), ours.train()), x)  # with the scratch memory made in inference mode
+                assert_close([fused.train(training)(x)], [naive.train(training)(x)])
+    assert_close(fused.buffers(), naive.buffers())
+    assert_same((naive.train(), fused.train()), x)  # with the scratch memory made in inference mode
     with torch.inference_mode():
         made = make_input()
-    assert_same((naive, ours), made)
+    assert_same((naive, fused), made)
 
 
 # ---- parts called by themselves
@@ -187,7 +187,7 @@ KINDS = ["register_forward_pre_hook", "register_forward_hook", "register_full_ba
 def test_hooks_see_what_they_see_in_the_naive_model(name: str, kind: str) -> None:
     if kind == "register_full_backward_hook" and name not in BACKWARD:
         pytest.skip("not possible in the naive model")
-    seen: dict[str, list[Tensor]] = {"naive": [], "ours": []}
+    seen: dict[str, list[Tensor]] = {"naive": [], "fused": []}
 
     def hook(who: str) -> Callable[..., None]:
         def note(_: nn.Module, *values: Any) -> None:
@@ -207,12 +207,12 @@ def test_hooks_see_what_they_see_in_the_naive_model(name: str, kind: str) -> Non
     for who, model in zip(seen, pair, strict=True):
         handles.append(getattr(model.get_submodule(name), kind)(hook(who)))
     assert_same(pair, make_input(), steps=1)
-    assert len(seen["ours"]) == len(seen["naive"]) > 0
-    assert_close(seen["ours"], seen["naive"])
+    assert len(seen["fused"]) == len(seen["naive"]) > 0
+    assert_close(seen["fused"], seen["naive"])
     for handle in handles:
         handle.remove()
     assert_same(pair, make_input(), steps=1)
-    assert len(seen["ours"]) == len(seen["naive"]) < 10
+    assert len(seen["fused"]) == len(seen["naive"]) < 10
 
 
 def test_a_hook_may_change_what_comes_next() -> None:
@@ -337,8 +337,8 @@ def test_small_images(size: int, kernel: int, training: bool) -> None:
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(8), nn.MaxPool2d(2, 2, 2), nn.MaxPool2d(2, 0)])
 def test_a_stem_pool_that_cannot_be(pool: nn.Module) -> None:
-    naive, ours = (model.features[1:4] for model in make_pair(lambda m: setattr(m.features, "pool0", pool)))
-    for module in (naive, ours):
+    naive, fused = (model.features[1:4] for model in make_pair(lambda m: setattr(m.features, "pool0", pool)))
+    for module in (naive, fused):
         with pytest.raises((RuntimeError, ValueError), match=r"pad|kernel|size|stride"):
             module(torch.randn(2, 6, 4, 4, dtype=torch.float64))
 
@@ -354,25 +354,25 @@ class OtherHead(models.DenseNet):
 
 def test_of_a_net_with_another_head_the_rest_is_converted() -> None:
     naive = OtherHead(4, (2, 2), 6, num_classes=5).double()
-    ours = effdense.convert(copy.deepcopy(naive))
-    assert type(ours) is OtherHead and isinstance(ours.features, DenseFeatures)
-    left = [e for e in effdense.report(ours) if not e.converted]
+    fused = effdense.convert(copy.deepcopy(naive))
+    assert type(fused) is OtherHead and isinstance(fused.features, DenseFeatures)
+    left = [e for e in effdense.report(fused) if not e.converted]
     assert [(e.name, e.kind, e.reason) for e in left] == [
         ("", "DenseNet", "its forward computes something else (training, on a probe)")
     ]
-    assert_same((naive, ours), make_input())
+    assert_same((naive, fused), make_input())
 
 
 def test_the_report_names_features_and_head() -> None:
-    _, ours = make_pair()
-    report = {e.name: e for e in effdense.report(ours)}
+    _, fused = make_pair()
+    report = {e.name: e for e in effdense.report(fused)}
     assert report[""].kind == "DenseNet" and report["features"].kind == "DenseFeatures"
-    handle = ours.features.norm5.register_forward_hook(lambda *_: None)
-    report = {e.name: e for e in effdense.report(ours)}
+    handle = fused.features.norm5.register_forward_hook(lambda *_: None)
+    report = {e.name: e for e in effdense.report(fused)}
     assert report["features"].reason is None
     assert report[""].reason == "its features do not end with a dense block that runs as a whole and a norm"
     handle.remove()
-    assert all(e.reason is None for e in effdense.report(ours))
+    assert all(e.reason is None for e in effdense.report(fused))
     assert {e.converted for e in effdense.report(make_naive())} == {False}
 
 
@@ -390,11 +390,11 @@ COPIES = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_file]
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("used", [False, True])
 def test_copies(copied: Callable[[Any], Any], used: bool) -> None:
-    naive, ours = make_pair(memory="minimal")
+    naive, fused = make_pair(memory="minimal")
     if used:
-        assert_same((naive, ours), make_input(), steps=1)
-    other = copied(ours)
-    assert [type(m) for m in other.modules()] == [type(m) for m in ours.modules()]
+        assert_same((naive, fused), make_input(), steps=1)
+    other = copied(fused)
+    assert [type(m) for m in other.modules()] == [type(m) for m in fused.modules()]
     assert other.features.denseblock1.denselayer1._memory == "minimal"
     assert_same((naive, other), make_input())
 
@@ -408,16 +408,16 @@ def test_modules_built_by_hand() -> None:
             setattr(
                 features, f"transition{i}", Transition(channels + 4 * layers, (channels + 4 * layers) // 2)
             )
-    ours = DenseNet(features, copy.deepcopy(naive.classifier)).double()
-    ours.load_state_dict(naive.state_dict())
-    assert all(e.reason is None for e in effdense.report(ours))
-    assert_same((naive, ours), make_input())
+    fused = DenseNet(features, copy.deepcopy(naive.classifier)).double()
+    fused.load_state_dict(naive.state_dict())
+    assert all(e.reason is None for e in effdense.report(fused))
+    assert_same((naive, fused), make_input())
 
 
 @pytest.mark.core
 def test_symbolic_tracing() -> None:
     """A traced model calls submodules one by one; dropout's mode is traced too, as in the naive model."""
-    naive, ours = make_pair()
-    traced = torch.fx.symbolic_trace(ours.eval())
+    naive, fused = make_pair()
+    traced = torch.fx.symbolic_trace(fused.eval())
     x = make_input(33)
     assert_close([traced(x)], [naive.eval()(x)])

@@ -25,9 +25,9 @@ def make_pair(memory: str = "balanced", drop_rate: float = 0.0) -> tuple[nn.Modu
         for tensor in (*naive.parameters(), *naive.buffers()):
             if tensor.is_floating_point() and tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
-    ours = DenseLayer(10, 4, 3, drop_rate, memory=memory).double()
-    ours.load_state_dict(naive.state_dict())
-    return naive, ours
+    fused = DenseLayer(10, 4, 3, drop_rate, memory=memory).double()
+    fused.load_state_dict(naive.state_dict())
+    return naive, fused
 
 
 def make_input(spatial: tuple[int, ...] = (6, 5)) -> list[Tensor]:
@@ -53,11 +53,11 @@ def step(
 
 
 def assert_same(
-    naive: nn.Module, ours: nn.Module, features: list[Tensor] | None = None, steps: int = 2
+    naive: nn.Module, fused: nn.Module, features: list[Tensor] | None = None, steps: int = 2
 ) -> None:
     features = features or make_input()
     for _ in range(steps):
-        for a, b in zip(step(ours, features), step(naive, features), strict=True):
+        for a, b in zip(step(fused, features), step(naive, features), strict=True):
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -67,33 +67,33 @@ def assert_same(
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("training", [True, False])
 def test_layer_is_the_naive_layer(memory: str, training: bool) -> None:
-    naive, ours = make_pair(memory)
-    assert ours.obstacle() is None
-    assert_same(naive.train(training), ours.train(training))
+    naive, fused = make_pair(memory)
+    assert fused.obstacle() is None
+    assert_same(naive.train(training), fused.train(training))
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_dropout_draws_the_same_numbers(memory: str) -> None:
-    naive, ours = make_pair(memory, drop_rate=0.3)
-    assert_same(naive, ours)
-    assert_same(naive.eval(), ours.eval())
-    assert step(ours.train(), make_input())[0].eq(0).any()
+    naive, fused = make_pair(memory, drop_rate=0.3)
+    assert_same(naive, fused)
+    assert_same(naive.eval(), fused.eval())
+    assert step(fused.train(), make_input())[0].eq(0).any()
 
 
 def test_call_forms() -> None:
-    _, ours = make_pair()
-    ours.eval()
+    _, fused = make_pair()
+    fused.eval()
     features = make_input()
-    expected = ours(features)
-    for form in (ours(*features), ours(tuple(features)), ours(torch.cat(features, 1))):
+    expected = fused(features)
+    for form in (fused(*features), fused(tuple(features)), fused(torch.cat(features, 1))):
         torch.testing.assert_close(form, expected)
 
 
 def spoil(change: Callable[[Any], Any], memory: str = "balanced") -> tuple[nn.Module, DenseLayer]:
     """The pair after the same change to both."""
-    naive, ours = make_pair(memory)
-    change(naive), change(ours)
-    return naive, ours
+    naive, fused = make_pair(memory)
+    change(naive), change(fused)
+    return naive, fused
 
 
 def set_momentum_none(layer: Any) -> None:
@@ -142,9 +142,9 @@ CHANGES = [
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("change", CHANGES)
 def test_options_keep_their_meaning(change: Callable[[Any], Any], memory: str) -> None:
-    naive, ours = spoil(change, memory)
-    assert ours.obstacle() is None
-    assert_same(naive, ours, steps=3)
+    naive, fused = spoil(change, memory)
+    assert fused.obstacle() is None
+    assert_same(naive, fused, steps=3)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -154,12 +154,12 @@ def test_frozen_parts_get_no_gradient(frozen: str, memory: str) -> None:
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
 
-    naive, ours = spoil(freeze, memory)
+    naive, fused = spoil(freeze, memory)
     features = make_input()
     if frozen == "input":
         features[0].requires_grad_(False)
         features[2].requires_grad_(False)
-    assert_same(naive, ours, features)
+    assert_same(naive, fused, features)
 
 
 @pytest.mark.core
@@ -174,9 +174,9 @@ def test_1d_and_3d(spatial: tuple[int, ...], memory: str) -> None:
         layer.norm1, layer.norm2 = norm(10).double(), norm(12).double()
         layer.conv1, layer.conv2 = conv(10, 12, 1).double(), conv(12, 4, 3, padding=1).double()
 
-    naive, ours = spoil(change, memory)
-    assert ours.obstacle() is None
-    assert_same(naive, ours, make_input(spatial))
+    naive, fused = spoil(change, memory)
+    assert fused.obstacle() is None
+    assert_same(naive, fused, make_input(spatial))
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -199,8 +199,8 @@ def test_gradcheck_through_a_block(memory: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_is_as_exact_as_the_naive_one(memory: str, dtype: torch.dtype) -> None:
     naive = models._DenseBlock(4, 16, 4, 12, 0.0)
-    ours = DenseBlock(4, 16, 4, 12, 0.0, memory=memory)
-    ours.load_state_dict(naive.to(dtype).state_dict())
+    fused = DenseBlock(4, 16, 4, 12, 0.0, memory=memory)
+    fused.load_state_dict(naive.to(dtype).state_dict())
     x = torch.randn(8, 16, 12, 12).to(dtype)
 
     def results(block: nn.Module, dtype: torch.dtype) -> list[Tensor]:
@@ -212,20 +212,20 @@ def test_a_block_is_as_exact_as_the_naive_one(memory: str, dtype: torch.dtype) -
         return [y.detach(), *grads, *(b for b in block.buffers() if b.is_floating_point())]
 
     exact = results(naive, torch.float64)
-    for a, b, c in zip(results(ours.to(dtype), dtype), results(naive, dtype), exact, strict=True):
+    for a, b, c in zip(results(fused.to(dtype), dtype), results(naive, dtype), exact, strict=True):
         assert a.dtype == b.dtype
         assert rms(a.double() - c) <= 2 * rms(b.double() - c) + torch.finfo(dtype).eps * rms(c)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_transition_is_the_naive_transition(training: bool) -> None:
-    naive, ours = models._Transition(10, 5).double(), Transition(10, 5).double()
-    ours.load_state_dict(naive.state_dict())
-    naive.norm.momentum = ours.norm.momentum = None
-    assert ours.obstacle() is None
+    naive, fused = models._Transition(10, 5).double(), Transition(10, 5).double()
+    fused.load_state_dict(naive.state_dict())
+    naive.norm.momentum = fused.norm.momentum = None
+    assert fused.obstacle() is None
     x = torch.randn(3, 10, 6, 4, dtype=torch.float64, requires_grad=True)
     for _ in range(2):
-        results = [step(m.train(training), [x], lambda f, m=m: m(f[0])) for m in (ours, naive)]
+        results = [step(m.train(training), [x], lambda f, m=m: m(f[0])) for m in (fused, naive)]
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -235,31 +235,31 @@ SUBMODULES = ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"]
 
 @pytest.mark.parametrize("name", SUBMODULES)
 def test_hooks_on_submodules_see_what_they_see_in_the_naive_layer(name: str) -> None:
-    seen: dict[str, list[Tensor]] = {"naive": [], "ours": []}
-    naive, ours = make_pair()
-    for who, layer in (("naive", naive), ("ours", ours)):
+    seen: dict[str, list[Tensor]] = {"naive": [], "fused": []}
+    naive, fused = make_pair()
+    for who, layer in (("naive", naive), ("fused", fused)):
         submodule = getattr(layer, name)
         submodule.register_forward_hook(
             lambda _, args, out, who=who: seen[who].extend([args[0].clone(), out.clone()])
         )
-    assert ours.obstacle() == f"{name} has hooks"
-    assert_same(naive, ours)
-    assert len(seen["ours"]) == len(seen["naive"]) == 4
-    for a, b in zip(seen["ours"], seen["naive"], strict=True):
+    assert fused.obstacle() == f"{name} has hooks"
+    assert_same(naive, fused)
+    assert len(seen["fused"]) == len(seen["naive"]) == 4
+    for a, b in zip(seen["fused"], seen["naive"], strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_a_removed_hook_lets_the_layer_run_fused_again() -> None:
-    _, ours = make_pair()
+    _, fused = make_pair()
     handles = [
-        ours.conv1.register_forward_pre_hook(lambda *_: None),
-        ours.norm2.register_full_backward_hook(lambda *_: None),
+        fused.conv1.register_forward_pre_hook(lambda *_: None),
+        fused.norm2.register_full_backward_hook(lambda *_: None),
         nn.modules.module.register_module_forward_hook(lambda *_: None),
     ]
-    assert ours.obstacle() is not None
+    assert fused.obstacle() is not None
     for handle in handles:
         handle.remove()
-    assert ours.obstacle() is None
+    assert fused.obstacle() is None
 
 
 class LoRA(nn.Module):
@@ -305,11 +305,11 @@ WRAPPERS = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_what_is_put_on_later_is_never_bypassed(name: str) -> None:
-    naive, ours = spoil(WRAPPERS[name])
-    assert ours.obstacle() is not None
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (naive, ours)]
+    naive, fused = spoil(WRAPPERS[name])
+    assert fused.obstacle() is not None
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (naive, fused)]
     for _ in range(3):
-        assert_same(naive, ours, steps=1)
+        assert_same(naive, fused, steps=1)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -317,28 +317,28 @@ def test_what_is_put_on_later_is_never_bypassed(name: str) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("memory", MEMORY)
 def test_under_checkpoint_statistics_move_once(memory: str) -> None:
-    _, ours = make_pair(memory)
-    other = copy.deepcopy(ours)
+    _, fused = make_pair(memory)
+    other = copy.deepcopy(fused)
     x = torch.randn(3, 10, 4, 4, dtype=torch.float64, requires_grad=True)
-    ours(x).sum().backward()
+    fused(x).sum().backward()
     torch.utils.checkpoint.checkpoint(other, x, use_reentrant=False).sum().backward()
-    for a, b in zip(ours.buffers(), other.buffers(), strict=True):
+    for a, b in zip(fused.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(a, b)
     assert other.norm1.num_batches_tracked == 1
 
 
 def test_messages() -> None:
-    _, ours = make_pair()
+    _, fused = make_pair()
     with pytest.raises(
         ValueError, match=r"DenseLayer: norm1.weight must have 8 elements .* got shape \(10,\)"
     ):
-        ours(torch.ones(2, 8, 4, 4).double())
+        fused(torch.ones(2, 8, 4, 4).double())
     with pytest.raises(TypeError, match=r"DenseLayer: conv1.weight must be torch.float32 like the features"):
-        ours(torch.ones(2, 10, 4, 4))
+        fused(torch.ones(2, 10, 4, 4))
     with pytest.raises(
         ValueError, match=r"DenseLayer: normalising with the batch's statistics .* more than one value"
     ):
-        ours(torch.ones(1, 10, 1, 1).double())
+        fused(torch.ones(1, 10, 1, 1).double())
     with pytest.raises(ValueError, match=r'DenseLayer: memory must be "balanced" or "minimal", got \'tiny\''):
         DenseLayer(10, 4, 3, 0.0, memory="tiny")
     transition = Transition(10, 5)
@@ -350,9 +350,9 @@ def test_messages() -> None:
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_a_feature_changed_in_place_is_refused(memory: str) -> None:
-    _, ours = make_pair(memory)
+    _, fused = make_pair(memory)
     features = [x * 1 for x in make_input()]
-    y = ours(features)
+    y = fused(features)
     features[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

@@ -129,10 +129,10 @@ def test_norms_whose_statistics_are_used_but_do_not_move(net: str) -> None:
         norm.eval().requires_grad_(False)
 
     naive = changed(randomised(NETS[net]()), freeze)
-    ours = effdense.convert(copy.deepcopy(naive))
+    fused = effdense.convert(copy.deepcopy(naive))
     x, before = images_for(naive, 9 if net == "3D" else 17), copy.deepcopy(naive.state_dict())
-    assert_close(step_trained(ours, x), step_trained(naive, x))
-    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+    assert_close(step_trained(fused, x), step_trained(naive, x))
+    assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
 
 
 def step_trained(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -148,10 +148,10 @@ def test_other_norms_are_refused_with_the_reason(name: str, kind: Callable[[int]
     parent, _, child = f"features.{name}".rpartition(".")
     other = kind(naive.get_submodule(f"features.{name}").num_features).double()
     setattr(naive.get_submodule(parent), child, other)
-    ours = effdense.convert(copy.deepcopy(naive))
-    reasons = [e.reason for e in effdense.report(ours) if e.reason is not None]
+    fused = effdense.convert(copy.deepcopy(naive))
+    reasons = [e.reason for e in effdense.report(fused) if e.reason is not None]
     word = "norm" if name in ("norm0", "norm5") else f"{child} is {type(other).__name__}"
     assert (name == "norm0" and not reasons) or any(word in reason for reason in reasons)
-    assert kinds(ours)["DenseBlock"] == (1 if "block" in name else 2)
+    assert kinds(fused)["DenseBlock"] == (1 if "block" in name else 2)
     x = images_for(naive, 32)
-    assert_close(step(ours, x), step(naive, x))
+    assert_close(step(fused, x), step(naive, x))

@@ -62,14 +62,14 @@ def dtypes_at(model: nn.Module, name: str, x: Tensor) -> Any:
 @pytest.mark.parametrize("net", NETS)
 def test_autocasts_dtypes_are_those_of_the_naive_model(net: str, parameters: torch.dtype) -> None:
     """At every place that there still is, one hook at a time: so all the rest runs fused."""
-    naive, ours = (model.to(parameters) for model in make_pair(net))
+    naive, fused = (model.to(parameters) for model in make_pair(net))
     names = outer(naive)
     assert len(names) > 4
     for images in (parameters, LOW):
         x = images_for(naive, 32).to(images)
         for name in names:
             expected = dtypes_at(naive, name, x)
-            assert dtypes_at(ours, name, x) == expected and LOW in expected, name
+            assert dtypes_at(fused, name, x) == expected and LOW in expected, name
 
 
 def results(
@@ -91,11 +91,11 @@ RUNS = 5
 @pytest.mark.parametrize("low", [LOW, torch.float16])
 @pytest.mark.parametrize("net", ["bottleneck", "plain", "tutorial", "1D"])
 def test_under_autocast_as_exact_as_the_naive_model(net: str, low: torch.dtype, training: bool) -> None:
-    naive, ours = (model.train(training) for model in make_pair(net))
+    naive, fused = (model.train(training) for model in make_pair(net))
     runs = []
     for _ in range(RUNS):
         x = images_for(naive, 32).float()
-        mine, theirs = (results(model, x, torch.float32, low) for model in (ours, naive))
+        mine, theirs = (results(model, x, torch.float32, low) for model in (fused, naive))
         runs.append((mine, theirs, results(naive, x, torch.float64)))
     assert_as_exact(runs, low)
 
@@ -107,22 +107,22 @@ def test_under_autocast_as_exact_as_the_naive_model(net: str, low: torch.dtype, 
 @pytest.mark.parametrize("net", ["bottleneck", "d2l"])
 def test_in_another_dtype_as_exact_as_the_naive_model(net: str, dtype: torch.dtype) -> None:
     """float16 has no kernels on the CPU: there plain PyTorch runs."""
-    naive, ours = (model.to(dtype) for model in make_pair(net))
+    naive, fused = (model.to(dtype) for model in make_pair(net))
     runs = []
     for _ in range(RUNS):
         x = images_for(naive, 32).to(dtype)
-        mine, theirs = (results(model, x, dtype) for model in (ours, naive))
+        mine, theirs = (results(model, x, dtype) for model in (fused, naive))
         runs.append((mine, theirs, results(naive, x, torch.float64)))
     assert_as_exact(runs, dtype)
 
 
 @pytest.mark.core
 def test_back_to_float64() -> None:
-    naive, ours = make_pair("bottleneck")
+    naive, fused = make_pair("bottleneck")
     x = images_for(naive, 32)
-    for model in (naive, ours):
+    for model in (naive, fused):
         model.bfloat16().half().double()
-    assert_close(step(ours, x), step(naive, x))
+    assert_close(step(fused, x), step(naive, x))
 
 
 # ---- layouts: of images and of models
@@ -131,12 +131,12 @@ def test_back_to_float64() -> None:
 @pytest.mark.parametrize("net", ["d2l", "gpleiss", "tutorial", "growing"])
 def test_layouts_are_no_matter(net: str) -> None:
     """What other libraries' structures make of every layout; torchvision's is in test_model.py."""
-    naive, ours = (model.double() for model in make_pair(net))
+    naive, fused = (model.double() for model in make_pair(net))
     x = images_for(naive, 32)
     for of_model in (torch.contiguous_format, torch.channels_last):
-        naive, ours = (model.to(memory_format=of_model) for model in (naive, ours))
+        naive, fused = (model.to(memory_format=of_model) for model in (naive, fused))
         for image in (x, x.contiguous(memory_format=torch.channels_last), x.expand(4, 2, 3, 32, 32)[1]):
-            assert_close(step(ours, image), step(naive, image))
+            assert_close(step(fused, image), step(naive, image))
 
 
 # ---- GradScaler
@@ -162,9 +162,9 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, overflow: int) -> li
 @pytest.mark.core
 @pytest.mark.parametrize("overflow", [0, 1])
 def test_grad_scaler(overflow: int) -> None:
-    naive, ours = (model.double() for model in make_pair("bottleneck"))
+    naive, fused = (model.double() for model in make_pair("bottleneck"))
     x, labels = images_for(naive, 32), torch.tensor([1, 3])
-    expected, got = (train(model, x, labels, overflow) for model in (naive, ours))
+    expected, got = (train(model, x, labels, overflow) for model in (naive, fused))
     assert not expected[2 * overflow].isfinite() and expected[5] == 2.0**9
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, equal_nan=True)

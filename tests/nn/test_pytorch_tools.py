@@ -119,10 +119,10 @@ def test_a_new_forward_in_a_backward_moves_the_statistics(
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_foreign_block_under_checkpoint(reentrant: bool) -> None:
     """Statistics move once, dropout draws the same numbers again."""
-    ours = effdense.convert(structures.StarBlock(2, 6, 4, 3, 0.2, False).double())
+    fused = effdense.convert(structures.StarBlock(2, 6, 4, 3, 0.2, False).double())
     x, results = torch.randn(3, 6, 5, 5, dtype=torch.float64).requires_grad_(), []
     run = lambda block: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)  # noqa: E731
-    for block, call in ((ours, run), (copy.deepcopy(ours), lambda block: block(x))):
+    for block, call in ((fused, run), (copy.deepcopy(fused), lambda block: block(x))):
         torch.manual_seed(1)
         x.grad = None
         call(block).square().sum().backward()
@@ -219,18 +219,18 @@ def test_flops_are_counted_as_of_the_model_that_it_was(pair: tuple[nn.Module, nn
 
 
 def test_jit_trace_records_the_submodules(pair: tuple[nn.Module, nn.Module]) -> None:
-    naive, ours = (m.eval() for m in pair)
+    naive, fused = (m.eval() for m in pair)
     file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(ours, make_images()), file)
+    torch.jit.save(torch.jit.trace(fused, make_images()), file)
     file.seek(0)
     x = make_images(5)
     assert_close([torch.jit.load(file)(x)], [naive(x)])
 
 
 def test_scripting_says_what_to_do(pair: tuple[nn.Module, nn.Module]) -> None:
-    ours = pair[1]
-    parts = [ours, ours.features, ours.features.denseblock1, ours.features.transition1]
-    for module in (*parts, nn.Sequential(ours), effdense.nn.DenseLayer(6, 4, 2, 0.0)):
+    fused = pair[1]
+    parts = [fused, fused.features, fused.features.denseblock1, fused.features.transition1]
+    for module in (*parts, nn.Sequential(fused), effdense.nn.DenseLayer(6, 4, 2, 0.0)):
         with pytest.raises(
             TypeError, match=r"torch.jit.script: .* script what effdense.revert\(model\) gives"
         ):
@@ -258,14 +258,14 @@ def test_a_traced_graph_is_left_alone(pair: tuple[nn.Module, nn.Module]) -> None
 
 
 def test_a_half_converted_model_is_converted_to_its_end(pair: tuple[nn.Module, nn.Module]) -> None:
-    naive, ours = pair
+    naive, fused = pair
     half = copy.deepcopy(naive)
     effdense.convert(half.features.denseblock1)
     assert {e.converted for e in effdense.report(half)} == {True, False}
     for _ in range(2):  # the second time there is nothing to do
         effdense.convert(half)
-        assert str(effdense.report(half)) == str(effdense.report(ours))
-        assert [type(m) for m in half.modules()] == [type(m) for m in ours.modules()]
+        assert str(effdense.report(half)) == str(effdense.report(fused))
+        assert [type(m) for m in half.modules()] == [type(m) for m in fused.modules()]
     assert_same((naive, half), make_images(), steps=1)
 
 

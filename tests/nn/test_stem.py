@@ -106,9 +106,9 @@ def test_a_stem_of_two_convolutions() -> None:
     torch.manual_seed(0)
     naive = models.DenseNet(4, (1, 2), 6, num_classes=5)
     naive.features.conv0 = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3))
-    ours = effdense.convert(naive)
+    fused = effdense.convert(naive)
     assert_same_bits(
-        lambda memory: effdense.convert(copy.deepcopy(ours), memory=memory), images(2, torch.float32)
+        lambda memory: effdense.convert(copy.deepcopy(fused), memory=memory), images(2, torch.float32)
     )
 
 
@@ -121,13 +121,13 @@ def naive_and_minimal(training: bool = True) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.core
 @pytest.mark.parametrize("training", [True, False])
 def test_values_and_second_derivatives_against_the_naive_net(training: bool) -> None:
-    naive, ours = naive_and_minimal(training)
+    naive, fused = naive_and_minimal(training)
     x = images(2, torch.float64)
-    assert_close(step(ours, x, False), step(naive, x, False), 1e-9)
-    results = [by_grad(m, x.clone().requires_grad_()) for m in (ours, naive)]
+    assert_close(step(fused, x, False), step(naive, x, False), 1e-9)
+    results = [by_grad(m, x.clone().requires_grad_()) for m in (fused, naive)]
     assert_close(*results, 1e-9)
-    assert_close(list(ours.buffers()), list(naive.buffers()), 1e-9)
-    counts = [b for name, b in ours.named_buffers() if name.endswith("num_batches_tracked")]
+    assert_close(list(fused.buffers()), list(naive.buffers()), 1e-9)
+    counts = [b for name, b in fused.named_buffers() if name.endswith("num_batches_tracked")]
     assert all(int(b) == 2 * training for b in counts)
 
 
@@ -185,8 +185,8 @@ def test_counted_bytes_and_the_plan(dims: int, size: int) -> None:
 @fused_under_compile
 def test_compiled_it_keeps_no_map_either() -> None:
     torch._dynamo.reset()
-    _, ours = naive_and_minimal()
-    compiled, x = torch.compile(copy.deepcopy(ours), fullgraph=True), images(2, torch.float64)
+    _, fused = naive_and_minimal()
+    compiled, x = torch.compile(copy.deepcopy(fused), fullgraph=True), images(2, torch.float64)
     size = IMAGES * 6 * 18 * 17
 
     def run(model: nn.Module) -> list[Tensor]:
@@ -195,21 +195,21 @@ def test_compiled_it_keeps_no_map_either() -> None:
         y.square().sum().backward()
         return [y.detach(), *(p.grad for p in model.parameters()), *model.buffers()]
 
-    assert_close(run(compiled), run(ours), 1e-12)
+    assert_close(run(compiled), run(fused), 1e-12)
     assert size not in saved_sizes(compiled, x)
 
 
 def test_an_image_changed_in_place_before_the_backward_is_an_error() -> None:
-    ours, x = net("minimal"), images(2, torch.float32)
-    y = ours(x)
+    fused, x = net("minimal"), images(2, torch.float32)
+    y = fused(x)
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 def test_an_image_of_other_channels_is_refused_as_by_pytorch() -> None:
-    ours, x = net("minimal"), torch.randn(2, 4, 33, 33)
-    features = effdense.nn.DenseFeatures(OrderedDict(ours.features._modules))
+    fused, x = net("minimal"), torch.randn(2, 4, 33, 33)
+    features = effdense.nn.DenseFeatures(OrderedDict(fused.features._modules))
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 4 channels instead"):
         features(x)
 

@@ -37,11 +37,11 @@ def step(name: str, checkpointed: bool | None) -> tuple[list[Tensor], int]:
 
 @pytest.mark.parametrize("name", NETS)
 def test_plain_is_the_same(name: str) -> None:
-    ours, fused = step(name, None)
+    unfused, fused = step(name, None)
     naive, none = step(name, False)
     checkpointed, none_either = step(name, True)
     assert (fused, none, none_either) == (3, 0, 0)
-    assert_close(naive, ours)
+    assert_close(naive, unfused)
     for a, b in zip(naive, checkpointed, strict=True):
         assert torch.equal(a, b)
 

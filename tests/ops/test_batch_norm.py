@@ -1,8 +1,7 @@
-"""fold, defer, bn_relu and its backward in three forms, against the float64 reference and torch's batch norm; wrong arguments."""
+"""fold, accumulate_correction, bn_relu and its backward in three forms, against the float64 reference and torch's batch norm; wrong arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests._cases import (
     OPCHECKS,
     SHAPES,
     Mistake,
+    Run,
     assert_as_exact,
     assert_refused,
     assert_repeatable,
@@ -31,7 +31,6 @@ from tests._cases import (
     to_dtype,
 )
 
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean", "rstd")
 
 
@@ -64,28 +63,28 @@ def run_backward(
     return run
 
 
-def run_accumulate(shape: tuple, dtype: torch.dtype, layout: str = "channels-last") -> Run:
+def run_backward_accumulate(shape: tuple, dtype: torch.dtype, layout: str = "channels-last") -> Run:
     case = make_norm_case(shape, dtype)
     dz, start = torch.randn(2, *case["x"].shape, dtype=torch.float64).to(dtype)
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         c, grad_x = to_dtype(case, dtype), in_buffer(start.to(dtype))
         x, grad = LAYOUTS[layout](c["x"]), LAYOUTS[layout](dz.to(dtype))
-        sums = ops.bn_relu_accumulate(grad, x, c["scale"], c["shift"], c["mean"], grad_x)
+        sums = ops.bn_relu_backward_accumulate(grad, x, c["scale"], c["shift"], c["mean"], grad_x)
         assert rest_is_untouched(grad_x) and torch.equal(grad, dz.to(dtype))
         return [*sums, grad_x]
 
     return run
 
 
-def run_with_sums(shape: tuple, dtype: torch.dtype, layout: str = "channels-last") -> Run:
+def run_backward_sums(shape: tuple, dtype: torch.dtype, layout: str = "channels-last") -> Run:
     case = make_norm_case(shape, dtype)
     dz = torch.randn_like(case["x"]).to(dtype)
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         c, out = to_dtype(case, dtype), in_buffer(torch.zeros_like(dz).to(dtype))
         x, grad = LAYOUTS[layout](c["x"]), LAYOUTS[layout](dz.to(dtype))
-        sums = ops.bn_relu_with_sums(grad, x, c["scale"], c["shift"], c["mean"], out)
+        sums = ops.bn_relu_backward_sums(grad, x, c["scale"], c["shift"], c["mean"], out)
         assert rest_is_untouched(out) and torch.equal(grad, dz.to(dtype))
         return [*sums, out]
 
@@ -103,13 +102,13 @@ def run_fold(weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, c
     return run
 
 
-def run_defer(count: int, channels: int = 37, more: int = 3) -> Run:
+def run_accumulate_correction(count: int, channels: int = 37, more: int = 3) -> Run:
     case = list(torch.randn(4, channels).double())
     a, b = torch.randn(2, channels + more).double()
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         to_a, to_b = a.to(dtype, copy=True), b.to(dtype, copy=True)
-        ops.defer(*to_dtype(case, dtype), count, to_a, to_b)
+        ops.accumulate_correction(*to_dtype(case, dtype), count, to_a, to_b)
         assert torch.equal(to_a[channels:], a[channels:].to(dtype))
         assert torch.equal(to_b[channels:], b[channels:].to(dtype))
         return [to_a, to_b]
@@ -144,19 +143,21 @@ def test_fold_is_batch_norm(any_ops: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("count, more", [(12, 3), (1, 0), (0, 1), (2**40, 0)])
-def test_defer_matches_the_float64_twin(ops: Any, count: int, more: int, dtype: torch.dtype) -> None:
-    assert_as_exact(run_defer(count, more=more), ops, dtype)
+def test_accumulate_correction_matches_the_float64_twin(
+    ops: Any, count: int, more: int, dtype: torch.dtype
+) -> None:
+    assert_as_exact(run_accumulate_correction(count, more=more), ops, dtype)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4]])
-def test_what_defer_adds_up_finishes_batch_norms_backward(any_ops: Any, shape: tuple) -> None:
+def test_corrections_added_up_finish_batch_norms_backward(any_ops: Any, shape: tuple) -> None:
     c = make_norm_case(shape, torch.float64)
     dz, grad_x = torch.randn_like(c["x"]), channels_last(torch.zeros_like(c["x"]))
     scale, shift, mean, rstd = (c[name] for name in VECTORS)
-    sums = any_ops.bn_relu_accumulate(dz, c["x"], scale, shift, mean, grad_x)
+    sums = any_ops.bn_relu_backward_accumulate(dz, c["x"], scale, shift, mean, grad_x)
     a, b, whole = torch.zeros_like(mean), torch.zeros_like(mean), channels_last(dz)
-    any_ops.defer(*sums, rstd, scale, c["x"].numel() // c["x"].shape[1], a, b)
-    any_ops.take_gradient(c["x"], mean, a, b, grad_x, grad_x)
+    any_ops.accumulate_correction(*sums, rstd, scale, c["x"].numel() // c["x"].shape[1], a, b)
+    any_ops.apply_correction(c["x"], mean, a, b, grad_x, grad_x)
     any_ops.bn_relu_backward(whole, c["x"], scale, shift, mean, rstd, True)
     torch.testing.assert_close(grad_x, whole)
 
@@ -187,20 +188,20 @@ def test_a_batch_of_one_value_has_no_gradient(any_ops: Any, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accumulate_matches_the_float64_twin(ops: Any, shape: tuple, dtype: torch.dtype) -> None:
-    assert_as_exact(run_accumulate(shape, dtype), ops, dtype)
+    assert_as_exact(run_backward_accumulate(shape, dtype), ops, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_sums_matches_the_float64_twin(ops: Any, shape: tuple, dtype: torch.dtype) -> None:
-    assert_as_exact(run_with_sums(shape, dtype), ops, dtype)
+    assert_as_exact(run_backward_sums(shape, dtype), ops, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]])
 def test_maps_in_every_layout(ops: Any, shape: tuple, layout: str, dtype: torch.dtype) -> None:
-    for make_run in (run_forward, run_with_sums, run_backward, run_accumulate):
+    for make_run in (run_forward, run_backward_sums, run_backward, run_backward_accumulate):
         # nothing but rounding is left of the gradient of a batch of one value
         if not (make_run is run_backward and shape is SHAPES[1]):
             assert_as_exact(make_run(shape, dtype, layout), ops, dtype)
@@ -226,7 +227,7 @@ def test_together_they_are_torchs_batch_norm_and_relu(
         any_ops.bn_relu(x, scale, shift, out)
         sum_d, sum_dx = any_ops.bn_relu_backward(grad, x, scale, shift, mean, rstd, batch_statistics)
         again = channels_last(torch.empty_like(x))
-        sums = any_ops.bn_relu_with_sums(dz, x, scale, shift, mean, again)
+        sums = any_ops.bn_relu_backward_sums(dz, x, scale, shift, mean, again)
     torch.testing.assert_close(out, z)
     torch.testing.assert_close((grad, sum_dx * rstd, sum_d), expected)
     assert torch.equal(again, out)
@@ -241,7 +242,7 @@ def test_accumulate_adds_what_needs_no_sums_of_the_batch(any_ops: Any, shape: tu
     dz, start = torch.randn(2, *x.shape, dtype=torch.float64)
     grad_x, d = torch.autograd.grad(before_relu.relu(), (x, before_relu), dz)
     out, x = channels_last(start), x.detach()
-    sums = any_ops.bn_relu_accumulate(dz, x, c["scale"], c["shift"], c["mean"], out)
+    sums = any_ops.bn_relu_backward_accumulate(dz, x, c["scale"], c["shift"], c["mean"], out)
     torch.testing.assert_close(out, start + grad_x)
     dims = over_channels(x)
     torch.testing.assert_close(sums, (d.sum(dims), (d * (x - column(c["mean"], x))).sum(dims)))
@@ -258,8 +259,8 @@ def test_a_prefix_of_a_feature_buffer(any_ops: Any, dtype: torch.dtype) -> None:
     assert torch.equal(narrow, dense)
 
     before, dense = grads.clone(), channels_last(grads[:, :5].contiguous())
-    sums = any_ops.bn_relu_accumulate(narrow, buffer[:, :5], *vectors, c["mean"], grads[:, :5])
-    same = any_ops.bn_relu_accumulate(narrow, buffer[:, :5].contiguous(), *vectors, c["mean"], dense)
+    sums = any_ops.bn_relu_backward_accumulate(narrow, buffer[:, :5], *vectors, c["mean"], grads[:, :5])
+    same = any_ops.bn_relu_backward_accumulate(narrow, buffer[:, :5].contiguous(), *vectors, c["mean"], dense)
     assert torch.equal(grads[:, :5], dense) and torch.equal(grads[:, 5:], before[:, 5:])
     for a, b in zip(sums, same, strict=True):
         torch.testing.assert_close(a, b)
@@ -271,7 +272,7 @@ def test_an_expanded_gradient(any_ops: Any) -> None:
     results = []
     for grad in (one, one.contiguous()):
         grad_x = channels_last(torch.zeros_like(c["x"]))
-        results.append([*any_ops.bn_relu_accumulate(grad, c["x"], *vectors, grad_x), grad_x])
+        results.append([*any_ops.bn_relu_backward_accumulate(grad, c["x"], *vectors, grad_x), grad_x])
     torch.testing.assert_close(*results)
 
 
@@ -283,7 +284,7 @@ def test_nan_stays_nan_and_passes_gradients_as_in_torch(any_ops: Any, dtype: tor
     out, grad, grad_x = torch.empty_like(x), torch.ones_like(x), torch.zeros_like(x)
     any_ops.bn_relu(x, one, zero, out)
     assert out.isnan().flatten().tolist() == [True, False, False, False] * 5
-    sums = any_ops.bn_relu_accumulate(grad, x, one, zero, zero, grad_x)
+    sums = any_ops.bn_relu_backward_accumulate(grad, x, one, zero, zero, grad_x)
     any_ops.bn_relu_backward(grad, x, one, zero, zero, one, False)
     for result in (grad, grad_x):
         assert result.flatten().tolist() == [1, 0, 1, 0] * 5
@@ -292,9 +293,9 @@ def test_nan_stays_nan_and_passes_gradients_as_in_torch(any_ops: Any, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
-    for make_run in (run_forward, run_with_sums, run_backward, run_accumulate):
+    for make_run in (run_forward, run_backward_sums, run_backward, run_backward_accumulate):
         assert_repeatable(make_run(SHAPES[5], dtype), ops, dtype)
-    for run in (run_fold(dtype, dtype), run_defer(12)):
+    for run in (run_fold(dtype, dtype), run_accumulate_correction(12)):
         assert_repeatable(run, ops, reference.accumulate_dtype(dtype))
 
 
@@ -307,11 +308,11 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     ops = torch.ops.effdense
     torch.library.opcheck(ops.bn_relu.default, (c["x"], scale, shift, out))
     torch.library.opcheck(ops.bn_relu_backward.default, (grad, c["x"], scale, shift, mean, rstd, True))
-    torch.library.opcheck(ops.bn_relu_with_sums.default, (grad, c["x"], scale, shift, mean, out))
-    torch.library.opcheck(ops.bn_relu_accumulate.default, (grad, c["x"], scale, shift, mean, out))
+    torch.library.opcheck(ops.bn_relu_backward_sums.default, (grad, c["x"], scale, shift, mean, out))
+    torch.library.opcheck(ops.bn_relu_backward_accumulate.default, (grad, c["x"], scale, shift, mean, out))
     torch.library.opcheck(ops.fold.default, (mean, rstd, scale.to(dtype), None, 1e-5))
     torch.library.opcheck(
-        ops.defer.default,
+        ops.accumulate_correction.default,
         (mean, shift, rstd, scale, 3, mean.clone(), torch.cat([mean, mean])[: mean.numel()]),
     )
 
@@ -341,15 +342,15 @@ def test_wrong_arguments_of_bn_relu_backward(ops: Any, mistake: Mistake) -> None
 
 
 @pytest.mark.parametrize("mistake", [*mistakes(VECTORS[:3], ["grad"], ["out"]), NOT_A_MAP])
-def test_wrong_arguments_of_bn_relu_with_sums(ops: Any, mistake: Mistake) -> None:
+def test_wrong_arguments_of_bn_relu_backward_sums(ops: Any, mistake: Mistake) -> None:
     right = {k: arguments()[k] for k in ("grad", "x", *VECTORS[:3], "out")}
-    assert_refused("bn_relu_with_sums", right, mistake, ops)
+    assert_refused("bn_relu_backward_sums", right, mistake, ops)
 
 
 @pytest.mark.parametrize("mistake", [*mistakes(VECTORS[:3], ["grad"], ["grad_x"]), NOT_A_MAP])
-def test_wrong_arguments_of_bn_relu_accumulate(ops: Any, mistake: Mistake) -> None:
+def test_wrong_arguments_of_bn_relu_backward_accumulate(ops: Any, mistake: Mistake) -> None:
     right = {k: arguments()[k] for k in ("grad", "x", *VECTORS[:3], "grad_x")}
-    assert_refused("bn_relu_accumulate", right, mistake, ops)
+    assert_refused("bn_relu_backward_accumulate", right, mistake, ops)
 
 
 SHORT = ValueError, r"must be a contiguous vector of 10 elements .*, got shape \[9\]"
@@ -395,7 +396,7 @@ def test_wrong_arguments_of_fold(ops: Any, mistake: Mistake) -> None:
         ("b", Tensor.float, TypeError, r"must be Double \(.*sums.*\), got Float"),
     ],
 )
-def test_wrong_arguments_of_defer(ops: Any, mistake: Mistake) -> None:
+def test_wrong_arguments_of_accumulate_correction(ops: Any, mistake: Mistake) -> None:
     names = "sum_d", "sum_dx", "rstd", "scale", "a", "b"
     vectors = dict(zip(names, torch.rand(6, 10).double(), strict=True))
-    assert_refused("defer", {**vectors, "count": 3}, mistake, ops)
+    assert_refused("accumulate_correction", {**vectors, "count": 3}, mistake, ops)

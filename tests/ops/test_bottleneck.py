@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests._cases import (
     OPCHECKS,
     SHAPES,
     Mistake,
+    Run,
     assert_as_exact,
     assert_refused,
     assert_repeatable,
@@ -36,10 +36,9 @@ from tests._cases import (
 )
 
 Case = dict[str, Any]
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean")
 # of what grad_y misses: the first four, or with relu's backward all six
-DEFERRED = ("y", "y_mean", "a", "b", "out_scale", "out_shift")
+CORRECTION = ("y", "y_mean", "a", "b", "out_scale", "out_shift")
 
 
 def make_case(shape: tuple, dtype: torch.dtype = torch.float64, offset: float = 0.0) -> Case:
@@ -99,9 +98,9 @@ def run_backward(
     need_features: bool = True,
     need_weight: bool = True,
     first: int = 0,
-    deferred: int = 0,
+    correction: int = 0,
 ) -> Run:
-    """`first`: the layout of the first feature, see `lay_out`; those of grad_y and y are others. `deferred`: how many of DEFERRED."""
+    """`first`: the layout of the first feature, see `lay_out`; those of grad_y and y are others. `correction`: how many of CORRECTION."""
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         c = to_dtype(case, dtype)
@@ -116,7 +115,7 @@ def run_backward(
             accumulate,
             need_features,
             need_weight,
-            [c[name] for name in DEFERRED[:deferred]],
+            [c[name] for name in CORRECTION[:correction]],
         )
         assert all(map(rest_is_untouched, grads))
         if need_features:
@@ -152,7 +151,7 @@ def test_forward_matches_the_float64_twin(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "accumulate, need_features, need_weight, first, deferred",
+    "accumulate, need_features, need_weight, first, correction",
     [
         (False, True, True, 0, 0),
         (True, True, False, 2, 4),
@@ -168,9 +167,9 @@ def test_backward_matches_the_float64_twin(
     need_features: bool,
     need_weight: bool,
     first: int,
-    deferred: int,
+    correction: int,
 ) -> None:
-    run = run_backward(make_case(shape, dtype), accumulate, need_features, need_weight, first, deferred)
+    run = run_backward(make_case(shape, dtype), accumulate, need_features, need_weight, first, correction)
     assert_as_exact(run, ops, dtype)
 
 
@@ -181,8 +180,8 @@ def test_features_in_every_layout(
 ) -> None:
     case = make_case((images, spatial, (channels,) * len(LAYOUTS), 9), dtype)
     assert_as_exact(run_forward(case), ops, dtype)
-    for deferred in (0, 4, 6):
-        assert_as_exact(run_backward(case, accumulate=True, deferred=deferred), ops, dtype)
+    for correction in (0, 4, 6):
+        assert_as_exact(run_backward(case, accumulate=True, correction=correction), ops, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,8 +189,8 @@ def test_features_in_every_layout(
 def test_one_feature_in_every_layout(ops: Any, first: int, dtype: torch.dtype) -> None:
     case = make_case((2, (5, 7), (9,), 4), dtype)
     assert_as_exact(run_forward(case, first=first), ops, dtype)
-    for deferred in (0, 4, 6):
-        assert_as_exact(run_backward(case, first=first, deferred=deferred), ops, dtype)
+    for correction in (0, 4, 6):
+        assert_as_exact(run_backward(case, first=first, correction=correction), ops, dtype)
 
 
 def test_a_mean_far_larger_than_the_deviation(ops: Any) -> None:
@@ -308,21 +307,21 @@ def test_nan_stays_nan_and_passes_gradients_as_in_torch(any_ops: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("deferred", [4, 6])
+@pytest.mark.parametrize("correction", [4, 6])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_deferred_comes_first(any_ops: Any, shape: tuple, deferred: int, dtype: torch.dtype) -> None:
+def test_the_correction_comes_first(any_ops: Any, shape: tuple, correction: int, dtype: torch.dtype) -> None:
     """By hand in float64; what is written in `dtype` may be off by a rounding of it, sums of n terms by sqrt(n) of theirs.
 
     The CUDA kernels write the finished grad_y in `dtype` for the tensor cores: all that follows is off by that rounding.
     """
     case = make_case(shape, dtype)
-    like, got = case["y"], run_backward(case, deferred=deferred)(any_ops, dtype)
-    correction = column(case["a"], like) + column(case["b"], like) * (like - column(case["y_mean"], like))
+    like, got = case["y"], run_backward(case, correction=correction)(any_ops, dtype)
+    subtracted = column(case["a"], like) + column(case["b"], like) * (like - column(case["y_mean"], like))
     grad = case["grad_y"]
-    if deferred == 6:
+    if correction == 6:
         scale, shift = column(case["out_scale"], like), column(case["out_shift"], like)
         grad = scale * grad * (scale * like + shift > 0)
-    finished = {**case, "grad_y": grad - correction}
+    finished = {**case, "grad_y": grad - subtracted}
     terms = max(like.numel() // like.shape[1], like.shape[1])
     wide = torch.finfo(reference.accumulate_dtype(dtype)).eps
     on_cuda = any_ops is torch.ops.effdense_simt
@@ -333,22 +332,22 @@ def test_deferred_comes_first(any_ops: Any, shape: tuple, deferred: int, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_deferred_leaves_its_arguments_alone(any_ops: Any, dtype: torch.dtype) -> None:
+def test_the_correction_leaves_its_arguments_alone(any_ops: Any, dtype: torch.dtype) -> None:
     _, backward = arguments(make_case(SHAPES[0], dtype), dtype)
-    read = [backward["grad_y"], *backward["deferred"], *backward["features"]]
+    read = [backward["grad_y"], *backward["correction"], *backward["features"]]
     before = [x.clone() for x in read]
     any_ops.bottleneck_backward(**backward)
     assert all(map(torch.equal, read, before))
 
 
-def test_where_nothing_is_deferred_y_is_not_looked_at(any_ops: Any) -> None:
-    """As in take_gradient: b = 0 of a norm with running statistics, and a y that overflowed."""
+def test_where_nothing_is_to_be_corrected_y_is_not_looked_at(any_ops: Any) -> None:
+    """As in apply_correction: b = 0 of a norm with running statistics, and a y that overflowed."""
     results = []
     for value in (float("nan"), float("inf"), 0.0):
         torch.manual_seed(1)
         case = make_case(SHAPES[0])
         case["y"][:, 2], case["b"][2] = value, 0.0
-        results.append(run_backward(case, deferred=4)(any_ops, torch.float64))
+        results.append(run_backward(case, correction=4)(any_ops, torch.float64))
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[2])
 
@@ -358,7 +357,7 @@ def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[5], dtype)
     assert_repeatable(run_forward(case, True, True), ops, dtype)
     assert_repeatable(run_backward(case, True), ops, dtype)
-    assert_repeatable(run_backward(case, True, deferred=6), ops, dtype)
+    assert_repeatable(run_backward(case, True, correction=6), ops, dtype)
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -371,7 +370,7 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str,
     return {**shared, **rest, "statistics": True, "y": channels_last(torch.zeros_like(c["grad_y"]))}, {
         **backward,
         **dict.fromkeys(("accumulate", "need_features", "need_weight"), True),
-        "deferred": [c[name] for name in DEFERRED],
+        "correction": [c[name] for name in CORRECTION],
     }
 
 
@@ -389,7 +388,7 @@ def test_opcheck_of_what_may_be_left_out(shape: tuple, dtype: torch.dtype) -> No
     forward, backward = arguments(make_case(shape), dtype)
     forward |= {"bias": None, "out_scale": None, "out_shift": None, "statistics": False}
     torch.library.opcheck(torch.ops.effdense.bottleneck.default, (), forward)
-    backward |= {"accumulate": False, "need_weight": False, "deferred": []}
+    backward |= {"accumulate": False, "need_weight": False, "correction": []}
     backward["grad_features"][1] = torch.empty(0, dtype=dtype)
     torch.library.opcheck(torch.ops.effdense.bottleneck_backward.default, (), backward)
 
@@ -469,10 +468,10 @@ GRADIENTS: list[Mistake] = [
 ]
 
 
-def of_deferred(mistake: Mistake, position: int) -> Mistake:
+def in_correction(mistake: Mistake, position: int) -> Mistake:
     _, change, error, message = mistake
     return (
-        "deferred",
+        "correction",
         lambda d: [change(x) if i == position else x for i, x in enumerate(d)],
         error,
         rf"\[{position}\] {message}",
@@ -480,15 +479,17 @@ def of_deferred(mistake: Mistake, position: int) -> Mistake:
 
 
 NOT_FOUR = r"must hold y, mean, a, b, perhaps scale, shift, or nothing, got {} tensors"
-NOT_DEFERRED: list[Mistake] = [
-    ("deferred", lambda d: d[:3], ValueError, NOT_FOUR.format(3)),
-    ("deferred", lambda d: d[:5], ValueError, NOT_FOUR.format(5)),
-    *(of_deferred(mistake, 0) for mistake in mistakes([], ["y"])),
-    *(of_deferred(mistake, i) for i in range(1, 6) for mistake in mistakes(["vector"])),
+WRONG_CORRECTIONS: list[Mistake] = [
+    ("correction", lambda d: d[:3], ValueError, NOT_FOUR.format(3)),
+    ("correction", lambda d: d[:5], ValueError, NOT_FOUR.format(5)),
+    *(in_correction(mistake, 0) for mistake in mistakes([], ["y"])),
+    *(in_correction(mistake, i) for i in range(1, 6) for mistake in mistakes(["vector"])),
 ]
 
 
-@pytest.mark.parametrize("mistake", [*FEATURES, *GRADIENTS, *NOT_DEFERRED, *mistakes(VECTORS, ["grad_y"])])
+@pytest.mark.parametrize(
+    "mistake", [*FEATURES, *GRADIENTS, *WRONG_CORRECTIONS, *mistakes(VECTORS, ["grad_y"])]
+)
 def test_wrong_arguments_of_bottleneck_backward(mistake: Mistake) -> None:
     right = arguments(make_case(SHAPES[0]), torch.float64)[1]
     before = [x.clone() for x in right["grad_features"]]

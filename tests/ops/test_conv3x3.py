@@ -16,6 +16,7 @@ from tests._cases import (
     IN_EVERY_LAYOUT,
     LAYOUTS,
     Mistake,
+    Run,
     assert_as_exact,
     assert_refused,
     assert_repeatable,
@@ -33,7 +34,6 @@ from tests._cases import (
 BACKENDS = {"cpu": torch.ops.effdense}  # elsewhere convolutions are PyTorch's
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Case = dict[str, Tensor]
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 VECTORS = ("scale", "shift", "mean")
 
 # images, spatial sizes, channels, output channels: images in several bands. A thread's scratch is a band of lines of

@@ -1,8 +1,7 @@
-"""channel_statistics, append_features and take_gradient against the float64 reference and plain torch; wrong arguments."""
+"""channel_statistics, append_features and apply_correction against the float64 reference and plain torch; wrong arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests._cases import (
     OPCHECKS,
     SHAPES,
     Mistake,
+    Run,
     assert_as_exact,
     assert_refused,
     assert_repeatable,
@@ -31,8 +31,6 @@ from tests._cases import (
     rest_is_untouched,
     to_dtype,
 )
-
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 
 
 def run_statistics(shape: tuple, dtype: torch.dtype, first: int = 0, offset: float = 0.0) -> Run:
@@ -56,7 +54,9 @@ def run_append(shape: tuple, dtype: torch.dtype, layout: str = "channels-last") 
     return run
 
 
-def run_take(shape: tuple, dtype: torch.dtype, layout: str = "channels-last", in_place: bool = True) -> Run:
+def run_apply_correction(
+    shape: tuple, dtype: torch.dtype, layout: str = "channels-last", in_place: bool = True
+) -> Run:
     x, grad = make_map(shape).to(dtype), torch.randn_like(make_map(shape)).to(dtype)
     vectors = list(torch.randn(3, x.shape[1]).double())
 
@@ -64,7 +64,7 @@ def run_take(shape: tuple, dtype: torch.dtype, layout: str = "channels-last", in
         x_ = LAYOUTS[layout](x.to(dtype))
         grad_ = in_buffer(grad.to(dtype)) if in_place else LAYOUTS[layout](grad.to(dtype))
         out = grad_ if in_place else in_buffer(torch.full_like(grad_, float("nan")))
-        ops.take_gradient(x_, *to_dtype(vectors, dtype), grad_, out)
+        ops.apply_correction(x_, *to_dtype(vectors, dtype), grad_, out)
         assert rest_is_untouched(out)
         assert in_place or torch.equal(grad_, grad.to(dtype))
         return [out]
@@ -90,10 +90,10 @@ def test_append_features_matches_the_float64_twin(ops: Any, shape: tuple, dtype:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("in_place", [True, False])
-def test_take_gradient_matches_the_float64_twin(
+def test_apply_correction_matches_the_float64_twin(
     ops: Any, shape: tuple, dtype: torch.dtype, in_place: bool
 ) -> None:
-    assert_as_exact(run_take(shape, dtype, in_place=in_place), ops, dtype)
+    assert_as_exact(run_apply_correction(shape, dtype, in_place=in_place), ops, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +110,7 @@ def test_statistics_of_features_in_every_layout(
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]])
 def test_maps_in_every_layout(ops: Any, shape: tuple, layout: str, dtype: torch.dtype) -> None:
     assert_as_exact(run_append(shape, dtype, layout), ops, dtype)
-    assert_as_exact(run_take(shape, dtype, layout, in_place=False), ops, dtype)
+    assert_as_exact(run_apply_correction(shape, dtype, layout, in_place=False), ops, dtype)
 
 
 @pytest.mark.parametrize("images, spatial", [(4, (3, 5)), (1, (3, 5)), (4, (1, 1)), (4, (6,))])
@@ -149,28 +149,28 @@ def test_a_channel_without_values_has_mean_0_and_variance_1(any_ops: Any) -> Non
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4]])
-def test_take_gradient_is_affine_in_the_features(any_ops: Any, shape: tuple) -> None:
+def test_apply_correction_is_affine_in_the_features(any_ops: Any, shape: tuple) -> None:
     x, (mean, a, b) = make_map(shape), torch.randn(3, sum(shape[2])).double()
     grad, out = torch.randn_like(x), channels_last(torch.empty_like(x))
-    any_ops.take_gradient(x, mean, a, b, grad, out)
+    any_ops.apply_correction(x, mean, a, b, grad, out)
     expected = grad - column(a, x) - column(b, x) * (x - column(mean, x))
     torch.testing.assert_close(out, expected)
 
 
-def test_take_gradient_moves_a_slice_of_one_buffer_into_another(any_ops: Any) -> None:
+def test_apply_correction_moves_a_slice_of_one_buffer_into_another(any_ops: Any) -> None:
     buffer, grads = (channels_last(torch.randn(2, 9, 3, 4)) for _ in range(2))
     out, (mean, a, b) = in_buffer(torch.zeros(2, 4, 3, 4)), torch.randn(3, 4)
     before = grads.clone()
-    any_ops.take_gradient(buffer[:, 3:7], mean, a, b, grads[:, 3:7], out)
+    any_ops.apply_correction(buffer[:, 3:7], mean, a, b, grads[:, 3:7], out)
     dense = channels_last(torch.zeros(2, 4, 3, 4))
-    any_ops.take_gradient(buffer[:, 3:7].contiguous(), mean, a, b, grads[:, 3:7].contiguous(), dense)
+    any_ops.apply_correction(buffer[:, 3:7].contiguous(), mean, a, b, grads[:, 3:7].contiguous(), dense)
     torch.testing.assert_close(out, dense)
     assert rest_is_untouched(out) and torch.equal(grads, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_runs_are_bitwise_repeatable(ops: Any, dtype: torch.dtype) -> None:
-    for make_run in (run_statistics, run_append, run_take):
+    for make_run in (run_statistics, run_append, run_apply_correction):
         assert_repeatable(make_run(SHAPES[5], dtype), ops, dtype)
 
 
@@ -183,7 +183,7 @@ def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.effdense.channel_statistics.default, (features,))
     torch.library.opcheck(torch.ops.effdense.append_features.default, (x, channels_last(x)))
     arguments = x, *vectors, x, channels_last(torch.zeros_like(x))
-    torch.library.opcheck(torch.ops.effdense.take_gradient.default, arguments)
+    torch.library.opcheck(torch.ops.effdense.apply_correction.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_wrong_arguments_of_append_features(ops: Any, mistake: Mistake) -> None:
         ("x", lambda x: torch.ones(3), *NOT_A_MAP),
     ],
 )
-def test_wrong_arguments_of_take_gradient(ops: Any, mistake: Mistake) -> None:
+def test_wrong_arguments_of_apply_correction(ops: Any, mistake: Mistake) -> None:
     x = make_map(SHAPES[0])
     vectors = dict(zip(("mean", "a", "b"), torch.randn(3, x.shape[1]).double(), strict=True))
-    assert_refused("take_gradient", {"x": x, **vectors, "grad": x, "out": channels_last(x)}, mistake, ops)
+    assert_refused("apply_correction", {"x": x, **vectors, "grad": x, "out": channels_last(x)}, mistake, ops)
 
 
 def test_a_dtype_without_a_kernel() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -16,6 +15,7 @@ from tests._cases import (
     DTYPES,
     LAYOUTS,
     Mistake,
+    Run,
     assert_as_exact,
     assert_refused,
     assert_repeatable,
@@ -29,7 +29,6 @@ from tests._cases import (
     to_dtype,
 )
 
-Run = Callable[[Any, torch.dtype], list[Tensor]]
 Sizes = tuple[int, ...]
 VECTORS = ("scale", "shift", "mean")
 AVG_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

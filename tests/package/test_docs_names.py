@@ -213,8 +213,10 @@ def test_what_is_wrong_is_found() -> None:
         assert found.endswith(f": {wrong}")
     row = "| folder | files |\n|---|---|\n| `effdense/ops/` | `stage.py` |\n"  # which is in another folder
     assert missing_paths("page", row, FILES) == ["page:3: stage.py"]
-    chain = "| file | function | what |\n|---|---|---|\n| `csrc/stage.cpp` | `Forward`, `no_such` | |\n"
-    assert missing_names("page", chain, FILES) == ["page:3: no_such in csrc/stage.cpp"]
+    chain = (
+        "| file | function | what |\n|---|---|---|\n| `csrc/stage_forward.cpp` | `Forward`, `no_such` | |\n"
+    )
+    assert missing_names("page", chain, FILES) == ["page:3: no_such in csrc/stage_forward.cpp"]
     said = "`run_stage` and `no_such` in `effdense/nn/stage_run.py`"
     assert missing_names("page", said, FILES) == ["page:1: no_such in effdense/nn/stage_run.py"]
     links = "[a](architecture.md#the-map) [b](architecture.md#no-such) [c](#no-such)"
@@ -224,7 +226,7 @@ def test_what_is_wrong_is_found() -> None:
     assert set(off_the_map(text, FILES | new)) - set(off_the_map(text, FILES)) == new
     covered = {"tests/test_new.py", "harness/simt/samples/new.cu", "docs/x.png"}
     assert not set(off_the_map(text, FILES | covered)) & covered
-    assert "csrc/stage.cpp" in off_the_map(text.replace("`stage.cpp`", "a file"), FILES)
+    assert "csrc/stage_forward.cpp" in off_the_map(text.replace("`stage_forward.cpp`", "a file"), FILES)
 
 
 # ---- Figures

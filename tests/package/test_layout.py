@@ -1,16 +1,23 @@
-"""The parts of effdense import in one direction: one table, checked against every import, the lazy ones inside functions too."""
+"""The parts of effdense, and the folders beside it, import in one direction: tables, checked against every import, the lazy ones
+inside functions too. And every operator's schema stands where the rule says.
+"""
 
 from __future__ import annotations
 
 import ast
+import collections
 import graphlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "effdense"
+from effdense.ops import reference, schemas
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "effdense"
 
 # Files that import nothing else of effdense but one another; everyone may import them.
 GROUND = {"_torch_range", "_version", "extras", "files", "tensor_files", "values"}
@@ -89,8 +96,8 @@ def test_every_file_has_its_place_in_the_table() -> None:
     assert {name.split(".")[0] for name in modules_of(PACKAGE)} == GROUND | ALLOWED.keys()
     # What a row allows may import no more than the row does: so the rows are floors, and the table has no circle.
     for room, allowed in ALLOWED.items():
-        for below in allowed:
-            assert ALLOWED[below] < allowed, (room, below)
+        for lower in allowed:
+            assert ALLOWED[lower] < allowed, (room, lower)
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
@@ -131,3 +138,138 @@ def test_a_planted_import_is_found(file: str, line: str, imported: str, tmp_path
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, line]))
     assert wrong_imports(package) == [f"effdense/{file}:{len(lines) + 1} imports {imported}"]
+
+
+# ---- Beside the package: harness <- benchmarks <- tests
+
+BESIDE = {
+    "effdense": set[str](),
+    "harness": {"effdense"},
+    "benchmarks": {"effdense", "harness"},
+    "tests": {"effdense", "harness", "benchmarks"},
+}
+
+
+def folders_imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Which of these folders' modules a file imports, or names in a string ("benchmarks.worker"), and the line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+(\.\w+)+", str(node.value)):
+            found = ROOT / str(node.value).replace(".", "/")
+            names = [str(node.value)] if found.is_dir() or found.with_suffix(".py").exists() else []
+        for name in names:
+            if (folder := name.partition(".")[0]) in BESIDE:
+                yield folder, getattr(node, "lineno", 0)
+
+
+def wrong_beside(root: Path, folders: Iterator[str] | list[str]) -> list[str]:
+    """Every import from one of the folders that the table does not allow, in words."""
+    wrong = []
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            for imported, line in folders_imported(path):
+                if imported not in BESIDE[folder] | {folder}:
+                    wrong.append(f"{path.relative_to(root)}:{line} imports {imported}")
+    return wrong
+
+
+def test_the_folders_beside_the_package_import_one_way() -> None:
+    assert wrong_beside(ROOT, list(BESIDE)) == []
+
+
+@pytest.mark.parametrize(
+    "file, line, imported",
+    [
+        ("harness/simt/compiler.py", "from tests._cases import SHAPES", "tests"),
+        ("harness/ptx/interpreter.py", "def lazy(): import benchmarks.nets as nets", "benchmarks"),
+        ("benchmarks/nets.py", "from tests import _stages", "tests"),
+        ("benchmarks/measure.py", "run([sys.executable, '-m', 'tests._run_without'])", "tests"),
+        ("effdense/cli.py", "from harness.simt import compiler", "harness"),
+    ],
+)
+def test_a_planted_import_beside_the_package_is_found(
+    file: str, line: str, imported: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    lines = (ROOT / file).read_text().splitlines()
+    (tmp_path / file).write_text("\n".join([*lines, line]))
+    wrong = wrong_beside(tmp_path, [file.partition("/")[0]])
+    assert wrong == [f"{file}:{len(lines) + 1} imports {imported}"]
+
+
+# ---- Where schemas stand: docs/architecture.md, "To add an operator"
+
+
+def schemas_by_file(root: Path) -> dict[str, list[str]]:
+    """The operators that each file defines: by m.def("name(...") in C++, as a string of the form "name(...) -> ..." in Python."""
+    found = collections.defaultdict[str, list[str]](list)
+    for path in sorted((root / "csrc").rglob("*")):
+        if path.is_file():
+            found[f"{path.relative_to(root)}"] += re.findall(r'm\.def\(\s*"(\w+)\(', path.read_text())
+    for path in sorted((root / "effdense").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.unparse(node) if isinstance(node, (ast.Constant, ast.JoinedStr)) else ""
+            found[f"{path.relative_to(root)}"] += re.findall(r"""^f?['"](\w+)\([^\n]*\) -> """, text)
+    return {file: names for file, names in found.items() if names}
+
+
+def implemented_in_python(root: Path) -> dict[str, str]:
+    """Every operator whose plain implementation Python registers, and the file."""
+    pattern = re.compile(r'library\.impl\(\s*library,\s*"(\w+)",\s*"CompositeExplicitAutograd"')
+    files = sorted((root / "effdense" / "engine").glob("*.py"))
+    return {name: file.name for file in files for name in pattern.findall(file.read_text())}
+
+
+def files_named_above(path: Path) -> dict[str, str]:
+    """Every operator of schemas.py, and the file that the comment above it names."""
+    found, file = dict[str, str](), ""
+    for line in path.read_text().splitlines():
+        if comment := re.match(r"\s*# engine/(\w+\.py)", line):
+            file = comment[1]
+        elif schema := re.match(r"""\s+f?"([a-z]\w*)\(""", line):
+            found[schema[1]] = file
+    return found
+
+
+def test_schemas_stand_where_the_rule_says() -> None:
+    of = schemas_by_file(ROOT)
+    switches = of.pop("csrc/cuda/bottleneck.cpp")
+    assert of.keys() == {"csrc/schemas.h", "csrc/stage.h", "effdense/ops/schemas.py"}
+    assert len(names := [name for every in of.values() for name in every]) == len(set(names))
+    # Kernels: each has its reference, which runs without the extension.
+    assert [name for name in of["csrc/schemas.h"] if not hasattr(reference, name)] == []
+    # The stage in C++ and its companions, whose Python is the engine.
+    assert {name.partition("_")[0] for name in of["csrc/stage.h"]} == {"stage"}
+    # For checks on a GPU, of its bindings alone: they compute nothing.
+    assert {name.partition("_")[0] for name in switches} == {"override"}
+    # What Python calls by torch.ops, whether the extension is there or not: it is implemented in the engine.
+    python = of["effdense/ops/schemas.py"]
+    assert len(python) == len(schemas.SCHEMAS)
+    assert implemented_in_python(ROOT) == files_named_above(PACKAGE / "ops" / "schemas.py")
+    assert implemented_in_python(ROOT).keys() == set(python)
+    called = {
+        name
+        for file in PACKAGE.rglob("*.py")
+        for name in re.findall(r"torch\.ops\.effdense\.(\w+)", file.read_text())
+    }
+    assert called <= set(python)
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    [
+        ("csrc/ops.cpp", 'void f() { m.def(\n      "forgotten(Tensor x) -> ()"); }'),
+        ("csrc/cuda/bindings.h", 'void f() { m.def("forgotten(Tensor x) -> ()"); }'),
+        ("effdense/engine/pool.py", "library.define('forgotten(Tensor x) -> ()')"),
+    ],
+)
+def test_a_schema_elsewhere_is_found(file: str, line: str, tmp_path: Path) -> None:
+    for folder in ("csrc", "effdense"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / file
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    assert schemas_by_file(tmp_path)[file] == ["forgotten"]

@@ -49,13 +49,13 @@ def test_the_librarys_own_files(tmp_path: Path) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in some().items()}
     library.save_file(contiguous, tmp_path / "theirs.safetensors", metadata={"epoch": "3"})
     save_tensors(some(), tmp_path / "ours.safetensors")
-    theirs, ours = (
+    theirs, own = (
         load_tensors(tmp_path / "theirs.safetensors"),
         library.load_file(tmp_path / "ours.safetensors"),
     )
-    assert set(theirs) == set(ours) == set(contiguous)
+    assert set(theirs) == set(own) == set(contiguous)
     for name, tensor in contiguous.items():
-        assert torch.equal(theirs[name], tensor) and torch.equal(ours[name], tensor)
+        assert torch.equal(theirs[name], tensor) and torch.equal(own[name], tensor)
 
 
 def test_complex_numbers_are_refused(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def test_a_block_alone_has_no_last_target(tmp_path: Path) -> None:
 
 def test_twins_and_ours_agree() -> None:
     twin = twins.build("densenet_bc_16_4", "naive").model
-    ours = models.load_weights(models.build("densenet_bc_16_4"), twin.state_dict())
-    for a, b in zip(feature_reuse(twin), feature_reuse(ours), strict=True):
+    fused = models.load_weights(models.build("densenet_bc_16_4"), twin.state_dict())
+    for a, b in zip(feature_reuse(twin), feature_reuse(fused), strict=True):
         assert torch.equal(a.weights.nan_to_num(-1), b.weights.nan_to_num(-1))
 
 

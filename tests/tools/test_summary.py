@@ -76,11 +76,11 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_saved_bytes_are_those_of_a_real_forward(memory: str, form: str) -> None:
     shape = (3, 3, 40, 32)
     options = {"bn_size": 2, "num_classes": 5, **FORMS[form]}
-    ours = models.DenseNet(4, (2, 3), 6, **options)
-    got = effdense.summary(ours, shape).total.saved[memory]
-    runs = twins.DenseNet(4, (2, 3), 6, **options) if memory == "naive" else ours
+    fused = models.DenseNet(4, (2, 3), 6, **options)
+    got = effdense.summary(fused, shape).total.saved[memory]
+    runs = twins.DenseNet(4, (2, 3), 6, **options) if memory == "naive" else fused
     if memory != "naive":
-        effdense.convert(ours, memory=memory)
+        effdense.convert(fused, memory=memory)
     x = torch.randn(shape)
     own = {t.untyped_storage()._cdata for t in (x, *runs.parameters(), *runs.buffers())}
     storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in kept_tensors(runs, x)[0])}
@@ -168,9 +168,9 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("efficient", [False, True])
 def test_other_libraries_blocks(efficient: bool) -> None:
-    ours = models.densenet_cifar(22, 12)
+    fused = models.densenet_cifar(22, 12)
     summary = effdense.summary(structures.StarNet(0.0, efficient, 12, (3, 3, 3), 24, 4, 10), (2, 3, 32, 32))
-    expected = effdense.summary(ours, (2, 3, 32, 32))
+    expected = effdense.summary(fused, (2, 3, 32, 32))
     for row, other in zip(summary.rows, expected.rows, strict=True):
         assert row[:-1] == other[:-1]
         assert {k: row.saved[k] for k in ("balanced", "minimal")} == {

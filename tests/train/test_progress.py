@@ -16,22 +16,9 @@ from effdense.train import display, loop
 from effdense.train.interrupt import Interrupt
 from effdense.train.metrics import Row
 from effdense.train.settings import RECIPES
-from tests._training import STEPS, assert_same_end, load, rows, train, write_data
+from tests._training import STEPS, assert_same_end, load, rows, train
 
 ROW = Row(12, 1234, "step", 2.31163, 0.0417, 0.1, 1234.5, 332 * 2**20, 99.0)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a line for every step."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert train(root, out) == 0
-    return out
 
 
 def steps_of(out: Path) -> dict[int, dict[str, Any]]:

@@ -12,15 +12,10 @@ import torch
 from PIL import Image
 
 from effdense.train import checkpoint, images
-from tests._training import TRAIN, assert_same_end, load, train, write_data, write_idx
+from tests._training import TRAIN, assert_same_end, load, train, write_idx
 
 SHORT = ("--epochs", "1", "--limit-train", "12")
 ON_FOLDER = ("--data", "folder", "--recipe", "d2l", "--resize", "16", "--batch-size", "4", "--epochs", "1")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

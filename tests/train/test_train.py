@@ -30,23 +30,9 @@ from tests._training import (
     load,
     rows,
     train,
-    write_data,
 )
 
 CUT_OFF = STEPS + 3  # a step in the middle of the second epoch
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert train(root, out) == 0
-    return out
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Any) -> None:
@@ -254,12 +240,12 @@ def test_one_process_of_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("impl", ["naive", "checkpoint"])
 def test_implementations_train_the_same(impl: str, root: Path, tmp_path: Path) -> None:
     short = ("--epochs", "1", "--dtype", "float64", "--drop-rate", "0")
-    assert train(root, tmp_path / "ours", *short, "--memory", "minimal") == 0
+    assert train(root, tmp_path / "fused", *short, "--memory", "minimal") == 0
     assert train(root, tmp_path / impl, *short, "--impl", impl) == 0
-    for ours, theirs in zip(rows(tmp_path / "ours"), rows(tmp_path / impl), strict=True):
-        if impl == "checkpoint" and ours["split"] == "test":
+    for fused, theirs in zip(rows(tmp_path / "fused"), rows(tmp_path / impl), strict=True):
+        if impl == "checkpoint" and fused["split"] == "test":
             continue  # its running statistics move twice a step, as torchvision's do
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        assert fused["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
 
 
 def test_parts_of_a_batch_add_up(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

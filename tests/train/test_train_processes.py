@@ -14,7 +14,7 @@ from benchmarks import measure
 from effdense import models
 from effdense.train.processes import Processes
 from tests._processes import run_in_processes
-from tests._training import arguments, load, rows, train, write_data
+from tests._training import arguments, load, rows, train
 
 EXACT = ("--dtype", "float64", "--drop-rate", "0", "--save-steps", "3")
 DYING = """
@@ -37,11 +37,6 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=180)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
 def test_two_processes_train_like_one(root: Path, tmp_path: Path) -> None:
     """One of them dies in the middle, which ends both; then they go on."""
     one, two, script = tmp_path / "one", tmp_path / "two", tmp_path / "dying.py"
@@ -54,9 +49,9 @@ def test_two_processes_train_like_one(root: Path, tmp_path: Path) -> None:
     assert ended.stdout.count("epoch 2/2") == 1  # one of them says it
     assert train(root, one, *EXACT) == 0
     assert [row["split"] for row in rows(two)] == [row["split"] for row in rows(one)]
-    for ours, theirs in zip(rows(two), rows(one), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9), ours
-        assert ours["accuracy"] == theirs["accuracy"]
+    for of_two, of_one in zip(rows(two), rows(one), strict=True):
+        assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-9), of_two
+        assert of_two["accuracy"] == of_one["accuracy"]
     torch.testing.assert_close(load(two)["state_dict"], load(one)["state_dict"], rtol=1e-9, atol=1e-9)
 
 

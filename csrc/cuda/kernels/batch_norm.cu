@@ -1,7 +1,7 @@
-// Batch normalisation: fold and defer for one number per channel, z = relu(scale * x + shift) of a map, and
-// its backward in three forms. bn_relu_with_sums makes z again and takes the sums, bn_relu_backward finishes
-// the gradient at once, and bn_relu_accumulate adds the part that needs no sums of the batch to a block's
-// gradient buffer.
+// Batch normalisation: fold and accumulate_correction for one number per channel, z = relu(scale * x + shift)
+// of a map, and its backward in three forms. bn_relu_backward_sums makes z again and takes the sums,
+// bn_relu_backward finishes the gradient at once, and bn_relu_backward_accumulate adds the part that needs no
+// sums of the batch to a block's gradient buffer.
 #include "kernels/rows.cuh"
 
 namespace effdense::kernels {
@@ -39,14 +39,15 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const Folds<A> folds) {
 }
 
 template <typename A>
-struct Defer {
+struct AccumulateCorrection {
   const A *sum_d, *sum_dx, *rstd, *scale;
   A share;
   A *a, *b;
 
   __device__ void operator()(int64_t c) const {
     A now_a = load(a + c), now_b = load(b + c);
-    defer_channel(share, load(scale + c), load(rstd + c), load(sum_d + c), load(sum_dx + c), now_a, now_b);
+    accumulate_channel_correction(share, load(scale + c), load(rstd + c), load(sum_d + c), load(sum_dx + c),
+                                  now_a, now_b);
     store(a + c, now_a);
     store(b + c, now_b);
   }
@@ -135,9 +136,10 @@ void fold(const Fold<A>* folds, int64_t count, Stream stream) {
 }
 
 template <typename A>
-void defer(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, const A* scale, int64_t count,
-           A* a, A* b, Stream stream) {
-  for_channels(channels, Defer<A>{sum_d, sum_dx, rstd, scale, share_of<A>(count), a, b}, stream);
+void accumulate_correction(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, const A* scale,
+                           int64_t count, A* a, A* b, Stream stream) {
+  for_channels(channels, AccumulateCorrection<A>{sum_d, sum_dx, rstd, scale, share_of<A>(count), a, b},
+               stream);
 }
 
 template <typename T>
@@ -147,8 +149,8 @@ void bn_relu(Size size, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out, S
 }
 
 template <typename T>
-void bn_relu_with_sums(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
-                       SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream) {
+void bn_relu_backward_sums(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
+                           Matrix<T> out, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream) {
   using A = acc_t<T>;
   if (size.rows == 0) return;
   const Backward<A, Write::z> body{{norm.scale, norm.shift, norm.mean}};
@@ -175,8 +177,9 @@ void bn_relu_backward(Size size, Matrix<T> grad, Matrix<const T> x, Norm<acc_t<T
 }
 
 template <typename T>
-void bn_relu_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
-                        Matrix<T> grad_x, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream) {
+void bn_relu_backward_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
+                                 Matrix<T> grad_x, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch,
+                                 Stream stream) {
   using A = acc_t<T>;
   if (size.rows == 0) return;
   const Backward<A, Write::add> body{{norm.scale, norm.shift, norm.mean}};
@@ -184,21 +187,22 @@ void bn_relu_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm
   for_rows<T>(size, body, {{x, grad, before}, {grad_x}}, stream, Gradients<A>{size, to}, scratch);
 }
 
-#define EFFDENSE_INSTANTIATE_VECTORS(A)                \
-  template void fold(const Fold<A>*, int64_t, Stream); \
-  template void defer(int64_t, const A*, const A*, const A*, const A*, int64_t, A*, A*, Stream)
+#define EFFDENSE_INSTANTIATE_VECTORS(A)                                                                 \
+  template void fold(const Fold<A>*, int64_t, Stream);                                                  \
+  template void accumulate_correction(int64_t, const A*, const A*, const A*, const A*, int64_t, A*, A*, \
+                                      Stream)
 EFFDENSE_INSTANTIATE_VECTORS(float);
 EFFDENSE_INSTANTIATE_VECTORS(double);
 #undef EFFDENSE_INSTANTIATE_VECTORS
 
 #define EFFDENSE_INSTANTIATE(T)                                                                             \
   template void bn_relu(Size, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>, Stream);                          \
-  template void bn_relu_with_sums(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,        \
-                                  SumsOut<acc_t<T>>, Scratch<acc_t<T>>, Stream);                            \
+  template void bn_relu_backward_sums(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,    \
+                                      SumsOut<acc_t<T>>, Scratch<acc_t<T>>, Stream);                        \
   template void bn_relu_backward(Size, Matrix<T>, Matrix<const T>, Norm<acc_t<T>>, bool, SumsOut<acc_t<T>>, \
                                  Scratch<acc_t<T>>, Stream);                                                \
-  template void bn_relu_accumulate(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>, Matrix<T>,       \
-                                   SumsOut<acc_t<T>>, Scratch<acc_t<T>>, Stream)
+  template void bn_relu_backward_accumulate(Size, Matrix<const T>, Matrix<const T>, Norm<acc_t<T>>,         \
+                                            Matrix<T>, SumsOut<acc_t<T>>, Scratch<acc_t<T>>, Stream)
 EFFDENSE_INSTANTIATE(float);
 EFFDENSE_INSTANTIATE(double);
 EFFDENSE_INSTANTIATE(__half);

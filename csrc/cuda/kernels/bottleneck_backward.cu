@@ -95,7 +95,7 @@ int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels) {
 
 template <typename T>
 void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
-                         Deferred<T> deferred, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
+                         Correction<T> correction, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
                          Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, SumsOut<acc_t<T>> to,
                          acc_t<T>* workspace, Stream stream) {
   using A = acc_t<T>;
@@ -111,16 +111,16 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
     BackwardArguments<T, A> arguments{
         operand(x, size.rows, size.channels),
         operand(columns_from(grad_y, first), size.rows, out),
-        operand(columns_from(deferred.y, first), size.rows, out),
+        operand(columns_from(correction.y, first), size.rows, out),
         operand(Matrix<const T>{weight.data + first * weight.step, weight.step}, out, size.channels),
         norm.scale,
         norm.shift,
         norm.mean,
-        of_out(deferred.mean),
-        of_out(deferred.a),
-        of_out(deferred.b),
-        of_out(deferred.scale),
-        of_out(deferred.shift),
+        of_out(correction.mean),
+        of_out(correction.a),
+        of_out(correction.b),
+        of_out(correction.scale),
+        of_out(correction.shift),
         operand(grad_x, size.rows, size.channels),
         grad_x.data != nullptr && (accumulate || i > 0),
         cut.tiles_per_block,
@@ -139,7 +139,7 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
       if (to.sum_d != nullptr) arguments.sum_d = sum_parts + i * cut.blocks * 2 * cut.width;
       if (to.sum_d != nullptr) arguments.sum_dx = arguments.sum_d + cut.width;
     }
-    if (deferred.y.data != nullptr)  // who copies a piece of one has that of the other
+    if (correction.y.data != nullptr)  // who copies a piece of one has that of the other
       arguments.y.piece = arguments.grad_y.piece = std::min(arguments.y.piece, arguments.grad_y.piece);
     if constexpr (sizeof(T) == 2) {
       choose_tile<TensorCore<T>>(arguments, grid, stream);
@@ -167,7 +167,7 @@ void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Mat
 
 #define INSTANTIATE(T)                                                                                    \
   template int64_t bottleneck_backward_workspace_size<T>(Size, int64_t);                                  \
-  template void bottleneck_backward<T>(Size, int64_t, Matrix<const T>, Matrix<const T>, Deferred<T>,      \
+  template void bottleneck_backward<T>(Size, int64_t, Matrix<const T>, Matrix<const T>, Correction<T>,    \
                                        Norm<acc_t<T>>, Matrix<const T>, bool, Matrix<T>, bool, acc_t<T>*, \
                                        SumsOut<acc_t<T>>, acc_t<T>*, Stream)
 INSTANTIATE(float);

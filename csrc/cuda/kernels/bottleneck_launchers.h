@@ -20,7 +20,7 @@ struct Epilogue {
 // grad - a - b * (y - mean) is what stands for the gradient of y, and scale * (grad masked by relu(scale * y
 // + shift)) for grad where scale is not null; with y.data null, grad itself.
 template <typename T>
-struct Deferred {
+struct Correction {
   Matrix<const T> y{nullptr, 0};
   const acc_t<T>*mean = nullptr, *a = nullptr, *b = nullptr, *scale = nullptr, *shift = nullptr;
 };
@@ -49,7 +49,7 @@ int64_t bottleneck_backward_workspace_size(Size size, int64_t out_channels);
 //   grad_weight [out_channels, channels] = grad_y^T relu(scale * x + shift); unless it is null
 template <typename T>
 void bottleneck_backward(Size size, int64_t out_channels, Matrix<const T> x, Matrix<const T> grad_y,
-                         Deferred<T> deferred, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
+                         Correction<T> correction, Norm<acc_t<T>> norm, Matrix<const T> weight, bool tf32,
                          Matrix<T> grad_x, bool accumulate, acc_t<T>* grad_weight, SumsOut<acc_t<T>> to,
                          acc_t<T>* workspace, Stream stream);
 

@@ -1,5 +1,5 @@
-// Operators on features: their statistics, taken once when they are produced, and take_gradient, the part of
-// batch normalisation's backward that needs the sums of the whole batch.
+// Operators on features: their statistics, taken once when they are produced, and apply_correction, the part
+// of batch normalisation's backward that needs the sums of the whole batch.
 #include "kernels/rows.cuh"
 
 namespace effdense::kernels {
@@ -22,7 +22,7 @@ struct Statistics {
 };
 
 template <typename A>
-struct TakeGradient {
+struct ApplyCorrection {
   static constexpr int kIn = 2, kOut = 1, kVectors = 3;
   static constexpr Reduce kReduce = Reduce::nothing;
   const A* const vectors[3];  // mean, a, b
@@ -58,20 +58,20 @@ void append_features(Size size, Matrix<const T> x, Matrix<T> out, StatisticsOut<
 }
 
 template <typename T>
-void take_gradient(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc_t<T>* a, const acc_t<T>* b,
-                   Matrix<const T> grad, Matrix<T> out, Stream stream) {
+void apply_correction(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc_t<T>* a,
+                      const acc_t<T>* b, Matrix<const T> grad, Matrix<T> out, Stream stream) {
   if (size.rows == 0) return;
-  for_rows<T>(size, TakeGradient<acc_t<T>>{{mean, a, b}}, {{x, grad}, {out}}, stream);
+  for_rows<T>(size, ApplyCorrection<acc_t<T>>{{mean, a, b}}, {{x, grad}, {out}}, stream);
 }
 
-#define EFFDENSE_INSTANTIATE(T)                                                                         \
-  template int64_t workspace_size<T>(Size);                                                             \
-  template void channel_statistics(Size, Matrix<const T>, StatisticsOut<acc_t<T>>, Scratch<acc_t<T>>,   \
-                                   Stream);                                                             \
-  template void append_features(Size, Matrix<const T>, Matrix<T>, StatisticsOut<acc_t<T>>,              \
-                                Scratch<acc_t<T>>, Stream);                                             \
-  template void take_gradient(Size, Matrix<const T>, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, \
-                              Matrix<const T>, Matrix<T>, Stream)
+#define EFFDENSE_INSTANTIATE(T)                                                                            \
+  template int64_t workspace_size<T>(Size);                                                                \
+  template void channel_statistics(Size, Matrix<const T>, StatisticsOut<acc_t<T>>, Scratch<acc_t<T>>,      \
+                                   Stream);                                                                \
+  template void append_features(Size, Matrix<const T>, Matrix<T>, StatisticsOut<acc_t<T>>,                 \
+                                Scratch<acc_t<T>>, Stream);                                                \
+  template void apply_correction(Size, Matrix<const T>, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, \
+                                 Matrix<const T>, Matrix<T>, Stream)
 EFFDENSE_INSTANTIATE(float);
 EFFDENSE_INSTANTIATE(double);
 EFFDENSE_INSTANTIATE(__half);

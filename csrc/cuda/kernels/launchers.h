@@ -111,8 +111,8 @@ void append_features(Size size, Matrix<const T> x, Matrix<T> out, StatisticsOut<
 
 // out = grad - a - b * (x - mean)
 template <typename T>
-void take_gradient(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc_t<T>* a, const acc_t<T>* b,
-                   Matrix<const T> grad, Matrix<T> out, Stream stream);
+void apply_correction(Size size, Matrix<const T> x, const acc_t<T>* mean, const acc_t<T>* a,
+                      const acc_t<T>* b, Matrix<const T> grad, Matrix<T> out, Stream stream);
 
 // ---- batch_norm.cu. A is float or double.
 
@@ -122,8 +122,8 @@ void fold(const Fold<A>* folds, int64_t count, Stream stream);
 
 // a += scale * sum_d / count, b += scale * rstd^2 * sum_dx / count
 template <typename A>
-void defer(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, const A* scale, int64_t count,
-           A* a, A* b, Stream stream);
+void accumulate_correction(int64_t channels, const A* sum_d, const A* sum_dx, const A* rstd, const A* scale,
+                           int64_t count, A* a, A* b, Stream stream);
 
 // out = relu(scale * x + shift)
 template <typename T>
@@ -131,8 +131,8 @@ void bn_relu(Size size, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out, S
 
 // out = relu(scale * x + shift); with d = grad masked by relu: sum d, sum d (x - mean).
 template <typename T>
-void bn_relu_with_sums(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm, Matrix<T> out,
-                       SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream);
+void bn_relu_backward_sums(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
+                           Matrix<T> out, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream);
 
 // grad, the gradient of relu(bn(x)), becomes that of x; with d = grad masked by relu: sum d, sum d (x -
 // mean).
@@ -142,8 +142,9 @@ void bn_relu_backward(Size size, Matrix<T> grad, Matrix<const T> x, Norm<acc_t<T
 
 // grad_x += scale * d, with the same sums
 template <typename T>
-void bn_relu_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
-                        Matrix<T> grad_x, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch, Stream stream);
+void bn_relu_backward_accumulate(Size size, Matrix<const T> grad, Matrix<const T> x, Norm<acc_t<T>> norm,
+                                 Matrix<T> grad_x, SumsOut<acc_t<T>> to, Scratch<acc_t<T>> scratch,
+                                 Stream stream);
 
 // ---- pool.cu
 

@@ -1,5 +1,5 @@
 // What a channel's statistics and its two sums become, in whichever kernel finishes them: the folded norm,
-// the gradients of its parameters, its part of the deferred correction. Products that are added to something
+// the gradients of its parameters, its part of the correction. Products that are added to something
 // are fused by name, so that the bits are the same in every kernel.
 #pragma once
 
@@ -61,7 +61,8 @@ __device__ __forceinline__ void finish_statistics(const StatisticsOut<A>& to, in
 
 // What is added to a and b.
 template <typename A>
-__device__ __forceinline__ void defer_channel(A share, A scale, A rstd, A sum_d, A sum_dx, A& a, A& b) {
+__device__ __forceinline__ void accumulate_channel_correction(A share, A scale, A rstd, A sum_d, A sum_dx,
+                                                              A& a, A& b) {
   const A over = share * scale;
   a = multiply_add(over, sum_d, a);
   b = multiply_add(over * rstd * rstd, sum_dx, b);
@@ -74,7 +75,7 @@ __device__ __forceinline__ void finish_sums(const SumsOut<A>& to, int64_t c, A s
   store(to.sum_dx + c, sum_dx * rstd);
   if (to.a == nullptr) return;
   A a = to.adds ? load(to.a + c) : A(0), b = to.adds ? load(to.b + c) : A(0);
-  defer_channel(to.share, load(to.scale + c), rstd, sum_d, sum_dx, a, b);
+  accumulate_channel_correction(to.share, load(to.scale + c), rstd, sum_d, sum_dx, a, b);
   store(to.a + c, a);
   store(to.b + c, b);
 }

@@ -61,15 +61,15 @@ def try_all(name: str, allocations: Any) -> tuple[int, int]:
     failures = {"forward": 0, "backward": 0}
     while True:
         start_again()
-        way = ["forward"]
+        direction = ["forward"]
         allocations.fail_after(sum(failures.values()))
         try:
-            step(model, x, lambda way=way: way.append("backward"))
+            step(model, x, lambda direction=direction: direction.append("backward"))
         except RuntimeError as error:
             allocations.fail_after(-1)
             assert "can't allocate memory" in str(error), error
-            failures[way[-1]] += 1
-            if way[-1] == "forward":
+            failures[direction[-1]] += 1
+            if direction[-1] == "forward":
                 assert same(state_of(model), before), f"{name}: a failed forward has changed the model"
             assert same(
                 state_of(model)[: len(list(model.parameters()))], before[: len(list(model.parameters()))]
