@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import nets
+
+if TYPE_CHECKING:  # effdense is imported where it is measured
+    from effdense.engine.validation import Memory
 
 # growth_rate, block_config, num_init_features (Huang et al., arXiv:1608.06993, table 1)
 IMAGENET_CONFIGS = {
@@ -225,7 +229,7 @@ class Impl:
 
     name: str
     base: str  # naive, checkpoint, compile or effdense
-    memory: str | None  # balanced or minimal; None for the peers
+    memory: Memory | None  # None for the peers
     fallback: bool  # effdense asked for on plain PyTorch, by name
     channels_last: bool
 
@@ -277,7 +281,7 @@ def parse_impl(name: str) -> Impl:
     if kind in PEERS:
         return Impl(name, kind, None, False, bool(plus))
     base, memory = kind.split("-")[:2]
-    return Impl(name, base, memory, kind.endswith("-fallback"), bool(plus))
+    return Impl(name, base, cast("Memory", memory), kind.endswith("-fallback"), bool(plus))
 
 
 def expand(names: Sequence[str], mode: str) -> list[str]:
@@ -461,7 +465,7 @@ def _convert(model: nn.Module, impl: Impl, partly: bool) -> nn.Module:
     """`partly`: whether some of it may stay as it was; benchmarks.libraries says what."""
     import effdense
 
-    model = effdense.convert(model, memory=impl.memory)
+    model = effdense.convert(model, memory=impl.memory or "balanced")
     report = effdense.report(model)
     # A library's own class around the features may have more than ours, and stay.
     left = [e for e in report if e.kind != "DenseNet" and (not e.converted or e.reason)]

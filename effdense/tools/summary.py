@@ -132,7 +132,7 @@ def _kept(model: Any, shape: Sequence[int], memory: str) -> list[int]:
                 kept.enter(places[module]) if module in places else lambda *_: None
             )
     else:
-        convert(model, memory=memory)
+        convert(model, memory="minimal" if memory == "minimal" else "balanced")
         step, done = model.features._step, 0
 
         def watched(x: Tensor, modules: list[Any]) -> tuple[int, Tensor]:
@@ -185,6 +185,11 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
     Raises:
         TypeError: model is not a module.
         ValueError: input_shape is wrong, or the model is of another kind or does not run on it.
+
+    Example:
+        >>> table = effdense.summary(effdense.models.densenet121(), (1, 3, 224, 224))
+        >>> table.total.multiply_adds
+        2834161664
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")
