@@ -11,7 +11,7 @@ import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -205,14 +205,14 @@ class DenseNet(nn.Module):
         self.features.add_module("norm5", BATCH_NORM[dims](width))
         self.classifier = nn.Linear(width, num_classes)
         for module in self.modules():
-            if isinstance(module, tuple(CONV.values())):
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x), inplace=True)
         pool = F.adaptive_avg_pool2d if self._dims == 2 else F.adaptive_avg_pool3d
-        return self.classifier(torch.flatten(pool(features, (1,) * self._dims), 1))
+        return self.classifier(torch.flatten(pool(features, 1), 1))
 
 
 def _small_stem(in_channels: int, num_init_features: int, bias: bool = False, dims: int = 2) -> nn.Module:
@@ -330,7 +330,7 @@ def build(
     compiled = parsed.base == "effdense" and _check_effdense(
         parsed, torch.empty(0, device=device, dtype=getattr(torch, dtype))
     )
-    given = {"image_channels": image_channels, "num_classes": num_classes}
+    given: dict[str, Any] = {"image_channels": image_channels, "num_classes": num_classes}
     given = {key: value for key, value in given.items() if value is not None}
     efficient = parsed.base == "checkpoint"
     if name in nets.NETS and not given and not efficient:
@@ -340,7 +340,7 @@ def build(
     if parsed.base == "checkpoint":
         label += ", checkpointed"
     elif parsed.base == "compile":
-        model, label = torch.compile(model), f"{label}, torch.compile"
+        model, label = cast(nn.Module, torch.compile(model)), f"{label}, torch.compile"
     elif parsed.base == "effdense":
         model, label = (
             _convert(model, parsed, name in nets.NETS),
@@ -400,7 +400,7 @@ def _cifar_spec(name: str, depth: int, growth_rate: int, bottleneck: bool) -> _S
             f"model {name!r}: growth must be at least 1, depth {step} n + 4 (three blocks of n layers of "
             f"{convolutions} convolution{'s' * bottleneck}); the nearest depth is {nearest}"
         )
-    form = {"small_inputs": True, "num_classes": 10, "sizes": (64, 32)}
+    form: dict[str, Any] = {"small_inputs": True, "num_classes": 10, "sizes": (64, 32)}
     if bottleneck:
         return _Spec(growth_rate, (layers,) * 3, 2 * growth_rate, **form)
     return _Spec(growth_rate, (layers,) * 3, 16, bn_size=None, compression=1.0, **form)
@@ -408,7 +408,7 @@ def _cifar_spec(name: str, depth: int, growth_rate: int, bottleneck: bool) -> _S
 
 def _naive(spec: _Spec, memory_efficient: bool) -> tuple[nn.Module, str]:
     """Build torchvision's DenseNet where it is installed and has such layers, else the twin, and say which."""
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         growth_rate=spec.growth_rate,
         block_config=spec.block_config,
         num_init_features=spec.num_init_features,

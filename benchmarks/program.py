@@ -21,7 +21,7 @@ def reports_missing_packages(main: Main) -> Main:
         except ModuleNotFoundError as error:
             from effdense import extras  # here: peers are measured beside an effdense that does not load
 
-            if not extras.has(error.name):
+            if error.name is None or not extras.has(error.name):
                 raise
             print(f"python -m {module} {extras.needed(error.name, 'bench')}", file=sys.stderr)
             return 2

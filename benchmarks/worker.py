@@ -209,9 +209,9 @@ def batch_for(settings: WorkerConfig, model: Any) -> tuple[Any, Any]:
     classes = list(model.parameters())[-1].shape[0]  # the classifier's bias, or the last convolution's weight
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch, stem.shape[1], *(settings.image_size,) * (stem.dim() - 2))
-    images = torch.randn(shape, generator=generator)
-    labels = torch.randint(classes, (settings.batch,), generator=generator)
-    return nets.load(settings.model, images), labels
+    noise = torch.randn(shape, generator=generator)
+    classes_of = torch.randint(classes, (settings.batch,), generator=generator)
+    return nets.load(settings.model, noise), classes_of
 
 
 def loss_of(outputs: Any, labels: Any) -> Any:

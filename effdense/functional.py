@@ -50,7 +50,7 @@ def cat_bn_relu_conv1x1(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which. Nothing has been changed then.
 
-    Example:
+    Examples:
         >>> features = [torch.rand(2, 16, 8, 8), torch.rand(2, 8, 8, 8)]
         >>> norm, conv = torch.nn.BatchNorm2d(24), torch.nn.Conv2d(24, 48, 1)
         >>> y = effdense.functional.cat_bn_relu_conv1x1(

@@ -126,7 +126,8 @@ def with_effdense(module: nn.Module) -> nn.Module:
             mine.conv1.load_state_dict(layer[2].state_dict())
         return ours.train(module.training)
     if isinstance(module, TransitionLayer):
-        norm, _, conv, _ = module.transition
+        parts: Any = module.transition
+        norm, _, conv, _ = parts
         ours = dense.Transition(norm.num_features, conv.out_channels)
         ours.norm.load_state_dict(norm.state_dict())
         ours.conv.load_state_dict(conv.state_dict())

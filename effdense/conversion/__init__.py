@@ -82,7 +82,7 @@ def convert(model: Model, *, memory: Memory = "balanced") -> Model:
 
     Whatever is raised, the model is then as it was.
 
-    Example:
+    Examples:
         >>> model = torchvision.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
         >>> model = effdense.convert(model, memory="minimal")
         >>> print(effdense.report(model))
@@ -121,7 +121,7 @@ def revert(model: Model) -> Model:
     Raises:
         TypeError: model is not a module.
 
-    Example:
+    Examples:
         >>> model = effdense.convert(torchvision.models.DenseNet(8, (2, 2), 8))
         >>> type(effdense.revert(model)) is torchvision.models.DenseNet
         True
@@ -140,7 +140,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: model is not a module, or has parts that torch.jit has compiled.
 
-    Example:
+    Examples:
         >>> block = effdense.nn.DenseBlock(1, 16, bn_size=4, growth_rate=8, drop_rate=0.0)
         >>> hook = block.denselayer1.norm1.register_forward_hook(print)
         >>> [(entry.name, entry.reason) for entry in effdense.report(block)]

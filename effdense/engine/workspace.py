@@ -119,7 +119,7 @@ def lease(device: torch.device, size: int, *, keep: bool = True) -> Iterator[Lea
 def empty_cache() -> None:
     """Gives the scratch memory that no call is using back to the system (on CUDA: to PyTorch, which always has it).
 
-    Example:
+    Examples:
         >>> effdense.empty_cache()
     """
     _pool.empty()

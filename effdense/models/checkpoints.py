@@ -48,7 +48,7 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Tr
         OSError: the file cannot be opened.
         ValueError: it is damaged, or does not say which model it holds, or that is another one.
 
-    Example:
+    Examples:
         >>> model = effdense.models.densenet_cifar(10, growth_rate=4)
         >>> effdense.models.save_weights(model, "weights.safetensors")
         >>> model = effdense.models.load_checkpoint("weights.safetensors", "densenet_bc_10_4")

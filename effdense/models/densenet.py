@@ -75,7 +75,7 @@ class DenseNet(dense.DenseNet):
         TypeError: compression or drop_rate is not a number.
         ValueError: an argument makes no sense; in the forward, images of another form or too small for the poolings.
 
-    Example:
+    Examples:
         >>> model = effdense.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8, num_classes=10)
         >>> model(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -229,7 +229,7 @@ def densenet121(*, weights: Any = None, progress: bool = True, **options: Unpack
         TypeError: there is no such option.
         ValueError: there are no such weights, or an option makes no sense.
 
-    Example:
+    Examples:
         >>> model = effdense.models.densenet121(num_classes=10, memory="minimal")
         >>> sum(p.numel() for p in model.parameters())
         6964106
@@ -280,7 +280,7 @@ def densenet_cifar(
     Raises:
         ValueError: there is no such depth (the message says the nearest one), or an option makes no sense.
 
-    Example:
+    Examples:
         >>> model = effdense.models.densenet_cifar(depth=16, growth_rate=8)
         >>> model(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -312,7 +312,7 @@ def densenet_d2l(num_classes: int = 10, in_channels: int = 1, *, memory: Memory 
 
     A 7x7 stem of 64 channels, four blocks of four plain layers with k = 32, transitions that halve, biases. See DenseNet.
 
-    Example:
+    Examples:
         >>> effdense.models.densenet_d2l()(torch.rand(1, 1, 96, 96)).shape
         torch.Size([1, 10])
     """

@@ -35,7 +35,7 @@ def build(name: str, **options: Any) -> nn.Module:
         TypeError: the name is no text, or the constructor has no such option.
         ValueError: there is no such model (the message has the nearest name), or its library is not installed.
 
-    Example:
+    Examples:
         >>> model = effdense.models.build("densenet_bc_10_4", num_classes=3)
         >>> model(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 3])

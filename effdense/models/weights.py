@@ -93,7 +93,7 @@ def load_weights(
         ValueError: the file is damaged, or the weights do not fit; the message says which keys are missing, which are too many and which have other
             shapes.
 
-    Example:
+    Examples:
         >>> trained = torchvision.models.DenseNet(8, (2, 2), 8, num_classes=10)
         >>> model = effdense.models.DenseNet(8, (2, 2), 8, num_classes=3)
         >>> model = effdense.models.load_weights(model, trained.state_dict(), strip_classifier=True)
@@ -140,7 +140,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it cannot be written; the message says what is there instead.
 
-    Example:
+    Examples:
         >>> model = effdense.models.densenet_cifar(10, growth_rate=4)
         >>> effdense.models.save_weights(model, "model.pt")
         >>> model = effdense.models.load_weights(model, "model.pt")

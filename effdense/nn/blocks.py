@@ -60,7 +60,7 @@ class DenseBlock(nn.ModuleDict):
     Raises:
         TypeError, ValueError: an argument makes no sense; the message says which.
 
-    Example:
+    Examples:
         >>> block = effdense.nn.DenseBlock(6, 16, bn_size=4, growth_rate=12, drop_rate=0.0)
         >>> block(torch.rand(2, 16, 8, 8)).shape  # 16 + 6 * 12 channels
         torch.Size([2, 88, 8, 8])
@@ -164,7 +164,7 @@ class Transition(nn.Sequential):
     Raises:
         ValueError: an argument makes no sense; the message says which.
 
-    Example:
+    Examples:
         >>> transition = effdense.nn.Transition(88, 44)
         >>> transition(torch.rand(2, 88, 8, 8)).shape
         torch.Size([2, 44, 4, 4])

@@ -79,7 +79,7 @@ class DenseLayer(_Layer):
     Raises:
         TypeError, ValueError: an argument makes no sense; the message says which.
 
-    Example:
+    Examples:
         >>> layer = effdense.nn.DenseLayer(24, growth_rate=12, bn_size=4, drop_rate=0.0)
         >>> layer([torch.rand(2, 16, 8, 8), torch.rand(2, 8, 8, 8)]).shape
         torch.Size([2, 12, 8, 8])
@@ -181,7 +181,7 @@ class PlainDenseLayer(_Layer):
     Raises:
         TypeError, ValueError: an argument makes no sense; the message says which.
 
-    Example:
+    Examples:
         >>> layer = effdense.nn.PlainDenseLayer(24, growth_rate=12)
         >>> layer(torch.rand(2, 24, 8, 8)).shape
         torch.Size([2, 12, 8, 8])

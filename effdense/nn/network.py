@@ -53,7 +53,7 @@ class DenseFeatures(nn.Sequential):
 
     What it does not know, and what carries hooks, it calls as nn.Sequential does.
 
-    Example:
+    Examples:
         >>> block = effdense.nn.DenseBlock(2, 16, bn_size=4, growth_rate=8, drop_rate=0.0)
         >>> features = effdense.nn.DenseFeatures(block, effdense.nn.Transition(32, 16))
         >>> features(torch.rand(2, 16, 8, 8)).shape
@@ -355,7 +355,7 @@ class DenseNet(nn.Module):
     Raises:
         TypeError: one of them is no module.
 
-    Example:
+    Examples:
         >>> block = effdense.nn.DenseBlock(2, 16, bn_size=4, growth_rate=8, drop_rate=0.0)
         >>> features = effdense.nn.DenseFeatures(block, torch.nn.BatchNorm2d(32))
         >>> effdense.nn.DenseNet(features, torch.nn.Linear(32, 10))(torch.rand(2, 16, 8, 8)).shape

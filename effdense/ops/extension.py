@@ -76,7 +76,7 @@ def build_info() -> dict[str, Any]:
         `torch_built_for`, `compiler`, `openmp` and `cuda` (what the module was built with), `arch_list` (the
         GPU architectures it was built for) and `cpu_capability` (the instruction set that PyTorch picked).
 
-    Example:
+    Examples:
         >>> effdense.build_info()["effdense"] == effdense.__version__
         True
     """

@@ -293,7 +293,7 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: Impl = "balanc
         TypeError: model is not a module.
         ValueError: input_shape or memory is wrong, nothing of the model can be converted, or it does not run.
 
-    Example:
+    Examples:
         >>> model = effdense.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
         >>> plans = {memory: effdense.plan(model, (8, 3, 32, 32), memory=memory) for memory in ("naive", "minimal")}
         >>> plans["naive"].total > plans["minimal"].total

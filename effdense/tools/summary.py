@@ -186,10 +186,10 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
         TypeError: model is not a module.
         ValueError: input_shape is wrong, or the model is of another kind or does not run on it.
 
-    Example:
-        >>> table = effdense.summary(effdense.models.densenet121(), (1, 3, 224, 224))
-        >>> table.total.multiply_adds
-        2834161664
+    Examples:
+        >>> model = effdense.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
+        >>> [row.layer for row in effdense.summary(model, (2, 3, 32, 32)).rows]
+        ['Convolution', 'Pooling', 'Dense block 1', 'Transition 1', 'Dense block 2', 'Classification']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,7 +39,9 @@ def compile_interpreter(architectures: Sequence[int]) -> Path:
     headers, own = compiler._headers(), sorted(FOLDER.glob("*.h"))
     bound = [BINDINGS, ROOT / "csrc" / "stage.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))]
 
-    def once(source: Path, made_of: Sequence[Path], flags: Sequence[str], make: functools.partial) -> Path:
+    def once(
+        source: Path, made_of: Sequence[Path], flags: Sequence[str], make: Callable[[Path], None]
+    ) -> Path:
         return compiler._once(f"ptx-{source.stem}.o", made_of, flags, make)
 
     # The longest first.

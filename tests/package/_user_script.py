@@ -49,7 +49,8 @@ def main(checkpoint: str | None = None) -> None:
     net = effdense.models.densenet121(num_classes=3, drop_rate=0.1, memory="minimal")
     assert_type(net, DenseNet)
     assert_type(effdense.models.load_weights(net, net.state_dict()), DenseNet)
-    assert_type(effdense.summary(net, (1, 3, 32, 32)).total.parameters, int)
+    small = effdense.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
+    assert_type(effdense.summary(small, (2, 3, 32, 32)).total.parameters, int)
     y = effdense.functional.cat_bn_relu_conv1x1(
         [torch.rand(2, 4, 3, 3), torch.rand(2, 4, 3, 3)], None, None, None, None, torch.rand(5, 8, 1, 1)
     )
