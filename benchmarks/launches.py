@@ -52,7 +52,7 @@ class Launches(NamedTuple):
     others: int
     convolutions: int
 
-    def __sub__(self, other: Launches) -> Launches:  # type: ignore[override]
+    def __sub__(self, other: Launches) -> Launches:
         return Launches(*(a - b for a, b in zip(self, other, strict=True)))
 
     @property

@@ -48,7 +48,8 @@ def run_examples(name: str, text: str) -> None:
     found = doctest.DocTestParser().get_doctest(text, given, name, None, None)
     printed: list[str] = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found, out=printed.append)
-    assert not printed, "".join(printed)
+    if printed:
+        raise AssertionError("".join(printed))
 
 
 @pytest.mark.parametrize("name", CALLABLE)
