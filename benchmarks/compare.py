@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +214,7 @@ def write_text(text: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, console: Console):
+def progress(total: int, console: Console) -> Iterator[OnProgress]:
     """Yield an `on_progress` that moves a bar; nothing is left on the screen afterwards."""
     from rich import progress as rich
     from rich.markup import escape

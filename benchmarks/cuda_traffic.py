@@ -207,7 +207,7 @@ def step_rows(
     `memory_bytes` are with MANY images, and without what effdense reads again within L2; `memory_by` says whose they
     are. `cached_bytes` are the same without plain PyTorch's second passes of batch norm.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for impl, checkpoint in (("naive", False), ("checkpoint", True)):
         few, many, cached = (
             separate_kernels.step(model, n, size, checkpoint, passes)
