@@ -349,7 +349,7 @@ def build(
     if device:
         model = model.to(device)
     if parsed.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         label += ", channels-last"
     return Built(model, label, parsed.memory, compiled)
 

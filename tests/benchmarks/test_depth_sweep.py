@@ -196,4 +196,4 @@ def test_sweep_refuses_wrong_arguments(arguments, message, capsys):
     ("text", "size"), [("2GiB", 2 * GIB), ("1.5 mib", 3 * 2**19), ("500MB", 500 * 10**6), ("7B", 7)]
 )
 def test_budgets(text, size):
-    assert depth_sweep._budget(text) == size
+    assert depth_sweep._budget(text) == size  # type: ignore[attr-defined]

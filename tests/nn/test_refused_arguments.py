@@ -82,7 +82,7 @@ def test_arguments_that_do_not_exist_are_refused() -> None:
         with pytest.raises(TypeError, match="grow"):
             kind(**given, grow=1)
     with pytest.raises(TypeError, match="num_clases"):
-        effdense.models.densenet121(num_clases=10)  # type: ignore[call-arg]
+        effdense.models.densenet121(num_clases=10)
 
 
 def set_eps(module: nn.Module, eps: float) -> None:
