@@ -58,7 +58,7 @@ def compiled() -> dict[str, Any]:
     }
     toolkit = cuda_toolkit(torch.version.cuda)
     built_for = ";".join(architectures()) if toolkit else ""
-    if built_for:
+    if toolkit:
         # torch looks for both when its extensions are imported; left alone, it takes the folder above nvcc's, which may
         # be a script's.
         os.environ["CUDA_HOME"] = toolkit

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def run(
     `(repeats + 2) * len(impls)` pieces of work.
     """
     device = devices.find(settings.device)
-    result = {
+    result: dict[str, Any] = {
         "environment": {**measure.environment(settings.threads), **device.environment()},
         "rows": [_empty_row(settings, i) for i in impls],
     }
@@ -214,7 +214,7 @@ def write_text(text: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, console: Console):
+def progress(total: int, console: Console) -> Iterator[OnProgress]:
     """Yield an `on_progress` that moves a bar; nothing is left on the screen afterwards."""
     from rich import progress as rich
     from rich.markup import escape
@@ -297,7 +297,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, WorkerC
     except ValueError as error:
         parser.error(str(error))
     shared = {key: getattr(parsed, key) for key in ("model", "mode", "dtype", "data", "threads", "isa")}
-    sizes = {"batch": parsed.batch or batch, "image_size": parsed.image_size or image_size}
+    sizes: dict[str, Any] = {"batch": parsed.batch or batch, "image_size": parsed.image_size or image_size}
     return parsed, WorkerConfig(**shared, **sizes, device=parsed.device.name), impls
 
 

@@ -72,7 +72,7 @@ FAMILIES = {
     "add_parts_kernel": "small",
 }
 # rows_kernel with these takes sums alone.
-READ_ONLY = ("Statistics<float, false>", "Statistics<double, false>")
+READ_ONLY: tuple[str, ...] = ("Statistics<float, false>", "Statistics<double, false>")
 READ_ONLY += ("Backward<float, (Write)0>", "Backward<double, (Write)0>")
 BYTES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}
 # A GEMM's arithmetic, and the instruction that is to be in its loop.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -201,7 +201,7 @@ def _layer(call: Call) -> str:
 
 
 def step_rows(
-    model: str, images: int, size: int, steps: dict[str, Sequence[Call]], counts: dict[Call, Count]
+    model: str, images: int, size: int, steps: Mapping[str, Sequence[Call]], counts: dict[Call, Count]
 ) -> list[dict[str, Any]]:
     """One row per implementation: bytes per image of a step, and how many times less than naive's.
 
@@ -209,7 +209,7 @@ def step_rows(
     `memory_bytes` are with MANY images, and without what effdense reads again within L2; `memory_by` says whose they
     are. `cached_bytes` are the same without plain PyTorch's second passes of batch norm.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for impl, checkpoint in (("naive", False), ("checkpoint", True)):
         few, many, cached = (
             separate_kernels.step(model, n, size, checkpoint, passes)
@@ -222,13 +222,13 @@ def step_rows(
         }
         rows.append({**row, "memory_by": {term: size / MANY for term, size in many.items()}})
     for impl, calls in steps.items():
-        few = pytorch_bytes(calls) + sum(counts[call].bytes for call in _ours(calls))
+        total = pytorch_bytes(calls) + sum(counts[call].bytes for call in _ours(calls))
         by = memory_by_operator(traced.trace_model(model, impl, MANY, size))
         for call in _ours(calls):  # other partial sums grow with the images at most
             if call.op != "bottleneck_backward":
                 by["partial sums"] += counts[call].partial / images
         rows.append(
-            {"impl": impl, "all_bytes": few / images, "cached_bytes": sum(by.values()), "memory_by": by}
+            {"impl": impl, "all_bytes": total / images, "cached_bytes": sum(by.values()), "memory_by": by}
         )
     for row in rows:
         row.update(model=model, images=images, memory_bytes=sum(row["memory_by"].values()))
@@ -237,9 +237,9 @@ def step_rows(
     return rows
 
 
-def memory_by_operator(calls: Sequence[Call]) -> Counter[str]:
+def memory_by_operator(calls: Sequence[Call]) -> dict[str, float]:
     """Bytes per image of a step of MANY images, from shapes: floors, and bottleneck_backward's partial sums."""
-    by = Counter({"PyTorch's": pytorch_bytes(calls) / MANY})
+    by = defaultdict[str, float](float, {"PyTorch's": pytorch_bytes(calls) / MANY})
     for call in _ours(calls):
         by[call.op] += least(call).bytes / MANY
         if call.op == "bottleneck_backward":

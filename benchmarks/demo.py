@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with compare.progress(STEPS * len(trainings), quiet) as on_progress:
         for dtype, impl in trainings:
             name = f"training {impl} in {str(dtype).removeprefix('torch.')}"
-            losses[dtype, impl] = train(impl, images, labels, dtype, lambda name=name: on_progress(name))
+            losses[dtype, impl] = train(impl, images, labels, dtype, lambda name=name: on_progress(name))  # type: ignore[misc]
     agree = _show_agreement(console, losses, fused)
 
     settings = WorkerConfig(model=MEASURED, batch=MEASURED_BATCH, image_size=32, data="fashion-mnist")

@@ -69,7 +69,10 @@ def run(
     for depth in depths:
         at_depth = dataclasses.replace(settings, model=model_name(depth, growth_rate))
         measured = compare.run(
-            at_depth, impls, repeats, lambda what, depth=depth: on_progress(f"depth {depth}, {what}")
+            at_depth,
+            impls,
+            repeats,
+            lambda what, depth=depth: on_progress(f"depth {depth}, {what}"),  # type: ignore[misc]
         )
         result.setdefault("environment", measured["environment"])
         known = {"depth": depth, "parameters": parameters(at_depth.model)}
@@ -130,7 +133,8 @@ def largest_within(
     `points` is what has been counted before, `count` counts one depth more. "stopped" says why the search
     ended before that: the next depth would need more than the device's `available()` bytes, or failed.
     """
-    points, counted, stopped = dict(points), [], None
+    points, stopped = dict(points), None
+    counted: list[Any] = []
     if not points:
         stopped = "no depth was measured"
     while stopped is None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # measuring does without
 GEMM_SIZE = {"cpu": 2048, "cuda": 4096}  # rows and columns of the matrices
 COPY_BYTES = 2**28  # of each tensor: beyond every cache
 # In the order of a step; then what takes the place of the fused convolution where there is none, and the rest.
-LAYER = ("bottleneck", "bn_relu_conv3x3")
+LAYER: tuple[str, ...] = ("bottleneck", "bn_relu_conv3x3")
 LAYER += ("apply_correction", "bn_relu_conv3x3_backward", "bottleneck_backward")
 LAYER += (
     "bn_relu",
@@ -235,7 +235,7 @@ def run(
     for shape, calls in zip(shapes, calls_of, strict=True):
         needs, about = least(shape, type_), {"shape": str(shape), "dtype": dtype, "device": on.name}
         about |= isa.record(isa_name)
-        about |= zip(Shape._fields[:-1], shape, strict=False)
+        about |= {name: getattr(shape, name) for name in Shape._fields[:-1]}
         names = [n for n in shape.operators if n in operators]
         rows_of.append([{"op": n, **about, **_row(calls[n], needs[n])} for n in names])
     for turn in range(repeats + 1):
@@ -261,7 +261,8 @@ def table(result: dict[str, Any]) -> Table:
     """Return the rows as a table for the terminal."""
     from rich.table import Table
 
-    rows, gemm, copy = result["rows"], *result["ceilings"].values()
+    rows: list[dict[str, Any]] = result["rows"]
+    gemm, copy = result["ceilings"].values()
     caption = f"ceilings: GEMM {gemm['gflops_per_s']:.1f} GFLOP/s, copy {copy['gbytes_per_s']:.1f} GB/s; "
     caption += "below 1x: the maps were in a cache\n" + compare.machine(result["environment"])
     title = f"effdense's operators and PyTorch's convolutions, {rows[0]['dtype']}"

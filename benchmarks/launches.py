@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import compare, cuda_traffic, models
 from effdense import convert
+from effdense.engine.validation import check_memory
 from effdense.ops import dispatch
 
 IMPLS = ("naive", "checkpoint", "balanced", "minimal")
@@ -51,7 +52,7 @@ class Launches(NamedTuple):
     others: int
     convolutions: int
 
-    def __sub__(self, other: Launches) -> Launches:  # type: ignore[override]
+    def __sub__(self, other: Launches) -> Launches:
         return Launches(*(a - b for a, b in zip(self, other, strict=True)))
 
     @property
@@ -126,7 +127,11 @@ def make_block(impl: str, layers: int, channels: int = 24, growth_rate: int = 12
     """A dense block of bottleneck layers."""
     torch.manual_seed(0)
     block: nn.Module = models._DenseBlock(layers, channels, 4, growth_rate, 0.0, impl == "checkpoint")
-    return block if impl in ("naive", "checkpoint") else convert(copy.deepcopy(block), memory=impl)
+    return (
+        block
+        if impl in ("naive", "checkpoint")
+        else convert(copy.deepcopy(block), memory=check_memory("--impl", impl))
+    )
 
 
 def per_layer(

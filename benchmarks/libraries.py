@@ -63,7 +63,10 @@ def run(
     for name in names:
         settings = settings_of(name, threads)
         measured = compare.run(
-            settings, IMPLS, repeats, lambda what, name=name: on_progress(f"{name}, {what}")
+            settings,
+            IMPLS,
+            repeats,
+            lambda what, name=name: on_progress(f"{name}, {what}"),  # type: ignore[misc]
         )
         result.setdefault("environment", measured["environment"])
         on_progress(f"{name}: differences in float64")

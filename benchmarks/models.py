@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import nets
+
+if TYPE_CHECKING:  # effdense is imported where it is measured
+    from effdense.engine.validation import Memory
 
 # growth_rate, block_config, num_init_features (Huang et al., arXiv:1608.06993, table 1)
 IMAGENET_CONFIGS = {
@@ -201,14 +205,14 @@ class DenseNet(nn.Module):
         self.features.add_module("norm5", BATCH_NORM[dims](width))
         self.classifier = nn.Linear(width, num_classes)
         for module in self.modules():
-            if isinstance(module, tuple(CONV.values())):
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x), inplace=True)
         pool = F.adaptive_avg_pool2d if self._dims == 2 else F.adaptive_avg_pool3d
-        return self.classifier(torch.flatten(pool(features, (1,) * self._dims), 1))
+        return self.classifier(torch.flatten(pool(features, 1), 1))
 
 
 def _small_stem(in_channels: int, num_init_features: int, bias: bool = False, dims: int = 2) -> nn.Module:
@@ -225,7 +229,7 @@ class Impl:
 
     name: str
     base: str  # naive, checkpoint, compile or effdense
-    memory: str | None  # balanced or minimal; None for the peers
+    memory: Memory | None  # None for the peers
     fallback: bool  # effdense asked for on plain PyTorch, by name
     channels_last: bool
 
@@ -277,7 +281,7 @@ def parse_impl(name: str) -> Impl:
     if kind in PEERS:
         return Impl(name, kind, None, False, bool(plus))
     base, memory = kind.split("-")[:2]
-    return Impl(name, base, memory, kind.endswith("-fallback"), bool(plus))
+    return Impl(name, base, cast("Memory", memory), kind.endswith("-fallback"), bool(plus))
 
 
 def expand(names: Sequence[str], mode: str) -> list[str]:
@@ -326,7 +330,7 @@ def build(
     compiled = parsed.base == "effdense" and _check_effdense(
         parsed, torch.empty(0, device=device, dtype=getattr(torch, dtype))
     )
-    given = {"image_channels": image_channels, "num_classes": num_classes}
+    given: dict[str, Any] = {"image_channels": image_channels, "num_classes": num_classes}
     given = {key: value for key, value in given.items() if value is not None}
     efficient = parsed.base == "checkpoint"
     if name in nets.NETS and not given and not efficient:
@@ -336,7 +340,7 @@ def build(
     if parsed.base == "checkpoint":
         label += ", checkpointed"
     elif parsed.base == "compile":
-        model, label = torch.compile(model), f"{label}, torch.compile"
+        model, label = cast(nn.Module, torch.compile(model)), f"{label}, torch.compile"
     elif parsed.base == "effdense":
         model, label = (
             _convert(model, parsed, name in nets.NETS),
@@ -345,7 +349,7 @@ def build(
     if device:
         model = model.to(device)
     if parsed.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         label += ", channels-last"
     return Built(model, label, parsed.memory, compiled)
 
@@ -396,7 +400,7 @@ def _cifar_spec(name: str, depth: int, growth_rate: int, bottleneck: bool) -> _S
             f"model {name!r}: growth must be at least 1, depth {step} n + 4 (three blocks of n layers of "
             f"{convolutions} convolution{'s' * bottleneck}); the nearest depth is {nearest}"
         )
-    form = {"small_inputs": True, "num_classes": 10, "sizes": (64, 32)}
+    form: dict[str, Any] = {"small_inputs": True, "num_classes": 10, "sizes": (64, 32)}
     if bottleneck:
         return _Spec(growth_rate, (layers,) * 3, 2 * growth_rate, **form)
     return _Spec(growth_rate, (layers,) * 3, 16, bn_size=None, compression=1.0, **form)
@@ -404,7 +408,7 @@ def _cifar_spec(name: str, depth: int, growth_rate: int, bottleneck: bool) -> _S
 
 def _naive(spec: _Spec, memory_efficient: bool) -> tuple[nn.Module, str]:
     """Build torchvision's DenseNet where it is installed and has such layers, else the twin, and say which."""
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         growth_rate=spec.growth_rate,
         block_config=spec.block_config,
         num_init_features=spec.num_init_features,
@@ -461,7 +465,7 @@ def _convert(model: nn.Module, impl: Impl, partly: bool) -> nn.Module:
     """`partly`: whether some of it may stay as it was; benchmarks.libraries says what."""
     import effdense
 
-    model = effdense.convert(model, memory=impl.memory)
+    model = effdense.convert(model, memory=impl.memory or "balanced")
     report = effdense.report(model)
     # A library's own class around the features may have more than effdense's, and stay.
     left = [e for e in report if e.kind != "DenseNet" and (not e.converted or e.reason)]

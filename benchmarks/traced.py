@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
             def describe(value: Any) -> Any:
                 if isinstance(value, Tensor):
                     number = numbers.setdefault(id(value), len(numbers))
-                    offset = value.storage_offset() % (16 // value.element_size())
+                    offset = int(value.storage_offset()) % (16 // value.element_size())
                     return Like(number, tuple(value.shape), value.stride(), offset, value.dtype)
                 return tuple(map(describe, value)) if isinstance(value, list | tuple) else value
 

@@ -64,6 +64,8 @@ class Worker:
             cwd=ROOT,
             env=environment,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None  # pipes
+        self._to, self._from = self._process.stdin, self._process.stdout
 
     def build(self, settings: WorkerConfig) -> dict[str, Any]:
         return self._ask("build", impl=self._impl, settings=dataclasses.asdict(settings))
@@ -87,20 +89,20 @@ class Worker:
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._to.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._from.close()
         self._log.close()
 
     def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         try:
-            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            self._to.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._to.flush()
+            answer = self._from.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -209,9 +211,9 @@ def batch_for(settings: WorkerConfig, model: Any) -> tuple[Any, Any]:
     classes = list(model.parameters())[-1].shape[0]  # the classifier's bias, or the last convolution's weight
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch, stem.shape[1], *(settings.image_size,) * (stem.dim() - 2))
-    images = torch.randn(shape, generator=generator)
-    labels = torch.randint(classes, (settings.batch,), generator=generator)
-    return nets.load(settings.model, images), labels
+    noise = torch.randn(shape, generator=generator)
+    classes_of = torch.randint(classes, (settings.batch,), generator=generator)
+    return nets.load(settings.model, noise), classes_of
 
 
 def loss_of(outputs: Any, labels: Any) -> Any:

@@ -22,7 +22,7 @@ def architectures() -> list[str]:
                 "effdense: TORCH_CUDA_ARCH_LIST must be a list of compute capabilities such as 8.0;9.0+PTX, "
                 f"got {os.environ['TORCH_CUDA_ARCH_LIST']!r}"
             )
-    able = [name for name in asked if float(re.match(r"[\d.]+", name)[0]) >= 7.5]
+    able = [name for name in asked if float(re.sub(r"[af]?(\+PTX)?$", "", name)) >= 7.5]
     if able != asked:
         old = [f"{name} ({TOO_OLD.get(int(name[0]), 'unknown')})" for name in asked if name not in able]
         print(

@@ -20,9 +20,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ImportError:  # Python 3.10
+else:
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]

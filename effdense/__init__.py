@@ -29,3 +29,8 @@ __all__ = [
     "revert",
     "summary",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that importing them has brought."""
+    return sorted(__all__)

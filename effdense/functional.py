@@ -49,6 +49,15 @@ def cat_bn_relu_conv1x1(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which. Nothing has been changed then.
+
+    Examples:
+        >>> features = [torch.rand(2, 16, 8, 8), torch.rand(2, 8, 8, 8)]
+        >>> norm, conv = torch.nn.BatchNorm2d(24), torch.nn.Conv2d(24, 48, 1)
+        >>> y = effdense.functional.cat_bn_relu_conv1x1(
+        ...     features, norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.weight, conv.bias
+        ... )
+        >>> y.shape
+        torch.Size([2, 48, 8, 8])
     """
     op = "cat_bn_relu_conv1x1"
     check_number(op, "momentum", momentum)

@@ -34,7 +34,8 @@ class Without:
 
 def run(program: str, *arguments: str) -> dict[str, Any]:
     """Run a program to its end."""
-    sys.argv, stderr, status = [program, *arguments], io.StringIO(), 0
+    sys.argv, stderr = [program, *arguments], io.StringIO()
+    status: str | int = 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         try:
             runpy.run_module(program, run_name="__main__", alter_sys=True)

@@ -34,7 +34,7 @@ def load_cut() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_fashion_mnist(
-    split: str, data_root: str | os.PathLike | None = None
+    split: str, data_root: str | os.PathLike[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return all images and labels of `split` ("train": 60,000 or "test": 10,000).
 

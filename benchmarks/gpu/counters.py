@@ -64,7 +64,7 @@ def _row(name: str, launch: dict[str, str], units: dict[str, str]) -> dict[str, 
     for key, names in METRICS.items():
         metric = next((name for name in names if launch.get(name)), "")
         values[key] = _number(launch.get(metric), units.get(metric, ""))
-    stalls = []
+    stalls: list[dict[str, Any]] = []
     for column, text in launch.items():
         found = _STALL.match(column or "")
         value = _number(text, "")

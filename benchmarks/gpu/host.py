@@ -24,7 +24,7 @@ IMPLS = ("naive+channels-last", "effdense-balanced+channels-last")
 
 def kernel_times(step: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[float, int]:
     """Milliseconds of all kernels, copies and fills of a step, and how many they are."""
-    import torch
+    from torch.autograd.profiler import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -33,7 +33,7 @@ def kernel_times(step: Callable[[], Any], synchronize: Callable[[], None]) -> tu
     on_card = [
         event
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
         # a range of the program's, such as the optimizer's step, has its kernels in it
         and not getattr(event, "is_user_annotation", False)
         and not event.name.startswith(("Optimizer.", "ProfilerStep"))
@@ -91,9 +91,9 @@ def main(given: Sequence[str] | None = None) -> int:
     device = devices.find(options.device)
     device.use()
     parts = []
-    for config, *net in NETS:
+    for config, model, batch, size, small in NETS:
         for impl in IMPLS:
-            row = {"config": config, **measure(net[0], impl, *net[1:], device)}
+            row = {"config": config, **measure(model, impl, batch, size, small, device)}
             name = impl.partition("+")[0].removeprefix("effdense-")
             parts.append(
                 f"{config}, {name}: host {row['host_ms']:.1f}, device {row['device_ms']:.1f}, step {row['step_ms']:.1f} ms"

@@ -114,13 +114,13 @@ PROBLEMS = (
 )
 
 
-def with_effdense(module: nn.Module) -> nn.Module:
+def with_effdense(module: Any) -> nn.Module:
     """The same of effdense's modules, with the same weights: blocks and transitions replaced one by one."""
     import effdense.nn as dense
 
     if isinstance(module, DenseBlock):
         first, growth_rate = module.layers[0][0].num_features, module.layers[0][2].out_channels
-        fused: nn.Module = dense.DenseBlock(len(module.layers), first, None, growth_rate, 0.0)
+        fused: Any = dense.DenseBlock(len(module.layers), first, None, growth_rate, 0.0)
         for mine, layer in zip(fused.values(), module.layers, strict=True):
             mine.norm1.load_state_dict(layer[0].state_dict())
             mine.conv1.load_state_dict(layer[2].state_dict())

@@ -56,7 +56,7 @@ def _run_tools(result: results.Result, end: float, environment: dict[str, str]) 
     with tempfile.TemporaryDirectory() as name:
         running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes], float]] = {}
         for tool in TOOLS:
-            log = (Path(name) / tool).open("w+b")
+            log: IO[bytes] = (Path(name) / tool).open("w+b")
             process = subprocess.Popen(
                 sanitizer_command(tool), stdout=log, stderr=subprocess.STDOUT, env=environment
             )

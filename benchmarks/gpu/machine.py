@@ -23,8 +23,10 @@ PACKAGES = (
     "ninja",
     "pytest",
     "pytest-xdist",
+    "expecttest",
+    "hypothesis",
+    "rich",
 )
-PACKAGES += ("expecttest", "hypothesis", "rich")
 TOOLS = ("nvcc", "g++", "ninja", "ncu", "compute-sanitizer", "nvidia-smi")
 QUERY = (
     "driver_version",
@@ -94,9 +96,9 @@ def main(given: Sequence[str] | None = None) -> int:
         **{name: _package(name) for name in PACKAGES},
         **{f"{name} (program)": _tool(name) for name in TOOLS},
         "platform": platform.platform(),
-        "processor": re.search(
+        "processor": re.findall(
             r"model name\s*: (.*)", _output(["cat", "/proc/cpuinfo"]) + "\nmodel name : ?"
-        )[1],
+        )[0],
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }

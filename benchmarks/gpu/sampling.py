@@ -39,7 +39,7 @@ class _Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and not (report.when == "setup" and not report.passed) and not report.failed:
             return
-        outcome = "failed" if report.failed else report.outcome
+        outcome: str = "failed" if report.failed else report.outcome
         if report.skipped and isinstance(report.longrepr, tuple) and LATE in report.longrepr[2]:
             outcome = "not run"
         message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "") if report.failed else ""

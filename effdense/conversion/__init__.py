@@ -8,15 +8,17 @@ classes; a block or transition with others keeps its own class with a fused forw
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from effdense.conversion.class_swap import OURS, Foreign, Form, adopt, give_back, is_fused_kind
 from effdense.conversion.examine import Examiner
-from effdense.engine.validation import check_memory
+from effdense.engine.validation import Memory, check_memory, check_module
 from effdense.nn.modules import named, walk
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Entry(NamedTuple):
@@ -48,8 +50,7 @@ class Report(list[Entry]):
 
 
 def _check_model(op: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(op, "model", model)
     for name, module in named(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
@@ -58,7 +59,7 @@ def _check_model(op: str, model: Any) -> None:
             )
 
 
-def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
+def convert(model: Model, *, memory: Memory = "balanced") -> Model:
     """Makes the dense layers, blocks, transitions, stem and head of `model` run fused, in place.
 
     Parameters, buffers, submodules, hooks, modes and state_dict keys stay the same objects and names, so an optimizer
@@ -80,6 +81,16 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
         ValueError: there is no such memory mode.
 
     Whatever is raised, the model is then as it was.
+
+    Examples:
+        >>> model = torchvision.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
+        >>> model = effdense.convert(model, memory="minimal")
+        >>> print(effdense.report(model))
+        DenseLayer: 4 of 4 run fused
+        DenseBlock: 2 of 2 run fused
+        Transition: 1 of 1 run fused
+        DenseFeatures: 1 of 1 run fused
+        DenseNet: 1 of 1 run fused
     """
     _check_model("convert", model)
     check_memory("convert", memory)
@@ -98,7 +109,7 @@ def convert(model: nn.Module, *, memory: str = "balanced") -> nn.Module:
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Gives back to every module that `convert` has changed the class that it had, in place.
 
     For torch.jit.script, export by tools that know the original classes, or saving the model where effdense is not
@@ -109,9 +120,13 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is not a module.
+
+    Examples:
+        >>> model = effdense.convert(torchvision.models.DenseNet(8, (2, 2), 8))
+        >>> type(effdense.revert(model)) is torchvision.models.DenseNet
+        True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("revert", "model", model)
     for module in walk(model):
         give_back(module)
     return model
@@ -121,6 +136,15 @@ def report(model: nn.Module) -> Report:
     """Says of every part of `model` that effdense knows whether it runs fused, and why not.
 
     It looks at the model as it is now: a hook that was put on after `convert` shows.
+
+    Raises:
+        TypeError: model is not a module, or has parts that torch.jit has compiled.
+
+    Examples:
+        >>> block = effdense.nn.DenseBlock(1, 16, bn_size=4, growth_rate=8, drop_rate=0.0)
+        >>> hook = block.denselayer1.norm1.register_forward_hook(print)
+        >>> [(entry.name, entry.reason) for entry in effdense.report(block)]
+        [('', 'denselayer1: norm1 has hooks'), ('denselayer1', 'norm1 has hooks')]
     """
     _check_model("report", model)
     entries = Report()

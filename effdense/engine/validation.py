@@ -7,11 +7,14 @@ ValueError. Nothing has been changed when one is raised. (csrc/checks.h guards t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any, Literal, cast, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from effdense.engine.norm import Norm
+
+Memory = Literal["balanced", "minimal"]
 
 
 def check_features(op: str, features: Sequence[Tensor]) -> int:
@@ -92,6 +95,12 @@ def check_norm(op: str, names: Sequence[str], norm: Norm, channels: int, like: T
     """Checks the parameters and buffers of a batch normalisation of `channels` channels; `names` is what they are called."""
     for name, vector in zip(names, norm[:4], strict=True):
         check_vector(op, name, vector, channels, like, "the features' channels")
+    if not (norm.eps > 0 or (norm.eps == 0 and not norm.batch_statistics)):
+        place = names[0].removesuffix("weight").rstrip("._")
+        raise ValueError(
+            f"{op}: {place + ': ' if place else ''}eps must be above 0 where the batch's statistics are used (training) and "
+            f"at least 0 elsewhere, as for PyTorch's batch norm, got {norm.eps!r}"
+        )
     if norm.batch_statistics and not norm.group and like.shape[0] * like.shape[2:].numel() == 1:
         raise ValueError(
             f"{op}: normalising with the batch's statistics (training) needs more than one value per channel, "
@@ -110,11 +119,30 @@ def check_number(op: str, name: str, value: float) -> None:
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
-def check_memory(op: str, memory: str) -> str:
+def check_count(op: str, name: str, value: Any) -> None:
+    """Checks a number of channels, layers or classes."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{op}: {name} must be a positive whole number, got {value!r}")
+
+
+def check_probability(op: str, name: str, value: float) -> None:
+    """Checks a rate of dropout."""
+    check_number(op, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be between 0 and 1, got {value!r}")
+
+
+def check_module(op: str, name: str, value: Any) -> None:
+    """Checks that an argument is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(value).__name__}")
+
+
+def check_memory(op: str, memory: str) -> Memory:
     """Checks and returns the name of a memory mode."""
-    if memory not in ("balanced", "minimal"):
+    if memory not in get_args(Memory):
         raise ValueError(f'{op}: memory must be "balanced" or "minimal", got {memory!r}')
-    return memory
+    return cast(Memory, memory)
 
 
 def check_spatial_dims(op: str, spatial_dims: int) -> int:

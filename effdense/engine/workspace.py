@@ -117,5 +117,9 @@ def lease(device: torch.device, size: int, *, keep: bool = True) -> Iterator[Lea
 
 
 def empty_cache() -> None:
-    """Gives the scratch memory that no call is using back to the system (on CUDA: to PyTorch, which always has it)."""
+    """Gives the scratch memory that no call is using back to the system (on CUDA: to PyTorch, which always has it).
+
+    Examples:
+        >>> effdense.empty_cache()
+    """
     _pool.empty()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,14 @@ from effdense import tensor_files
 from effdense.models.names import build
 from effdense.models.preparation import Preparation, for_test
 from effdense.models.weights import load_weights
+
+if TYPE_CHECKING:
+
+    class Trained(nn.Module):
+        """What `load_checkpoint` gives, to type checkers: a module of any class with these attributes."""
+
+        class_names: list[str]
+        prepare: Preparation
 
 
 def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
@@ -26,10 +34,10 @@ def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
     return {**sizes, channels: weights[0].shape[1]} if channels else sizes
 
 
-def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Trained:
     """Builds the model that a checkpoint of `effdense train` holds, with its weights.
 
-    Of such a file the model has the attributes `class_names`, of its outputs, and `prepare`, a `Preparation`:
+    Of a run's file the model has the attributes `class_names`, of its outputs, and `prepare`, a `Preparation` (a file with weights alone has neither):
     `model.eval()(model.prepare("image.png"))` are the scores of an image, prepared as those of the run's test were.
 
     Args:
@@ -39,6 +47,11 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn
     Raises:
         OSError: the file cannot be opened.
         ValueError: it is damaged, or does not say which model it holds, or that is another one.
+
+    Examples:
+        >>> model = effdense.models.densenet_cifar(10, growth_rate=4)
+        >>> effdense.models.save_weights(model, "weights.safetensors")
+        >>> model = effdense.models.load_checkpoint("weights.safetensors", "densenet_bc_10_4")
     """
     content = tensor_files.load_tensors(path)
     if not isinstance(content, Mapping):
@@ -65,7 +78,7 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> nn
         raise ValueError(f"{path} does not hold the weights of {name!r}: {error}") from error
     if said:
         _add_what_is_known(model, content)
-    return model
+    return cast("Trained", model)
 
 
 def _add_what_is_known(model: nn.Module, content: Mapping[str, Any]) -> None:

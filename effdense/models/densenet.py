@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor, nn
 
 from effdense import nn as dense
-from effdense.engine.validation import check_memory, check_number, check_spatial_dims
+from effdense.engine.validation import (
+    Memory,
+    check_count,
+    check_memory,
+    check_number,
+    check_probability,
+    check_spatial_dims,
+)
 from effdense.models.weights import load_published
 from effdense.nn.kinds import AVG_POOLS, CONVS, MAX_POOLS, NORMS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # growth_rate, block_config, num_init_features (table 1 of the paper; 161 is the authors' own, wider than the table's)
 IMAGENET = {
@@ -24,9 +33,20 @@ IMAGENET = {
 }
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"DenseNet: {name} must be a positive whole number, got {value!r}")
+class Options(TypedDict, total=False):
+    """What the nets of table 1 take besides their sizes; see DenseNet."""
+
+    bn_size: int | None
+    drop_rate: float
+    num_classes: int
+    memory_efficient: bool
+    compression: float
+    dropout_after_bottleneck: bool
+    small_inputs: bool
+    in_channels: int
+    spatial_dims: int
+    bias: bool
+    memory: Memory
 
 
 class DenseNet(dense.DenseNet):
@@ -54,6 +74,11 @@ class DenseNet(dense.DenseNet):
     Raises:
         TypeError: compression or drop_rate is not a number.
         ValueError: an argument makes no sense; in the forward, images of another form or too small for the poolings.
+
+    Examples:
+        >>> model = effdense.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8, num_classes=10)
+        >>> model(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -72,7 +97,7 @@ class DenseNet(dense.DenseNet):
         in_channels: int = 3,
         spatial_dims: int = 2,
         bias: bool = False,
-        memory: str = "balanced",
+        memory: Memory = "balanced",
     ) -> None:
         if not isinstance(block_config, Sequence) or isinstance(block_config, str) or not block_config:
             raise ValueError(
@@ -86,14 +111,12 @@ class DenseNet(dense.DenseNet):
         counts |= {f"block_config[{i}]": layers for i, layers in enumerate(block_config)}
         counts |= {"in_channels": in_channels} | ({} if bn_size is None else {"bn_size": bn_size})
         for name, value in counts.items():
-            _check_count(name, value)
+            check_count("DenseNet", name, value)
         check_spatial_dims("DenseNet", spatial_dims)
-        for name, number in (("compression", compression), ("drop_rate", drop_rate)):
-            check_number("DenseNet", name, number)
+        check_number("DenseNet", "compression", compression)
         if not 0 < compression <= 1:
             raise ValueError(f"DenseNet: compression must be above 0 and at most 1, got {compression!r}")
-        if not 0 <= drop_rate <= 1:
-            raise ValueError(f"DenseNet: drop_rate must be between 0 and 1, got {drop_rate!r}")
+        check_probability("DenseNet", "drop_rate", drop_rate)
         check_memory("DenseNet", memory)
         if dropout_after_bottleneck and bn_size is None:
             raise ValueError("DenseNet: dropout_after_bottleneck needs bottlenecks, but bn_size is None")
@@ -117,9 +140,8 @@ class DenseNet(dense.DenseNet):
             width += layers * growth_rate
             if i < len(block_config):
                 compressed = int(compression * width)
-                _check_count(
-                    f"compression = {compression} leaves transition{i} too few channels:", compressed
-                )
+                few = f"compression = {compression} leaves transition{i} too few channels:"
+                check_count("DenseNet", few, compressed)
                 features.add_module(f"transition{i}", dense.Transition(width, compressed, **form))
                 width = compressed
         features.add_module("norm5", NORMS[spatial_dims - 1](width))
@@ -182,7 +204,7 @@ def _initialize(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _imagenet(name: str, weights: Any, progress: bool, options: dict[str, Any]) -> DenseNet:
+def _imagenet(name: str, weights: Any, progress: bool, options: Options) -> DenseNet:
     if weights is not None and options.setdefault("num_classes", 1000) != 1000:
         raise ValueError(
             f"{name}: the published weights have 1000 classes, num_classes is {options['num_classes']}; build it without "
@@ -195,7 +217,7 @@ def _imagenet(name: str, weights: Any, progress: bool, options: dict[str, Any]) 
     return model
 
 
-def densenet121(*, weights: Any = None, progress: bool = True, **options: Any) -> DenseNet:
+def densenet121(*, weights: Any = None, progress: bool = True, **options: Unpack[Options]) -> DenseNet:
     """DenseNet-121 (arXiv 1608.06993, table 1): 7,978,856 parameters, images of 29 pixels or more, [N, 3, H, W].
 
     Args:
@@ -204,27 +226,33 @@ def densenet121(*, weights: Any = None, progress: bool = True, **options: Any) -
         options: see DenseNet.
 
     Raises:
+        TypeError: there is no such option.
         ValueError: there are no such weights, or an option makes no sense.
+
+    Examples:
+        >>> model = effdense.models.densenet121(num_classes=10, memory="minimal")
+        >>> sum(p.numel() for p in model.parameters())
+        6964106
     """
     return _imagenet("densenet121", weights, progress, options)
 
 
-def densenet161(*, weights: Any = None, progress: bool = True, **options: Any) -> DenseNet:
+def densenet161(*, weights: Any = None, progress: bool = True, **options: Unpack[Options]) -> DenseNet:
     """DenseNet-161 (k = 48, the authors' own): 28,681,000 parameters. See densenet121."""
     return _imagenet("densenet161", weights, progress, options)
 
 
-def densenet169(*, weights: Any = None, progress: bool = True, **options: Any) -> DenseNet:
+def densenet169(*, weights: Any = None, progress: bool = True, **options: Unpack[Options]) -> DenseNet:
     """DenseNet-169 (arXiv 1608.06993, table 1): 14,149,480 parameters. See densenet121."""
     return _imagenet("densenet169", weights, progress, options)
 
 
-def densenet201(*, weights: Any = None, progress: bool = True, **options: Any) -> DenseNet:
+def densenet201(*, weights: Any = None, progress: bool = True, **options: Unpack[Options]) -> DenseNet:
     """DenseNet-201 (arXiv 1608.06993, table 1): 20,013,928 parameters. See densenet121."""
     return _imagenet("densenet201", weights, progress, options)
 
 
-def densenet264(*, weights: Any = None, progress: bool = True, **options: Any) -> DenseNet:
+def densenet264(*, weights: Any = None, progress: bool = True, **options: Unpack[Options]) -> DenseNet:
     """DenseNet-264 (arXiv 1608.06993, table 1, k = 32): 33,337,704 parameters. No weights were published. See densenet121."""
     return _imagenet("densenet264", weights, progress, options)
 
@@ -238,7 +266,7 @@ def densenet_cifar(
     in_channels: int = 3,
     *,
     drop_rate: float = 0.0,
-    memory: str = "balanced",
+    memory: Memory = "balanced",
 ) -> DenseNet:
     """Three blocks for images of 32 pixels (arXiv 1608.06993, section 4.2): DenseNet-BC, or plain layers.
 
@@ -251,6 +279,11 @@ def densenet_cifar(
 
     Raises:
         ValueError: there is no such depth (the message says the nearest one), or an option makes no sense.
+
+    Examples:
+        >>> model = effdense.models.densenet_cifar(depth=16, growth_rate=8)
+        >>> model(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     step = 6 if bottleneck else 3
     if type(depth) is not int or depth <= 4 or (depth - 4) % step:
@@ -274,10 +307,14 @@ def densenet_cifar(
     )
 
 
-def densenet_d2l(num_classes: int = 10, in_channels: int = 1, *, memory: str = "balanced") -> DenseNet:
+def densenet_d2l(num_classes: int = 10, in_channels: int = 1, *, memory: Memory = "balanced") -> DenseNet:
     """The net of Zhang et al., "Dive into Deep Learning", section 8.7, for gray images of 96 pixels: [N, 1, 96, 96].
 
     A 7x7 stem of 64 channels, four blocks of four plain layers with k = 32, transitions that halve, biases. See DenseNet.
+
+    Examples:
+        >>> effdense.models.densenet_d2l()(torch.rand(1, 1, 96, 96)).shape
+        torch.Size([1, 10])
     """
     return DenseNet(
         32,
@@ -329,7 +366,7 @@ class _TutorialDenseNet(DenseNet):
 
 
 def densenet169_tutorial(
-    num_classes: int = 1000, in_channels: int = 3, drop_rate: float = 0.2, *, memory: str = "balanced"
+    num_classes: int = 1000, in_channels: int = 3, drop_rate: float = 0.2, *, memory: Memory = "balanced"
 ) -> DenseNet:
     """DenseNet-169 as tutorials build it from `bn_relu_conv`: 14,160,238 parameters with 1000 classes. See DenseNet.
 

@@ -32,8 +32,13 @@ def build(name: str, **options: Any) -> nn.Module:
         options: what the constructor takes.
 
     Raises:
-        TypeError: the name is no text.
+        TypeError: the name is no text, or the constructor has no such option.
         ValueError: there is no such model (the message has the nearest name), or its library is not installed.
+
+    Examples:
+        >>> model = effdense.models.build("densenet_bc_10_4", num_classes=3)
+        >>> model(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 3])
     """
     if not isinstance(name, str):
         raise TypeError(f"build: name must be a str, got {type(name).__name__}")

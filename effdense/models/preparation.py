@@ -38,6 +38,11 @@ class Preparation:
         resize: the height and width that images are brought to; None: they stay as they are.
         centre: what part of the sides of the square in their middle is brought to it; None: all of the image, and after the
             normalisation (data sets in memory).
+
+    Examples:
+        >>> prepare = effdense.models.Preparation(mean=(0.5,), std=(0.25,), channels=1, resize=8)
+        >>> prepare(torch.zeros(1, 28, 28, dtype=torch.uint8)).shape
+        torch.Size([1, 1, 8, 8])
     """
 
     mean: tuple[float, ...]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from effdense import tensor_files
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # What differs from torchvision's keys, and what it becomes.
 _KEYS = (
@@ -66,7 +68,12 @@ def _listed(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what} {', '.join(names[:5])}{more}"] if names else []
 
 
-def load_weights(model: nn.Module, weights: Any, *, strip_classifier: bool = False) -> nn.Module:
+def load_weights(
+    model: Model,
+    weights: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    strip_classifier: bool = False,
+) -> Model:
     """Loads a DenseNet's weights from the layout of torchvision (new and old keys), timm, gpleiss or MONAI.
 
     Everything has to fit: nothing is loaded otherwise. Only the counters `num_batches_tracked`, which old files do not
@@ -85,6 +92,11 @@ def load_weights(model: nn.Module, weights: Any, *, strip_classifier: bool = Fal
         TypeError: weights are neither a path nor a mapping.
         ValueError: the file is damaged, or the weights do not fit; the message says which keys are missing, which are too many and which have other
             shapes.
+
+    Examples:
+        >>> trained = torchvision.models.DenseNet(8, (2, 2), 8, num_classes=10)
+        >>> model = effdense.models.DenseNet(8, (2, 2), 8, num_classes=3)
+        >>> model = effdense.models.load_weights(model, trained.state_dict(), strip_classifier=True)
     """
     state, wanted = _read(weights), model.state_dict()
     if strip_classifier:
@@ -127,6 +139,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: it cannot be written; the message says what is there instead.
+
+    Examples:
+        >>> model = effdense.models.densenet_cifar(10, growth_rate=4)
+        >>> effdense.models.save_weights(model, "model.pt")
+        >>> model = effdense.models.load_weights(model, "model.pt")
     """
     tensor_files.save_tensors(model.state_dict(), path)
 

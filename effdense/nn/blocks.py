@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from effdense.engine import pool, single_layer
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import accepts, through
-from effdense.engine.validation import check_spatial_dims
+from effdense.engine.validation import (
+    Memory,
+    check_count,
+    check_memory,
+    check_probability,
+    check_spatial_dims,
+)
 from effdense.nn.chain import NO_DROP, Chain, Drop
 from effdense.nn.kinds import AVG_POOLS, CONVS, NORMS
 from effdense.nn.layers import DenseLayer, PlainDenseLayer
@@ -50,6 +56,14 @@ class DenseBlock(nn.ModuleDict):
         num_input_features: channels of the block's input.
         bn_size: see DenseLayer; None: the layers are PlainDenseLayers.
         growth_rate, drop_rate, memory_efficient, memory, bias, dropout_after_bottleneck, spatial_dims: see DenseLayer.
+
+    Raises:
+        TypeError, ValueError: an argument makes no sense; the message says which.
+
+    Examples:
+        >>> block = effdense.nn.DenseBlock(6, 16, bn_size=4, growth_rate=12, drop_rate=0.0)
+        >>> block(torch.rand(2, 16, 8, 8)).shape  # 16 + 6 * 12 channels
+        torch.Size([2, 88, 8, 8])
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -63,12 +77,21 @@ class DenseBlock(nn.ModuleDict):
         drop_rate: float,
         memory_efficient: bool = False,
         *,
-        memory: str = "balanced",
+        memory: Memory = "balanced",
         bias: bool = False,
         dropout_after_bottleneck: bool = False,
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        counts = {"num_layers": num_layers, "num_input_features": num_input_features}
+        counts |= {"growth_rate": growth_rate} | ({} if bn_size is None else {"bn_size": bn_size})
+        for name, value in counts.items():
+            check_count("DenseBlock", name, value)
+        check_probability("DenseBlock", "drop_rate", drop_rate)
+        check_memory("DenseBlock", memory)
+        check_spatial_dims("DenseBlock", spatial_dims)
+        if dropout_after_bottleneck and bn_size is None:
+            raise ValueError("DenseBlock: dropout_after_bottleneck needs bottlenecks, but bn_size is None")
         form: dict[str, Any] = {"memory": memory, "bias": bias, "spatial_dims": spatial_dims}
         inside: dict[str, Any] = {"dropout_after_bottleneck": dropout_after_bottleneck}
         for i in range(num_layers):
@@ -137,6 +160,14 @@ class Transition(nn.Sequential):
         num_output_features: channels of the output.
         bias: whether the convolution has a bias.
         spatial_dims: 1, 2 or 3.
+
+    Raises:
+        ValueError: an argument makes no sense; the message says which.
+
+    Examples:
+        >>> transition = effdense.nn.Transition(88, 44)
+        >>> transition(torch.rand(2, 88, 8, 8)).shape
+        torch.Size([2, 44, 4, 4])
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -144,6 +175,8 @@ class Transition(nn.Sequential):
     def __init__(
         self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
     ) -> None:
+        check_count("Transition", "num_input_features", num_input_features)
+        check_count("Transition", "num_output_features", num_output_features)
         place = check_spatial_dims("Transition", spatial_dims)
         conv = CONVS[place]
         super().__init__(

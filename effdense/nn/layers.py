@@ -13,7 +13,13 @@ from effdense.engine import single_layer
 from effdense.engine.autograd import dropout_scale
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import accepts, through
-from effdense.engine.validation import check_memory, check_spatial_dims
+from effdense.engine.validation import (
+    Memory,
+    check_count,
+    check_memory,
+    check_probability,
+    check_spatial_dims,
+)
 from effdense.nn.chain import Drop
 from effdense.nn.kinds import CONVS, NORMS
 from effdense.nn.obstacles import chain_obstacle, refuse_scripting
@@ -27,6 +33,12 @@ def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
     return list(inputs)  # type: ignore[arg-type]
 
 
+def _check(op: str, drop_rate: float, **counts: int) -> None:
+    for name, value in counts.items():
+        check_count(op, name, value)
+    check_probability(op, "drop_rate", drop_rate)
+
+
 class _Layer(nn.Module):
     """What both kinds of layer have."""
 
@@ -35,12 +47,12 @@ class _Layer(nn.Module):
     __prepare_scriptable__ = refuse_scripting
 
     @property
-    def memory(self) -> str:
+    def memory(self) -> Memory:
         """What is kept for the backward: "balanced" or "minimal"."""
         return self._memory
 
     @memory.setter
-    def memory(self, memory: str) -> None:
+    def memory(self, memory: Memory) -> None:
         self._memory = check_memory(type(self).__name__, memory)
 
     def obstacle(self) -> str | None:
@@ -63,6 +75,14 @@ class DenseLayer(_Layer):
         bias: whether the convolutions have biases.
         dropout_after_bottleneck: whether drop_rate counts behind the 1x1 convolution too, as in the paper's Lua code.
         spatial_dims: 1, 2 or 3.
+
+    Raises:
+        TypeError, ValueError: an argument makes no sense; the message says which.
+
+    Examples:
+        >>> layer = effdense.nn.DenseLayer(24, growth_rate=12, bn_size=4, drop_rate=0.0)
+        >>> layer([torch.rand(2, 16, 8, 8), torch.rand(2, 8, 8, 8)]).shape
+        torch.Size([2, 12, 8, 8])
     """
 
     parts: ClassVar[Mapping[str, int | None]] = {
@@ -83,12 +103,19 @@ class DenseLayer(_Layer):
         drop_rate: float,
         memory_efficient: bool = False,
         *,
-        memory: str = "balanced",
+        memory: Memory = "balanced",
         bias: bool = False,
         dropout_after_bottleneck: bool = False,
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        _check(
+            "DenseLayer",
+            drop_rate,
+            num_input_features=num_input_features,
+            growth_rate=growth_rate,
+            bn_size=bn_size,
+        )
         place, width = check_spatial_dims("DenseLayer", spatial_dims), bn_size * growth_rate
         norm, conv = NORMS[place], CONVS[place]
         self.norm1 = norm(num_input_features)
@@ -150,6 +177,14 @@ class PlainDenseLayer(_Layer):
     Args:
         num_input_features, growth_rate, drop_rate, memory, spatial_dims: see DenseLayer.
         bias: whether the convolution has a bias.
+
+    Raises:
+        TypeError, ValueError: an argument makes no sense; the message says which.
+
+    Examples:
+        >>> layer = effdense.nn.PlainDenseLayer(24, growth_rate=12)
+        >>> layer(torch.rand(2, 24, 8, 8)).shape
+        torch.Size([2, 12, 8, 8])
     """
 
     parts: ClassVar[Mapping[str, int | None]] = {"norm1": None, "relu1": None, "conv1": 3}
@@ -161,10 +196,11 @@ class PlainDenseLayer(_Layer):
         drop_rate: float = 0.0,
         *,
         bias: bool = False,
-        memory: str = "balanced",
+        memory: Memory = "balanced",
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        _check("PlainDenseLayer", drop_rate, num_input_features=num_input_features, growth_rate=growth_rate)
         place = check_spatial_dims("PlainDenseLayer", spatial_dims)
         self.norm1 = NORMS[place](num_input_features)
         self.relu1 = nn.ReLU(inplace=True)

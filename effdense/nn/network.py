@@ -13,6 +13,7 @@ from effdense.engine import node, pool, stem
 from effdense.engine.autograd import in_its_layout
 from effdense.engine.batch_norm import read_module, update_modules
 from effdense.engine.inputs import accepts, through
+from effdense.engine.validation import check_module
 from effdense.nn.blocks import DenseBlock, Transition
 from effdense.nn.chain import Chain
 from effdense.nn.code import code_of
@@ -52,6 +53,12 @@ class DenseFeatures(nn.Sequential):
     """nn.Sequential that runs neighbours together: a stem's norm, relu and max pool; a block with what follows it.
 
     What it does not know, and what carries hooks, it calls as nn.Sequential does.
+
+    Examples:
+        >>> block = effdense.nn.DenseBlock(2, 16, bn_size=4, growth_rate=8, drop_rate=0.0)
+        >>> features = effdense.nn.DenseFeatures(block, effdense.nn.Transition(32, 16))
+        >>> features(torch.rand(2, 16, 8, 8)).shape
+        torch.Size([2, 16, 4, 4])
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -345,12 +352,23 @@ class DenseNet(nn.Module):
     Args:
         features: gives [N, C, *spatial].
         classifier: takes [N, C].
+
+    Raises:
+        TypeError: one of them is no module.
+
+    Examples:
+        >>> block = effdense.nn.DenseBlock(2, 16, bn_size=4, growth_rate=8, drop_rate=0.0)
+        >>> features = effdense.nn.DenseFeatures(block, torch.nn.BatchNorm2d(32))
+        >>> effdense.nn.DenseNet(features, torch.nn.Linear(32, 10))(torch.rand(2, 16, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
+        check_module("DenseNet", "features", features)
+        check_module("DenseNet", "classifier", classifier)
         self.features = features
         self.classifier = classifier
 

@@ -75,6 +75,10 @@ def build_info() -> dict[str, Any]:
         `implementation` ("compiled" or "fallback"), `reason` (why compiled code does not run, or None),
         `torch_built_for`, `compiler`, `openmp` and `cuda` (what the module was built with), `arch_list` (the
         GPU architectures it was built for) and `cpu_capability` (the instruction set that PyTorch picked).
+
+    Examples:
+        >>> effdense.build_info()["effdense"] == effdense.__version__
+        True
     """
     built_with = extension.build_info() if extension else {}
     return {

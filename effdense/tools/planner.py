@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from effdense.nn.modules import kind_of
 from effdense.nn.plain import CHECKPOINTED
 from effdense.ops import dispatch
 
-MEMORY = ("naive", "checkpoint", "balanced", "minimal")
+Impl: TypeAlias = Literal["naive", "checkpoint", "balanced", "minimal"]
+MEMORY: tuple[Impl, ...] = ("naive", "checkpoint", "balanced", "minimal")
 CATEGORIES = ("features", "bottlenecks", "scratch", "stem", "activations", "gradients", "other")
 
 
@@ -278,7 +279,7 @@ def _checked(model: Any, input_shape: Any, memory: str) -> tuple[int, ...]:
     return check_input_shape("plan", input_shape)
 
 
-def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balanced") -> Plan:
+def plan(model: nn.Module, input_shape: Sequence[int], *, memory: Impl = "balanced") -> Plan:
     """Predicts the memory of one training step of `model` on the CPU, without running it.
 
     The model is not touched: a copy without memory is converted, in the dtype and the modes that the model is in.
@@ -295,6 +296,12 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: str = "balance
     Raises:
         TypeError: model is not a module.
         ValueError: input_shape or memory is wrong, nothing of the model can be converted, or it does not run.
+
+    Examples:
+        >>> model = effdense.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
+        >>> plans = {memory: effdense.plan(model, (8, 3, 32, 32), memory=memory) for memory in ("naive", "minimal")}
+        >>> plans["naive"].total > plans["minimal"].total
+        True
     """
     shape = _checked(model, input_shape, memory)
     return _Prepared(model, memory).at(shape)

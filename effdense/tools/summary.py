@@ -132,7 +132,7 @@ def _kept(model: Any, shape: Sequence[int], memory: str) -> list[int]:
                 kept.enter(places[module]) if module in places else lambda *_: None
             )
     else:
-        convert(model, memory=memory)
+        convert(model, memory="minimal" if memory == "minimal" else "balanced")
         step, done = model.features._step, 0
 
         def watched(x: Tensor, modules: list[Any]) -> tuple[int, Tensor]:
@@ -185,6 +185,11 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> Summary:
     Raises:
         TypeError: model is not a module.
         ValueError: input_shape is wrong, or the model is of another kind or does not run on it.
+
+    Examples:
+        >>> model = effdense.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
+        >>> [row.layer for row in effdense.summary(model, (2, 3, 32, 32)).rows]
+        ['Convolution', 'Pooling', 'Dense block 1', 'Transition 1', 'Dense block 2', 'Classification']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +42,9 @@ def compile_interpreter(architectures: Sequence[int]) -> Path:
         *sorted([*(ROOT / "csrc").glob("stage_*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cpp")]),
     ]
 
-    def once(source: Path, made_of: Sequence[Path], flags: Sequence[str], make: functools.partial) -> Path:
+    def once(
+        source: Path, made_of: Sequence[Path], flags: Sequence[str], make: Callable[[Path], None]
+    ) -> Path:
         return compiler._once(f"ptx-{source.stem}.o", made_of, flags, make)
 
     # The longest first.

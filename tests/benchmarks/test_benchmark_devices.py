@@ -71,7 +71,7 @@ def cuda(calls, monkeypatch):
     """The device that find returns: a GPU whose tensors lie on the CPU."""
     device = devices.Cuda(1)
     device.name = "cpu"
-    device._flushed = types.SimpleNamespace(zero_=lambda: calls.append("flush"))
+    device._flushed = types.SimpleNamespace(zero_=lambda: calls.append("flush"))  # type: ignore[assignment]
     monkeypatch.setattr(devices, "find", lambda name: device)
     return device
 
@@ -211,7 +211,7 @@ def test_settings_of_a_gpu(one_gpu, capsys):
 
 def test_float16_steps_have_scaled_gradients():
     torch.manual_seed(0)
-    model, dtypes, gradients = torch.nn.Linear(3, 5), [], []
+    model, dtypes, gradients = torch.nn.Linear(3, 5), [], []  # type: ignore[var-annotated]
 
     def watch(module, inputs, output):
         dtypes.append(output.dtype)

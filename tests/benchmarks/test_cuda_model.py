@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks import cuda_model
@@ -37,7 +39,11 @@ def test_blocks_for_a_few_multiprocessors_share_what_those_can() -> None:
 WORK = Work(100, 2, 10**7, 3 * 10**7, 10**9, 50.0, 10, 2)
 GROWS = ["memory_bytes", "cache_bytes", "flops", "steps"]
 # What a launch is made of where the term is the longest, that the field makes shorter.
-SHRINKS = {"resident": {"blocks": 10**4, "steps": 100}, "tflops": {"flops": 1e13}, "overlap": {"steps": 1e5}}
+SHRINKS: dict[str, dict[str, Any]] = {
+    "resident": {"blocks": 10**4, "steps": 100},
+    "tflops": {"flops": 1e13},
+    "overlap": {"steps": 1e5},
+}
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)

@@ -180,7 +180,7 @@ def test_a_stage_moves_a_third(simt: Any, memory: str) -> None:
         if call.space == "effdense":
             counted = cuda_traffic.count(simt, call, images * cuda_traffic.MULTIPROCESSORS_PER_IMAGE)
             fused += counted.floor + counted.partial
-    pixels, theirs = images * size**2, Counter()
+    pixels, theirs = images * size**2, Counter()  # type: ignore[var-annotated]
     for i in range(layers):
         theirs += separate_kernels.dense_layer(Map(channels + 12 * i, pixels), 48)
     theirs += separate_kernels.transition(Map(channels + 96, pixels), 108)

@@ -80,7 +80,7 @@ def test_without_the_file_nothing_is_predicted(file: Path) -> None:
 
 
 def document(**changed: Any) -> dict[str, Any]:
-    stage = {
+    stage: dict[str, Any] = {
         **OPERATORS,
         "outcome": "ok",
         "seconds": 1.0,

@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_collected_is_a_failure(tmp_path: Path) -> None:
 def test_the_order_is_random_and_the_same_in_every_process() -> None:
     items = [list(range(100)) for _ in range(2)]
     for copy_ in items:
-        sampling.pytest_collection_modifyitems(copy_)  # type: ignore[arg-type]
+        sampling.pytest_collection_modifyitems(copy_)
     assert items[0] == items[1] != sorted(items[0])
 
 

@@ -54,7 +54,7 @@ class Cut(structures.NetBlock):
         self.depth, self.scale = 3, 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.net[: self.depth]:
+        for layer in self.net[: self.depth]:  # type: ignore[attr-defined]
             x = torch.cat((x, layer(x)), 1)
         return x * self.scale
 
@@ -219,7 +219,7 @@ def test_an_average_over_all_batches_of_a_norm_that_layers_share() -> None:
     first, second = naive.features.denseblock1.values()
     second.norm2 = first.norm2
     first.norm2.momentum = None
-    naive = randomised(naive)
+    naive = randomised(naive)  # type: ignore[assignment]
     fused = effdense.convert(copy.deepcopy(naive))
     assert_same(naive, fused, torch.randn(2, 3, 32, 33, dtype=torch.float64))
 
@@ -333,9 +333,9 @@ def test_what_changes_outside_of_the_attributes_is_noticed(
 
 def test_equal_values_are_no_change() -> None:
     block = effdense.convert(nn.Sequential(Far(6), Far(10)))
-    block[0].config = {"scale": float("1.0"), "skip": [False]}  # type: ignore[operator, index]
-    block[1].marks[1] = {"a"}  # type: ignore[operator, index]
-    assert block.obstacle() is None  # type: ignore[operator]
+    block[0].config = {"scale": float("1.0"), "skip": [False]}  # type: ignore[assignment]
+    block[1].marks[1] = {"a"}  # type: ignore[assignment]
+    assert block.obstacle() is None
 
 
 def test_convert_again_reads_a_class_again(monkeypatch: pytest.MonkeyPatch) -> None:

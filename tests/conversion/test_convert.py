@@ -55,7 +55,7 @@ def assert_same_step(
     for (name, a), b in zip(naive.named_parameters(), fused.parameters(), strict=True):
         scale = a.grad.abs().max().item()
         assert (a.grad - b.grad).abs().max() <= tolerance * max(scale, 1.0), name
-    for (name, a), b in zip(naive.named_buffers(), fused.buffers(), strict=True):
+    for (name, a), b in zip(naive.named_buffers(), fused.buffers(), strict=True):  # type: ignore[assignment]
         assert torch.allclose(b, a, rtol=tolerance, atol=tolerance), name
 
 
@@ -361,7 +361,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"convert: model must be a torch.nn.Module, got str"):
         effdense.convert("densenet121")
     with pytest.raises(ValueError, match=r'DenseLayer: memory must be "balanced" or "minimal", got \'tiny\''):
-        DenseLayer(4, 2, 2, 0.0).memory = "tiny"
+        DenseLayer(4, 2, 2, 0.0).memory = "tiny"  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r"report: model must be a torch.nn.Module, got type"):
         effdense.report(nn.Module)
 

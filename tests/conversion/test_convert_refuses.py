@@ -26,7 +26,8 @@ class PostActivationBlock(nn.Module):
         self.net = nn.ModuleList([structures.conv_block(6 + 4 * i, 4) for i in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for norm, relu, conv in self.net:
+        layers: Any = self.net
+        for norm, relu, conv in layers:
             x = torch.cat((x, conv(norm(relu(x)))), dim=1)
         return x
 

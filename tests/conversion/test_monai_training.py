@@ -73,8 +73,8 @@ def test_the_tutorial_trains_as_before(memory: str) -> None:
     assert len(set(losses)) == len(losses) == 2 * IMAGES // BATCH  # it learns, from other images each time
     assert losses == pytest.approx(expected, rel=1e-9)
     for a, b in zip(own_outputs, outputs, strict=True):
-        assert type(a) is type(b) and a.meta.keys() == b.meta.keys()
-        torch.testing.assert_close(a.as_tensor(), b.as_tensor(), rtol=1e-7, atol=1e-7)
+        assert type(a) is type(b) and a.meta.keys() == b.meta.keys()  # type: ignore[attr-defined]
+        torch.testing.assert_close(a.as_tensor(), b.as_tensor(), rtol=1e-7, atol=1e-7)  # type: ignore[attr-defined]
 
 
 def test_the_benchmark_measures_metatensors() -> None:
@@ -82,6 +82,6 @@ def test_the_benchmark_measures_metatensors() -> None:
     images = torch.randn(2, 1, 5, 5, 5)
     batch = nets.load("monai:tutorial-3d", images)
     assert type(batch).__name__ == "MetaTensor"
-    assert torch.equal(batch.as_tensor(), images)
+    assert torch.equal(batch.as_tensor(), images)  # type: ignore[attr-defined]
     assert nets.load("monai:densenet121-3d", images) is images
     assert nets.load("densenet121", images) is images

@@ -382,7 +382,7 @@ class Plus(structures.RateLayer):
 )
 def test_a_tensor_that_is_neither_a_parameter_nor_a_buffer(how: str) -> None:
     block = nn.Sequential(*(Plus(6 + 4 * i, how) for i in range(3))).double()
-    before = [copy.deepcopy((layer.own, layer.inside)) for layer in block]  # type: ignore[misc]
+    before = [copy.deepcopy((layer.own, layer.inside)) for layer in block]
     assert ("changes its attribute" if how.startswith("changed") else "something else") in refused(block)
     assert before == [(layer.own, layer.inside) for layer in block]
 

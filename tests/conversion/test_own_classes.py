@@ -432,7 +432,7 @@ class Outer(structures.NetBlock):
     def __init__(self, *arguments: int) -> None:
         super().__init__(*arguments)
         for i, layer in enumerate(self.net):
-            self.net[i] = Telling(*layer)
+            self.net[i] = Telling(*layer)  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.net:

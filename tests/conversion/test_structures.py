@@ -92,7 +92,8 @@ def test_a_transition_with_anything_behind_its_convolution(name: str) -> None:
     for model in (naive.train(), fused.train()):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t,
+            lambda t: t,  # type: ignore[misc]
         ):
             model[2](torch.randn(2, 18, 8, 8, dtype=torch.float64).requires_grad_())
         saved[model] = sizes.count(2 * 18 * 8 * 8)
@@ -182,7 +183,7 @@ def test_copies_work(how: str) -> None:
 def test_a_forward_looks_at_every_module_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = effdense.convert(structures.tutorial_net(0.0).double())
     seen: list[nn.Module] = []
-    changed = structure.changed
+    changed = structure.changed  # type: ignore[attr-defined]
 
     def count(name: str, module: nn.Module, *rest: bool) -> str | None:
         seen.append(module)

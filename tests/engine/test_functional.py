@@ -116,7 +116,7 @@ def test_gradcheck(training: bool, absent: tuple[str, ...]) -> None:
     names = list(given)
 
     def function(*tensors: Tensor) -> Tensor:
-        parameters = {name: None for name in absent} | dict(zip(names, tensors[2:], strict=True))
+        parameters: dict[str, Any] = dict.fromkeys(absent) | dict(zip(names, tensors[2:], strict=True))
         statistics = {k: arguments[k].clone() for k in ("running_mean", "running_var")}
         return cat_bn_relu_conv1x1(list(tensors[:2]), **statistics, **parameters, training=training)
 

@@ -223,7 +223,7 @@ def test_norms_without_affine_parameters() -> None:
     def change(model: nn.Module) -> None:
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d) and m.num_features != CHANNELS:
-                m.weight = m.bias = None
+                m.weight = m.bias = None  # type: ignore[assignment]
 
     assert_ways_agree(make_pair("balanced", tail="head", change=change), make_input(), [by_grad])
 

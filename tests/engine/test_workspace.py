@@ -222,7 +222,7 @@ def test_two_threads_with_a_model_each() -> None:
         assert_close(got, wanted, 0.0)
 
 
-class Transformed(Dataset):  # type: ignore[type-arg]
+class Transformed(Dataset):
     """Items that a model made."""
 
     def __init__(self, model: nn.Module) -> None:

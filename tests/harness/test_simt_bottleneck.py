@@ -201,7 +201,7 @@ def check_forward(
     expected = torch.empty(1, shape[2], shape[0], dtype=F64)
     vectors = [case["bias"] if bias else None]
     vectors += [case[v] if norm else None for v in ("out_scale", "out_shift")]
-    args = [case["x"].t()[None]], case["scale"], case["shift"], case["weight"], *vectors
+    args: Any = [case["x"].t()[None]], case["scale"], case["shift"], case["weight"], *vectors
     reference.bottleneck(*args, False, expected)
     y = as_matrix(expected)
     magnitude = (case["x"] * case["scale"]).abs().add(case["shift"].abs()) @ case["weight"].abs().t()
@@ -363,7 +363,7 @@ def backward(
     return results
 
 
-def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **options: int) -> None:
+def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **options: Any) -> None:
     dtype, unit = arithmetic
     case = make_case(shape, dtype, seed=1)
     results = backward(simt, case, arithmetic, shape[3:], **options)
@@ -372,7 +372,7 @@ def check_backward(simt: Any, shape: Sequence[int], arithmetic: Arithmetic, **op
     grad_x = case["grad_x"].clone().t()[None]
     vectors = case["scale"], case["shift"], case["mean"]
     tensors = [case["y"].t()[None], *(case[name] for name in CORRECTION[1:])][:correction]
-    args = [case["x"].t()[None]], case["grad_y"].t()[None], *vectors, case["weight"], [grad_x]
+    args: Any = [case["x"].t()[None]], case["grad_y"].t()[None], *vectors, case["weight"], [grad_x]
     grad_weight, sum_d, sum_dx = reference.bottleneck_backward(*args, accumulate, True, True, tensors)
 
     # How much there is to be rounded: of grad_y, of d, and of what becomes of them.

@@ -67,7 +67,7 @@ def run_lists(
     return [y, *of_y, *ops.bottleneck_backward(*arguments), *grads]
 
 
-def some(maps: list[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+def some(maps: list[Tensor], wanted: Sequence[bool | int]) -> list[Tensor]:
     return [x if mine else x.new_empty(0) for x, mine in zip(maps, wanted, strict=True)]
 
 

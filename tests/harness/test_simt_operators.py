@@ -40,7 +40,7 @@ def without_statistics(shape: tuple, dtype: torch.dtype) -> Run:
     return run_backward(shape, dtype, batch_statistics=False)
 
 
-OF_MAPS = {
+OF_MAPS: dict[str, Callable[..., Any]] = {
     "channel_statistics": run_statistics,
     "append_features": run_append,
     "apply_correction": run_apply_correction,
@@ -50,7 +50,7 @@ OF_MAPS = {
     "bn_relu_backward without statistics": without_statistics,
     "bn_relu_backward_accumulate": run_backward_accumulate,
 }
-OF_POOLS = {
+OF_POOLS: dict[str, tuple[Callable[..., Any], Any]] = {
     "bn_relu_avg_pool": (run_average, AVERAGES),
     "bn_relu_avg_pool_backward": (run_average_backward, AVERAGES),
     "bn_relu_max_pool": (run_maximum, MAXIMA),

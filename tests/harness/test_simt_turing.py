@@ -70,7 +70,7 @@ def test_tf32_changes_nothing(simt: Any) -> None:
     case = make_case(WIDE[0], torch.float32)
     results = []
     for precision in ("ieee", "tf32"):
-        torch.backends.cudnn.conv.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
         of_x = forward(simt, case, ARITHMETICS["float"])
         results.append([*of_x, *backward(simt, case, ARITHMETICS["float"], correction=6).values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -50,7 +50,7 @@ SHAPES = {
 
 def shapes_behind_stages(model: Any, x: Tensor) -> str:
     """As in SHAPES."""
-    shapes = []
+    shapes = []  # type: ignore[var-annotated]
     for part, module in model.features.named_children():
         if part.startswith(("denseblock", "transition")):
             shapes += [] if shapes else [x.shape]

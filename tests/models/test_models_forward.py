@@ -143,7 +143,7 @@ class Tutorial(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.stem(x), 3, 2, 1)
         for i, block in enumerate(self.blocks):
-            for layer in block:
+            for layer in block:  # type: ignore[attr-defined]
                 x = torch.cat([x, layer(x)], 1)
             if i < 3:
                 x = F.avg_pool2d(self.transitions[i](x), 2)

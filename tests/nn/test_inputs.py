@@ -99,7 +99,7 @@ def assert_same_of(make: Callable[[Tensor], Tensor], pair: tuple[nn.Module, nn.M
             model.train(training).zero_grad()
             given = make(x.clone())
             y = model(given)
-            (y * weights_of(plain(y))).sum().backward()  # type: ignore[arg-type]
+            (y * weights_of(plain(y))).sum().backward()
             results.append((y, [y, *(p.grad for p in model.parameters()), *model.buffers(), given.grad]))
         (theirs, expected), (mine, got) = results
         assert type(mine) is type(theirs)
@@ -189,7 +189,7 @@ def test_an_image_without_a_batch_is_pytorchs_matter(tail: str) -> None:
 def test_an_image_without_a_batch_where_it_runs() -> None:
     """PyTorch's convolution takes it, and so does what follows if no norm is in the way."""
     naive = models._Transition(CHANNELS, 4).double()
-    naive.norm = nn.Identity()
+    naive.norm = nn.Identity()  # type: ignore[assignment]
     fused = effdense.convert(copy.deepcopy(naive))
     x = make_input()[0]
     assert_close([fused(x)], [naive(x)])

@@ -35,9 +35,9 @@ def backup(model: nn.Module) -> None:
     """SAM's."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.backup_momentum = module.momentum
+            module.backup_momentum = module.momentum  # type: ignore[assignment]
             module.momentum = 0.0
-            module.momentum = module.backup_momentum
+            module.momentum = module.backup_momentum  # type: ignore[assignment]
 
 
 def marks(model: nn.Module) -> None:

@@ -287,7 +287,7 @@ def test_hooks_as_grad_cam_puts_them(pair: tuple[nn.Module, nn.Module]) -> None:
         for module in (features.denseblock2, list(features.children())[-1], features):
             module.register_forward_hook(note)
         features.denseblock2.register_full_backward_hook(
-            lambda _, __, grads, seen=seen: seen.append(grads[0].clone())
+            lambda _, __, grads, seen=seen: seen.append(grads[0].clone())  # type: ignore[misc]
         )
         model(x)[:, 2].sum().backward()
         results.append([*seen, *(p.grad for p in model.parameters())])

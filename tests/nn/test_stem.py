@@ -223,6 +223,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.effdense.stem, arguments, test_utils=checks)
     out, where, mean, var = torch.ops.effdense.stem(*arguments)
     needs = [True, True, False, True, False]
-    arguments = (torch.randn_like(out), where, mean, var, x, weight, None, *vectors, needs, *settings)
+    arguments = (torch.randn_like(out), where, mean, var, x, weight, None, *vectors, needs, *settings)  # type: ignore[assignment]
     torch.library.opcheck(torch.ops.effdense.stem_backward, arguments, test_utils=checks)
     assert len(arguments) == stem.BACKWARD_TENSORS + len(settings)

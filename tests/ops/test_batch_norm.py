@@ -136,7 +136,7 @@ def test_fold_is_batch_norm(any_ops: Any) -> None:
     var = torch.rand(6).double()
     for affine in ((weight, bias), (None, None), (weight, None), (None, bias)):
         rstd, scale, shift = any_ops.fold(mean, var, *affine, 1e-3)
-        expected = F.batch_norm(x, mean, var, *affine, training=False, eps=1e-3)
+        expected = F.batch_norm(x, mean, var, affine[0], affine[1], training=False, eps=1e-3)
         torch.testing.assert_close(x * column(scale, x) + column(shift, x), expected)
         torch.testing.assert_close(rstd, 1 / (var + 1e-3).sqrt())
 

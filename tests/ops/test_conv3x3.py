@@ -358,6 +358,7 @@ def arguments(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
 @pytest.mark.parametrize("shape, dtype", OPCHECKS)
 def test_opcheck(shape: tuple, dtype: torch.dtype) -> None:
     forward, backward = arguments(make_case(shape), dtype)
+    left_out: dict[str, Any]
     for left_out in ({}, {"bias": None}):
         torch.library.opcheck(torch.ops.effdense.bn_relu_conv3x3.default, (), {**forward, **left_out})
     for left_out in ({}, {"need_weight": False}, {"need_x": False, "grad_x": torch.empty(0, dtype=dtype)}):

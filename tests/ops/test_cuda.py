@@ -48,7 +48,7 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, ops: Any) -> None:
         self.capability, self.capturing, self.checks, self.ops = (9, 0), False, 0, ops
-        self.info = {"cuda": "13.0", "arch_list": ARCHITECTURES}
+        self.info: dict[str, Any] = {"cuda": "13.0", "arch_list": ARCHITECTURES}
         self.x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float16)
         patch = monkeypatch.setattr
         patch(gpu_check, "_usable", {})
@@ -56,7 +56,7 @@ class Card:
         patch(torch.cuda, "get_device_capability", lambda index: self.capability)
         patch(torch.cuda, "get_device_name", lambda index: "Test Card")
         patch(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        run = gpu_check.check
+        run = gpu_check.check  # type: ignore[attr-defined]
 
         def checked(device: str, ops: Any, **options: Any) -> Any:
             assert device == "cuda:0"
@@ -218,7 +218,7 @@ def test_a_launch_that_fails_names_operator_shape_and_kernel(simt: Any) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_arguments_travel_in_their_storages(device: str) -> None:
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def operator(maps: list[Tensor], out: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         seen["maps"], seen["out"] = maps, out

@@ -243,7 +243,9 @@ def test_an_expanded_gradient(any_ops: Any) -> None:
 def test_pools_of_a_feature_buffer(any_ops: Any, dtype: torch.dtype) -> None:
     """What they return is channels-last; a prefix of a buffer is read, and its gradient written, in place."""
     c = to_dtype(make_case(AVERAGES[1], dtype), dtype)
-    buffer, grads = in_buffer(c["x"]), torch.full_like(in_buffer(c["x"])._base, 5).movedim(-1, 1)
+    buffer, base = in_buffer(c["x"]), in_buffer(c["x"])._base
+    assert base is not None
+    grads = torch.full_like(base, 5).movedim(-1, 1)
     vectors = [c[name] for name in VECTORS]
     for x in (buffer, c["x"].contiguous()):
         out = any_ops.bn_relu_avg_pool(x, *vectors[:2], [2, 2])
@@ -313,8 +315,8 @@ def arguments(
 @pytest.mark.parametrize("op", arguments())
 @pytest.mark.parametrize("dims, dtype", [(2, torch.float64), (1, torch.float32), (3, torch.bfloat16)])
 def test_opcheck(op: str, dims: int, dtype: torch.dtype) -> None:
-    pools = [next(pool for pool in pools[1:] if len(pool[1]) == dims) for pools in (AVERAGES, MAXIMA[1:])]
-    every = arguments(*pools, dtype)
+    average, maximum = (next(p for p in pools[1:] if len(p[1]) == dims) for pools in (AVERAGES, MAXIMA[1:]))
+    every = arguments(average, maximum, dtype)
     torch.library.opcheck(getattr(torch.ops.effdense, op).default, (), every[op])
 
 

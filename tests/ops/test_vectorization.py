@@ -90,5 +90,5 @@ def test_a_scalar_loop_is_found(old: str, new: str, line: str, tmp_path: Path) -
     found = scalar_loops("avx2", source.replace(old, new), tmp_path)
     assert found and all(re.match(r"rows\.inc:\d+: for", loop) for loop in found)
     changed = source.replace(old, new).splitlines()
-    bodies = ["\n".join(changed[int(re.search(r":(\d+):", loop)[1]) - 1 :][:12]) for loop in found]
+    bodies = ["\n".join(changed[int(re.findall(r":(\d+):", loop)[0]) - 1 :][:12]) for loop in found]
     assert any(line in body for body in bodies)

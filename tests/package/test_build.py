@@ -176,7 +176,7 @@ def setup_py(before, *arguments, **environment):
     return run_python(f"import runpy, sys; {before}; {run}", *arguments, **environment)
 
 
-def required_torch(folder):
+def required_torch(folder: Path) -> set[str]:
     """The bounds in the metadata, in whatever order setuptools wrote them."""
     (metadata,) = [*folder.rglob("METADATA"), *folder.rglob("requires.txt")]
     (versions,) = re.findall(r"^(?:Requires-Dist: )?torch([<>].*)$", metadata.read_text(), re.MULTILINE)

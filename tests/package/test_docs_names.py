@@ -112,7 +112,7 @@ def missing_names(page: str, text: str, files: frozenset[str]) -> list[str]:
         if line.header[:2] == ["file", "function"] and line.names(line.cells[0]):
             said.append((line.cells[1], line.cells[0]))
         for names, path in said:
-            found = find(*line.names(path)[:1], files)
+            found = find(line.names(path)[0], files)
             texts = [(ROOT / file).read_text() for file in found if (ROOT / file).is_file()]
             for name in line.names(names):
                 if not any(all(re.search(rf"\b{p}\b", t) for p in name.split(".")) for t in texts):

@@ -231,7 +231,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def flock(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(folder.fcntl, "flock", flock)
+    monkeypatch.setattr(folder.fcntl, "flock", flock)  # type: ignore[attr-defined]
     with held(tmp_path):
         pass
 

@@ -42,7 +42,7 @@ def build(name: str, impl: str) -> nn.Module:
 def drop(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "drop_rate"):
-            module.drop_rate = 0.2
+            module.drop_rate = 0.2  # type: ignore[assignment]
 
 
 def norms_in_evaluation(model: nn.Module) -> None:
@@ -326,7 +326,7 @@ def test_nothing_is_downloaded_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> No
         get_model_builder=get_model_builder,
     )
     monkeypatch.setitem(sys.modules, "torchvision.models", fake)
-    monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: name)  # type: ignore[attr-defined]
     assert effdense.models.build("torchvision:detector").out_channels == 4
     assert effdense.models.build("torchvision:classifier").out_channels == 5
     with pytest.raises(ValueError, match="torchvision says: Unknown model other"):

@@ -65,7 +65,7 @@ def test_other_peoples_nets_converted_or_not(build: Any) -> None:
 
 
 def test_a_block_alone_has_no_last_target(tmp_path: Path) -> None:
-    (only,) = feature_reuse(tiny(2).features.denseblock1)  # type: ignore[union-attr, arg-type]
+    (only,) = feature_reuse(tiny(2).features.denseblock1)
     assert only.block == "" and only.targets == ["denselayer1", "denselayer2"]
     plots.reuse_picture([only], "title", tmp_path / "block.png")
     assert (tmp_path / "block.png").stat().st_size > 0
@@ -80,7 +80,7 @@ def test_twins_and_ours_agree() -> None:
 
 def test_what_has_no_weights_to_show() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
-        feature_reuse([])  # type: ignore[arg-type]
+        feature_reuse([])
     with pytest.raises(ValueError, match="Linear has no dense block that effdense knows"):
         feature_reuse(nn.Linear(2, 2))
     model: Any = tiny(2)

@@ -161,7 +161,7 @@ def test_lines_where_there_is_no_terminal(
 
 def test_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     now = 0.0
-    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
     shown = display.Display(RECIPES["cifar"], 5000)
     lines = []
     for second in range(0, 200):

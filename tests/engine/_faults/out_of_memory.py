@@ -64,7 +64,7 @@ def try_all(name: str, allocations: Any) -> tuple[int, int]:
         direction = ["forward"]
         allocations.fail_after(sum(failures.values()))
         try:
-            step(model, x, lambda direction=direction: direction.append("backward"))
+            step(model, x, lambda direction=direction: direction.append("backward"))  # type: ignore[misc]
         except RuntimeError as error:
             allocations.fail_after(-1)
             assert "can't allocate memory" in str(error), error
