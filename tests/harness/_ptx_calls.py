@@ -147,7 +147,7 @@ def products() -> Iterator[Call]:
                 backward = functools.partial(check_backward, shape=shape, arithmetic=arithmetic, **wanted)
                 yield _product(f"bottleneck_backward {name} {shape} {wanted}", backward, name)
         if (long := LONG_PRODUCTS.get(name)) is not None:
-            form = {"shape": long, "arithmetic": arithmetic}
+            form: dict[str, Any] = {"shape": long, "arithmetic": arithmetic}
             forward = functools.partial(check_forward, **form, bias=False, norm=False, statistics=True)
             yield _product(f"long bottleneck {name}", forward, name)
         for card, i in CARDS:
