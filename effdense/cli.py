@@ -260,7 +260,9 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=values.path, default="reuse.png", help="PNG (default: %(default)s)"
     )
     command.set_defaults(run=_reuse)
-    command = commands.add_parser("export", help="write a trained model as ONNX, torch.export's .pt2 or safetensors")
+    command = commands.add_parser(
+        "export", help="write a trained model as ONNX, torch.export's .pt2 or safetensors"
+    )
     command.add_argument(
         "checkpoint", type=values.path, help="of effdense train, its folder, or a state_dict with --model"
     )

@@ -25,9 +25,7 @@ from effdense.ops.dispatch import operators
 
 _NOT_CALLED = "effdense.convert has not been called since it was built"
 # What convert looks for, in words.
-_LOOKED_FOR = (
-    "modules with a norm, ReLU and convolution that read all that came before them, in blocks, transitions between these"
-)
+_LOOKED_FOR = "modules with a norm, ReLU and convolution that read all that came before them, in blocks, transitions between these"
 
 
 class Entry(NamedTuple):
@@ -52,7 +50,9 @@ class Report(list[Entry]):
         lines = []
         if unconverted and waiting:
             could = ", ".join(f"{n} {kind}" for kind, n in waiting.items())
-            lines.append(f"effdense: nothing runs fused, as effdense.convert has not been called: it finds {could}")
+            lines.append(
+                f"effdense: nothing runs fused, as effdense.convert has not been called: it finds {could}"
+            )
         else:
             lines += self._counts()
         for e in self:
@@ -63,7 +63,9 @@ class Report(list[Entry]):
 
     def _counts(self) -> list[str]:
         """A line for each kind."""
-        lines = [] if self.plain is None else [f"effdense: plain PyTorch's operators run, because {self.plain}"]
+        lines = (
+            [] if self.plain is None else [f"effdense: plain PyTorch's operators run, because {self.plain}"]
+        )
         way = "run fused" if self.plain is None else "run in plain PyTorch"
         for kind in (c.__name__ for c in OURS):
             entries = [e for e in self if e.kind == kind]

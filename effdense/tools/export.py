@@ -26,7 +26,9 @@ SUFFIXES = (".onnx", ".pt2", ".safetensors")
 INPUT, OUTPUT = "images", "scores"  # the names of an ONNX file's
 PT2_METADATA = "effdense.json"  # the extra file in a .pt2
 _BATCHES = (1, 3)  # that are compared; traced is another one
-_ROUNDINGS = 1000  # of the largest score's last place, by which two orders of adding may differ in hundreds of layers
+_ROUNDINGS = (
+    1000  # of the largest score's last place, by which two orders of adding may differ in hundreds of layers
+)
 _ONNX_BYTES = 2**31  # what a file of protobuf's may have
 
 
@@ -51,7 +53,9 @@ class _Way(NamedTuple):
 
     needs: tuple[str, ...]  # packages
     make: Callable[[nn.Module, tuple[int, ...], dict[str, str]], bytes]
-    run: Callable[[bytes], tuple[str, Callable[[Tensor], Tensor]] | None]  # who computes what a file does, and how
+    run: Callable[
+        [bytes], tuple[str, Callable[[Tensor], Tensor]] | None
+    ]  # who computes what a file does, and how
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
@@ -63,7 +67,9 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(f"the file's name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}")
+        raise ValueError(
+            f"the file's name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}"
+        )
     for package in _WAYS[suffix].needs if suffix in _WAYS else ():
         extras.load(package, "writing ONNX", "export")
     return suffix
