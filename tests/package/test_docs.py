@@ -36,7 +36,6 @@ SMALLER = {
         "(8,)": "(2,)",
         "range(10)": "range(1)",
     },
-    "docs/export.md": {"densenet_cifar(40, 12)": "densenet_cifar(10, 4)"},
     "docs/fit.md": {"torchvision.models.densenet121()": "torchvision.models.DenseNet(8, (2, 2), 8)"},
     "docs/lightning.md": {"(64, 3, 32, 32)": "(2, 3, 32, 32)", "(64,)": "(2,)"},
     "docs/loops.md": {
