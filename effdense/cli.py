@@ -20,10 +20,12 @@ from effdense.ops import gpu_check, reference
 from effdense.ops.dispatch import operators
 from effdense.ops.extension import build_info
 from effdense.ops.self_test import check
+from effdense.tools import export
 from effdense.tools.planner import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
 from effdense.tools.reuse import feature_reuse
 from effdense.tools.summary import summary
 from effdense.train import command as train
+from effdense.train.folder import BEST
 
 INTERRUPTED, UNREAD = 130, 141  # a shell's status for Ctrl-C, and for a pipe that nobody reads
 
@@ -172,6 +174,45 @@ def _reuse(arguments: argparse.Namespace) -> int:
     return _draw(arguments, draw)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    try:
+        export.check_suffix(arguments.output)
+        files.check_replaceable(arguments.output)
+        source = arguments.checkpoint
+        model = load_checkpoint(source / BEST if source.is_dir() else source, arguments.model)
+        shape = None if arguments.output.suffix.lower() == ".safetensors" else _shape_of(model, arguments)
+        name = arguments.model or getattr(model, "model_name", None)
+        done = export.export_model(model, arguments.output, shape, name=name)
+    except export.Differs as error:
+        return _ended(f"effdense export: {error}; nothing was written", 1)
+    except (ImportError, OSError, ValueError) as error:
+        return _ended(f"effdense export: {error}", 2)
+    print(f"{done.path}: {done.bytes / 2**20:.1f} MiB, {str(done.dtype).removeprefix('torch.')}", end="")
+    if done.input_shape is None:
+        print(", the same weights when read back")
+    else:
+        print(f", for images {'x'.join(['batch', *map(str, done.input_shape[1:])])}")
+        if done.compared_by is None:
+            print(f"not compared with the model: that {extras.needed('onnxruntime', 'export')}")
+        else:
+            print(
+                f"compared with the model by {done.compared_by}: they differ by {done.difference:.1e} at most, beside scores "
+                f"of up to {done.largest:.1e}"
+            )
+    return 0
+
+
+def _shape_of(model: nn.Module, arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The shape of a batch for a checkpoint's model."""
+    conv = next((m for m in model.modules() if isinstance(m, CONVS)), None)
+    if conv is None:
+        raise ValueError(f"the model in {arguments.checkpoint} has no convolution")
+    size = arguments.image_size or getattr(model, "image_size", None)
+    if size is None:
+        raise ValueError(f"{arguments.checkpoint} does not say how large its images are: --image-size")
+    return (1, conv.in_channels, *(size,) * len(conv.kernel_size))
+
+
 def _plot(arguments: argparse.Namespace) -> int:
     def draw(plots: Any) -> None:
         plots.runs_picture({str(run): plots.read_run(run) for run in arguments.runs}, arguments.output)
@@ -219,6 +260,20 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=values.path, default="reuse.png", help="PNG (default: %(default)s)"
     )
     command.set_defaults(run=_reuse)
+    command = commands.add_parser(
+        "export", help="write a trained model as ONNX, torch.export's .pt2 or safetensors"
+    )
+    command.add_argument(
+        "checkpoint", type=values.path, help="of effdense train, its folder, or a state_dict with --model"
+    )
+    command.add_argument(
+        "-o", "--output", type=values.new_path, required=True, help="ends in .onnx, .pt2 or .safetensors"
+    )
+    command.add_argument("--model", help="as in plan, where the file does not say it")
+    command.add_argument(
+        "--image-size", type=values.side, help="height and width (default: what the run prepared)"
+    )
+    command.set_defaults(run=_export)
     command = commands.add_parser(
         "plot", help="draw loss, accuracy, memory and time of up to six training runs"
     )

@@ -38,11 +38,30 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with _beside(target) as file:
                 yield file
     except (OSError, RuntimeError) as error:
-        before = "it is no regular file" if os.path.exists(path) else "there is none"
-        before = "the one before it is as it was" if os.path.isfile(path) else before
-        raise OSError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; {before}"
-        ) from error
+        raise _cannot_be_written(path, error) from error
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Says before long work what `replacing` would say after it, as far as that can be seen.
+
+    Raises:
+        OSError: the folder is missing or write-protected, or there is something that is not replaced.
+    """
+    path = Path(path)
+    try:
+        target = _target(path)
+        if target is not None and not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {target.parent}")
+        if target is not None and not os.access(target.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, f"the folder {target.parent} is write-protected")
+    except (OSError, RuntimeError) as error:
+        raise _cannot_be_written(path, error) from error
+
+
+def _cannot_be_written(path: Path, error: Exception) -> OSError:
+    before = "it is no regular file" if os.path.exists(path) else "there is none"
+    before = "the one before it is as it was" if os.path.isfile(path) else before
+    return OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; {before}")
 
 
 def _target(path: Path) -> Path | None:

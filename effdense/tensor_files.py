@@ -23,6 +23,7 @@ _DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     **{"U8": torch.uint8, "BOOL": torch.bool},
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # What a file begins with that is no file of tensors, and what to do about it.
 _OTHERS = (
     (b"version https://git-lfs", "it is a pointer of Git LFS, whose file `git lfs pull` fetches"),
@@ -47,7 +48,7 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
         file.seek(0)
         try:
             if _is_safetensors(head):
-                return _load_safetensors(file, size)
+                return read_safetensors(file, size)
             if zipfile.is_zipfile(file):  # torch.load does not look at the checksums
                 with zipfile.ZipFile(file) as archive:
                     if damaged := archive.testzip():
@@ -75,32 +76,56 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
         with files.replacing(path) as file:
             torch.save(dict(tensors), file)
         return
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    for name, tensor in plain.items():
-        if tensor.dtype not in names:
+    plain = _plain(tensors, str(path))
+    with files.replacing(path) as file:
+        _write_safetensors(plain, file, {})
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str], path: str
+) -> None:
+    """Writes a state_dict in safetensors' form, with texts by names in its header.
+
+    Raises:
+        ValueError: safetensors has no such dtype; the message names `path`.
+    """
+    _write_safetensors(_plain(tensors, path), file, metadata)
+
+
+def _plain(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
             raise ValueError(f"{path}: safetensors has no {tensor.dtype}, which {name} is of")
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def _write_safetensors(plain: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, tensor in plain.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": names[tensor.dtype],
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data are aligned
-    with files.replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in plain.values():
-            file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in plain.values():
+        file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
 def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27  # its header is no longer
 
 
-def _load_safetensors(file: BinaryIO, size: int) -> dict[str, Tensor]:
+def read_safetensors(file: BinaryIO, size: int) -> dict[str, Tensor]:
+    """The tensors of a file of `size` bytes, which is at its beginning.
+
+    Raises:
+        ValueError: it is cut off, has a dtype that is not known here or a tensor that does not fit.
+    """
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
         raise ValueError("it is cut off")

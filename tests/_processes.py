@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 120  # until processes that wait for each other are given up
+SECONDS = int(
+    os.environ.get("EFFDENSE_TEST_SECONDS", "120")
+)  # until processes that wait for each other are given up
 
 
 def _run(

@@ -8,15 +8,24 @@ classes; a block or transition with others keeps its own class with a fused forw
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from effdense.conversion.class_swap import OURS, Foreign, Form, adopt, give_back, is_fused_kind
 from effdense.conversion.examine import Examiner
 from effdense.engine.validation import Memory, check_memory, check_module
 from effdense.nn.modules import named, walk
+from effdense.ops import extension, reference
+from effdense.ops.dispatch import operators
+
+_NOT_CALLED = "effdense.convert has not been called since it was built"
+# What convert looks for, in words.
+_LOOKED_FOR = "modules with a norm, ReLU and convolution that read all that came before them, in blocks, transitions between these"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,20 +42,50 @@ class Entry(NamedTuple):
 class Report(list[Entry]):
     """What of a model runs fused; `print(effdense.report(model))`."""
 
+    plain: str | None = None  # why plain PyTorch's operators run on the model's device, or None
+
     def __str__(self) -> str:
         if not self:
             return "effdense: the model has no dense layers"
+        waiting = Counter(e.kind for e in self if e.reason == _NOT_CALLED)
+        unconverted = not any(e.converted for e in self)
         lines = []
+        if unconverted and waiting:
+            could = ", ".join(f"{n} {kind}" for kind, n in waiting.items())
+            lines.append(
+                f"effdense: nothing runs fused, as effdense.convert has not been called: it finds {could}"
+            )
+        else:
+            lines += self._counts()
+        for e in self:
+            if e.reason is not None and not (unconverted and e.reason == _NOT_CALLED):
+                state = "converted, but runs one by one" if e.converted else "not converted"
+                lines.append(f"  {e.name or '(the model itself)'}: {state}: {e.reason}")
+        return "\n".join(lines)
+
+    def _counts(self) -> list[str]:
+        """A line for each kind."""
+        lines = (
+            [] if self.plain is None else [f"effdense: plain PyTorch's operators run, because {self.plain}"]
+        )
+        way = "run fused" if self.plain is None else "run in plain PyTorch"
         for kind in (c.__name__ for c in OURS):
             entries = [e for e in self if e.kind == kind]
             if entries:
                 fused = sum(e.converted and e.reason is None for e in entries)
-                lines.append(f"{kind}: {fused} of {len(entries)} run fused")
-        for e in self:
-            if e.reason is not None:
-                state = "converted, but runs one by one" if e.converted else "not converted"
-                lines.append(f"  {e.name or '(the model itself)'}: {state}: {e.reason}")
-        return "\n".join(lines)
+                lines.append(f"{kind}: {fused} of {len(entries)} {way}")
+        return lines
+
+
+def _why_plain(model: nn.Module) -> str | None:
+    """Why the operators are plain PyTorch's where the model is, or None."""
+    if extension.extension is None:
+        return extension.reason
+    weights = (p for m in walk(model) for p in m._parameters.values() if p is not None)
+    weight = next((p for p in weights if not is_lazy(p) and p.is_floating_point()), None)
+    if weight is None or weight.is_meta or operators(weight) is not reference:
+        return None
+    return f"there are no compiled ones for {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
 
 
 def _check_model(op: str, model: Any) -> None:
@@ -80,7 +119,7 @@ def convert(model: Model, *, memory: Memory = "balanced") -> Model:
         TypeError: model is not a module, or has parts that torch.jit has compiled.
         ValueError: there is no such memory mode.
 
-    Whatever is raised, the model is then as it was.
+    Whatever is raised, the model is then as it was. Where it has nothing like a dense layer, a warning says so.
 
     Examples:
         >>> model = torchvision.models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=8)
@@ -92,10 +131,21 @@ def convert(model: Model, *, memory: Memory = "balanced") -> Model:
         DenseFeatures: 1 of 1 run fused
         DenseNet: 1 of 1 run fused
     """
+    if not convert_parts(model, memory):
+        warnings.warn(
+            f"convert: {type(model).__name__} has no dense layers and stays as it is; looked for were {_LOOKED_FOR}",
+            stacklevel=2,
+        )
+    return model
+
+
+def convert_parts(model: nn.Module, memory: Memory) -> bool:
+    """Does what `convert` says, and returns whether there was anything like a dense layer."""
     _check_model("convert", model)
     check_memory("convert", memory)
     examine = Examiner()
-    found = [(m, target) for _, m, target, reason in examine.find(model) if reason is None]
+    looked_at = list(examine.find(model))
+    found = [(m, target) for _, m, target, reason in looked_at if reason is None]
     before = [(m, type(m), dict(vars(m))) for m, _ in found]
     try:
         for module, target in found:
@@ -106,7 +156,7 @@ def convert(model: Model, *, memory: Memory = "balanced") -> Model:
             module.__dict__.clear()
             module.__dict__.update(state)
         raise
-    return model
+    return bool(looked_at)
 
 
 def revert(model: Model) -> Model:
@@ -148,12 +198,13 @@ def report(model: nn.Module) -> Report:
     """
     _check_model("report", model)
     entries = Report()
+    entries.plain = _why_plain(model)
     for name, module, target, reason in Examiner().find(model):
         converted = is_fused_kind(module)
         if converted:
             reason = type(module).obstacle(module)  # type: ignore[attr-defined]
         elif reason is None:
-            reason = "effdense.convert has not been called since it was built"
+            reason = _NOT_CALLED
         kind = (
             target.kind
             if issubclass(target, Foreign)

@@ -14,6 +14,7 @@ from effdense.models.densenet import (
 )
 from effdense.models.names import build
 from effdense.models.preparation import Preparation
+from effdense.models.timm_registry import register_timm
 from effdense.models.weights import load_weights, save_weights
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "densenet_d2l",
     "load_checkpoint",
     "load_weights",
+    "register_timm",
     "save_weights",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from effdense import tensor_files
 from effdense.models.names import build
-from effdense.models.preparation import Preparation, for_test
+from effdense.models.preparation import SIZES, Preparation, for_test
 from effdense.models.weights import load_weights
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
         class_names: list[str]
         prepare: Preparation
+        image_size: tuple[int, int] | None
+        model_name: str
 
 
 def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
@@ -30,6 +32,8 @@ def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
         return {}
     sizes = {} if weights[-1].dim() > 2 else {"num_classes": weights[-1].shape[0]}
     library = name.partition(":")[0] if ":" in name else ""
+    if not library and (spatial := weights[0].dim() - 2) in (1, 3):
+        sizes["spatial_dims"] = spatial
     channels = {"": "in_channels", "timm": "in_chans"}.get(library)
     return {**sizes, channels: weights[0].shape[1]} if channels else sizes
 
@@ -38,7 +42,8 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Tr
     """Builds the model that a checkpoint of `effdense train` holds, with its weights.
 
     Of a run's file the model has the attributes `class_names`, of its outputs, and `prepare`, a `Preparation` (a file with weights alone has neither):
-    `model.eval()(model.prepare("image.png"))` are the scores of an image, prepared as those of the run's test were.
+    `model.eval()(model.prepare("image.png"))` are the scores of an image, prepared as those of the run's test were;
+    `image_size` is the height and width that they then have, or None, `model_name` what `build` calls the model.
 
     Args:
         path: such a file, or one with a state_dict alone.
@@ -82,12 +87,18 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Tr
 
 
 def _add_what_is_known(model: nn.Module, content: Mapping[str, Any]) -> None:
-    """The attributes `prepare` and `class_names`, where the file says it: those of earlier versions in other words."""
+    """The attributes that `load_checkpoint` names, where the file says it: those of earlier versions in other words."""
     known, recipe = content.get("preparation"), content.get("recipe")
+    settings = content.get("settings")
+    data = settings.get("data") if isinstance(settings, Mapping) else None
     if isinstance(known, Mapping):
         vars(model)["prepare"] = Preparation(**known)
     elif isinstance(recipe, Mapping) and "in_channels" in content:
         given = (content["settings"]["data"], content["in_channels"])
         vars(model)["prepare"] = for_test(*given, recipe["augment"], recipe["resize"], recipe["pad"])
+    if (prepare := vars(model).get("prepare")) is not None:
+        size = prepare.resize or prepare.pad or SIZES.get(data)
+        vars(model)["image_size"] = size
+    vars(model)["model_name"] = content["model"]
     if "class_names" in content:
         vars(model)["class_names"] = list(content["class_names"])

@@ -17,6 +17,7 @@ from effdense.engine.validation import (
     check_probability,
     check_spatial_dims,
 )
+from effdense.models.timm_methods import TimmMethods
 from effdense.models.weights import load_published
 from effdense.nn.kinds import AVG_POOLS, CONVS, MAX_POOLS, NORMS
 
@@ -49,7 +50,7 @@ class Options(TypedDict, total=False):
     memory: Memory
 
 
-class DenseNet(dense.DenseNet):
+class DenseNet(TimmMethods, dense.DenseNet):
     """A DenseNet with torchvision's arguments, names, state_dict keys and initialisation; 1D, 2D or 3D.
 
     Stem, blocks, transitions and head of Huang et al. (arXiv 1608.06993), sections 3 and 4. By default it is
@@ -146,9 +147,16 @@ class DenseNet(dense.DenseNet):
                 width = compressed
         features.add_module("norm5", NORMS[spatial_dims - 1](width))
         super().__init__(features, nn.Linear(width, num_classes))
+        self.num_features, self.num_classes, self.head_drop_rate = width, int(num_classes), 0.0
         halvings = len(block_config) - 1
         self.least_size = 2**halvings if small_inputs else 4 * 2**halvings - 3
         _initialize(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [N, in_channels, *spatial] -> the features before their average, [N, num_features, *smaller]."""
+        if isinstance(x, Tensor):
+            self._check_images(x)
+        return super().forward_features(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, *spatial] -> scores [N, num_classes]."""
@@ -330,6 +338,8 @@ def densenet_d2l(num_classes: int = 10, in_channels: int = 1, *, memory: Memory 
 
 class _TutorialDenseNet(DenseNet):
     """See densenet169_tutorial."""
+
+    _relu_behind = False
 
     def __init__(self, drop_rate: float, **options: Any) -> None:
         super().__init__(

@@ -22,6 +22,7 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+SIZES = {"fashion-mnist": 28, "cifar10": 32, "cifar100": 32}  # their images' height and width
 GREY = ((0.449,), (0.226,))  # a folder's that is read in grey: means of the three
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 

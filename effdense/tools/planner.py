@@ -22,7 +22,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effdense.conversion import convert, report
+from effdense.conversion import convert_parts, report
 from effdense.engine import passes, stem
 from effdense.engine.stage import StageConfig
 from effdense.nn.foreign import ForeignBlock
@@ -312,7 +312,7 @@ class _Prepared:
 
     def __init__(self, model: nn.Module, memory: str) -> None:
         self.memory, self._model = memory, bare_copy(model)
-        convert(self._model, memory="minimal" if memory == "minimal" else "balanced")
+        convert_parts(self._model, "minimal" if memory == "minimal" else "balanced")
         if not any(entry.converted for entry in report(self._model)):
             raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
         for module in self._model.modules() if memory == "checkpoint" else ():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from effdense import models, tensor_files
-from effdense.conversion import convert
+from effdense.conversion import convert_parts
 from effdense.conversion.class_swap import is_fused_kind
 from effdense.engine.validation import check_memory
 from effdense.nn.kinds import CONVS
@@ -50,7 +50,7 @@ def build(settings: RunConfig, class_names: list[str], channels: int) -> tuple[n
             raise ValueError(f"--freeze-features: model {settings.model!r} has no part called features")
         features.requires_grad_(False)
     if settings.impl == "effdense":
-        convert(model, memory=check_memory("--memory", settings.memory))
+        convert_parts(model, check_memory("--memory", settings.memory))
         if not any(is_fused_kind(module) for module in model.modules()):
             raise ValueError(
                 f"--impl effdense: nothing in model {settings.model!r} can be converted; --impl naive trains it as it is"

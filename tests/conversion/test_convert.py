@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -352,7 +353,34 @@ def test_a_model_that_is_not_converted_says_so() -> None:
     report = effdense.report(make_small())
     assert {e.converted for e in report} == {False}
     assert {e.reason for e in report} == {"effdense.convert has not been called since it was built"}
+    line = "effdense: nothing runs fused, as effdense.convert has not been called: it finds "
+    assert str(report).startswith(line) and "\n" not in str(report) and "DenseBlock" in str(report)
     assert str(effdense.report(nn.Linear(2, 2))) == "effdense: the model has no dense layers"
+
+
+def test_a_model_without_dense_layers_is_warned_about() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.warns(
+        UserWarning, match=r"^convert: Sequential has no dense layers and stays as it is; looked for "
+    ):
+        assert effdense.convert(model) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        effdense.convert(make_small())
+        effdense.convert(effdense.models.DenseNet(4, (1,), 6))
+
+
+def test_a_report_says_when_plain_pytorch_runs() -> None:
+    """In a build without the extension, and of what it has no operators for."""
+    model = effdense.convert(make_small())
+    info = effdense.build_info()
+    if info["compiled"]:
+        assert "plain PyTorch" not in str(effdense.report(model))
+        info["reason"] = "there are no compiled ones for float16 on cpu"
+        model = model.half()
+    text = str(effdense.report(model))
+    assert text.startswith(f"effdense: plain PyTorch's operators run, because {info['reason']}\n")
+    assert " run in plain PyTorch" in text and "run fused" not in text
 
 
 def test_wrong_arguments() -> None:

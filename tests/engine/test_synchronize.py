@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import effdense
 from benchmarks import models as naive
@@ -20,6 +21,7 @@ from tests._stages import FUSED, fused_under_compile
 pytestmark = pytest.mark.core
 
 PARTS = (3, 2)  # images of the two processes
+WRAPPED = ("bottlenecks", "torchvision's")  # of MODELS, in DistributedDataParallel
 
 
 def _small(**options: Any) -> nn.Module:
@@ -162,6 +164,7 @@ def _everything() -> dict[str, Any]:
     model = sync(_build(name))
     results[f"{name}, all images here or there"] = _step(model, model, everything)
 
+    results["wrapped"] = {name: _wrapped(name, part) for name in WRAPPED}
     counted = _Counted()
     model = sync(effdense.nn.DenseBlock(3, 4, 2, 4, 0.0))
     out = model(torch.randn(2, 4, 3, 3, requires_grad=True))
@@ -176,6 +179,25 @@ def _everything() -> dict[str, Any]:
     results["by itself"] = _step(model, model, part)
     results["mixed"] = _mixed(alone[0])
     return results
+
+
+def _one_step(model: nn.Module, run: Callable[[Tensor], Tensor], part: slice) -> dict[str, Tensor]:
+    """Gradients and buffers of a process after a step."""
+    x, weights = _batch(model)
+    out = run(x[part])
+    out.backward(weights(out)[part])
+    grads = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**grads, **{name: b.clone() for name, b in model.named_buffers()}}
+
+
+def _wrapped(name: str, part: slice) -> dict[str, Tensor]:
+    """docs/distributed.md's order: DistributedDataParallel, which refuses what is synchronised already, and then SyncBatchNorm."""
+    sync = nn.SyncBatchNorm.convert_sync_batchnorm
+    with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
+        DistributedDataParallel(sync(effdense.convert(_build(name))))
+    run = DistributedDataParallel(effdense.convert(_build(name)))
+    sync(run.module)
+    return _one_step(run.module, run, part)
 
 
 def _mixed(group: Any) -> list[str | None]:
@@ -237,6 +259,19 @@ def test_two_processes_are_one_with_the_joint_batch(
             assert torch.equal(one, other), key  # to the bit, or the processes drift apart
             joint = one
         torch.testing.assert_close(joint, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_synchronised_after_wrapping(processes: list[dict[str, Any]], name: str) -> None:
+    """The gradients are the mean of the processes'; one process with the joint batch has their sum."""
+    model = _build(name)
+    expected = _one_step(model, model, slice(None))
+    for p in processes:
+        got = p["wrapped"][name]
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            one = got[key] * len(PARTS) if key.startswith("grad ") else got[key]
+            torch.testing.assert_close(one, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_two_collectives_a_layer_each_way(processes: list[dict[str, Any]]) -> None:

@@ -38,6 +38,18 @@ SMALLER = {
     },
     "docs/fit.md": {"torchvision.models.densenet121()": "torchvision.models.DenseNet(8, (2, 2), 8)"},
     "docs/lightning.md": {"(64, 3, 32, 32)": "(2, 3, 32, 32)", "(64,)": "(2,)"},
+    "docs/loops.md": {
+        '"densenet121", num_classes=10, drop_rate=0.1': '"densenet121", num_classes=10, drop_rate=0.1, block_config=(2, 2)',
+        "(64, 3, 224, 224)": "(4, 3, 32, 32)",
+        "(64,)": "(4,)",
+        "split(16)": "split(2)",
+        "(64, 3, 32, 32)": "(4, 3, 32, 32)",
+        "batch_size=16)": "batch_size=2)",
+        "--model.depth 22": "--model.depth 10",
+        "densenet_cifar(22, 12)": "densenet_cifar(10, 12)",
+        '"out_channels": 2}': '"out_channels": 2, "block_config": [1, 1]}',
+        "(1, 64, 64, 64)": "(1, 16, 16, 16)",
+    },
     "docs/models.md": {"torchvision.models.densenet121()": "torchvision.models.DenseNet(8, (2, 2), 8)"},
     "docs/medical.md": {
         "num_classes=2)  # DenseNet-121's blocks": "num_classes=2, block_config=(1, 1))",

@@ -40,6 +40,7 @@ COMMANDS = {
     "check": ([], None),
     "plan": (["--model", "torchvision:densenet121", "--image-size", "32", "--batch", "1"], "vision"),
     "summary": (["timm:densenet121", "--image-size", "32"], "peers"),
+    "export": (["x.pt", "-o", "x.onnx"], "export"),
     "reuse": (["x.pt"], "train"),
     "plot": (["x"], "train"),
     "train": ([*TRAIN, "cifar10", "--data-root", "FOLDER", "--out", "FOLDER/out"], "vision"),
