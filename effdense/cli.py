@@ -14,6 +14,7 @@ from torch import nn
 
 from effdense import extras, files, values
 from effdense._version import __version__
+from effdense.inference import command as inference
 from effdense.models import build, load_checkpoint
 from effdense.nn.kinds import CONVS
 from effdense.ops import gpu_check, reference
@@ -287,6 +288,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a DenseNet on images; also under torchrun")
     train.add_arguments(command)
     command.set_defaults(run=train.run)
+    inference.add_evaluate(
+        commands.add_parser(
+            "evaluate",
+            help="test a trained model: accuracy, precision, recall and AUC of every class, confusion matrix",
+        )
+    )
+    inference.add_predict(
+        commands.add_parser("predict", help="a trained model's classes and probabilities for images, as CSV")
+    )
     return parser
 
 

@@ -30,7 +30,7 @@ PACKAGES = {
     "monai": Package("monai", ("peers",)),
     "pytorchcv": Package("pytorchcv", ("peers",)),
     "segmentation_models_pytorch": Package("segmentation-models-pytorch", ("peers",)),
-    "sklearn": Package("scikit-learn", ("peers",)),
+    "sklearn": Package("scikit-learn", ("train", "peers")),
     "timm": Package("timm", ("peers",)),
     "torchinfo": Package("torchinfo", ("peers",)),
     "torchxrayvision": Package("torchxrayvision", ("peers",)),

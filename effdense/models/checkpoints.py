@@ -58,7 +58,11 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Tr
         >>> effdense.models.save_weights(model, "weights.safetensors")
         >>> model = effdense.models.load_checkpoint("weights.safetensors", "densenet_bc_10_4")
     """
-    content = tensor_files.load_tensors(path)
+    return restore(tensor_files.load_tensors(path), path, name)
+
+
+def restore(content: Any, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+    """Builds the model of what a file holds; `path` is for messages, the rest as in `load_checkpoint`."""
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} must hold a checkpoint or a state_dict, it holds a {type(content).__name__}"

@@ -66,10 +66,10 @@ class Preparation:
             ValueError: a file cannot be read, or the images have different sizes or a wrong number of channels.
         """
         if isinstance(images, Tensor):
-            parts = self._of_tensors(images)
+            parts = self.of_tensors(images)
         else:
             one = isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)
-            parts = [self._of_file(image) for image in ([images] if one else images)]
+            parts = [self.of_file(image) for image in ([images] if one else images)]
         if not parts:
             raise ValueError("prepare: one image or more was expected, got none")
         done = [self.finish(part.unsqueeze(0), torch.float32) for part in parts]
@@ -78,7 +78,8 @@ class Preparation:
             raise ValueError(f"prepare: images of one size were expected, got {found}")
         return torch.cat(done)
 
-    def _of_tensors(self, images: Tensor) -> list[Tensor]:
+    def of_tensors(self, images: Tensor) -> list[Tensor]:
+        """Pixels of every image of a tensor, as of files; errors as above."""
         wanted = (len(self.mean), 1) if len(self.mean) == 3 else (1,)
         if images.dtype != torch.uint8 or not 3 <= images.dim() <= 4 or images.shape[-3] not in wanted:
             raise ValueError(
@@ -98,7 +99,8 @@ class Preparation:
             for x in several.cpu()
         ]
 
-    def _of_file(self, image: Any) -> Tensor:
+    def of_file(self, image: Any) -> Tensor:
+        """Pixels of a file, or of an image of Pillow's; errors as above."""
         if not isinstance(image, (str, os.PathLike)):
             if not hasattr(image, "convert"):
                 raise TypeError(

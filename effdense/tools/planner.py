@@ -231,7 +231,7 @@ class NotCheckpointed(ValueError):
 
 
 def _step(model: nn.Module, x: Tensor) -> None:
-    """A forward and a backward, with a loss that keeps as much as the output."""
+    """A forward and, where something learns, a backward, with a loss that keeps as much as the output."""
     losses = [y.square().sum() for y in tree_leaves(model(x)) if isinstance(y, Tensor) and y.requires_grad]
     if losses:
         torch.stack(losses).sum().backward()
@@ -279,8 +279,10 @@ def _checked(model: Any, input_shape: Any, memory: str) -> tuple[int, ...]:
     return check_input_shape("plan", input_shape)
 
 
-def plan(model: nn.Module, input_shape: Sequence[int], *, memory: Impl = "balanced") -> Plan:
-    """Predicts the memory of one training step of `model` on the CPU, without running it.
+def plan(
+    model: nn.Module, input_shape: Sequence[int], *, memory: Impl = "balanced", training: bool = True
+) -> Plan:
+    """Predicts the memory of one training step of `model` on the CPU, or of a forward in inference, without running it.
 
     The model is not touched: a copy without memory is converted, in the dtype and the modes that the model is in.
     "balanced" and "minimal" are within a few per cent of what is measured. Not modelled is what oneDNN takes for itself
@@ -292,6 +294,7 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: Impl = "balanc
         memory: "balanced" or "minimal" as in `effdense.convert`; "naive": its submodules one by one; "checkpoint": the
             same with every layer's bottleneck (of a plain layer: all of it) computed again in the backward, for
             blocks with torchvision's layers only.
+        training: False: of one forward of the model in evaluation mode, without gradients.
 
     Raises:
         TypeError: model is not a module.
@@ -304,14 +307,16 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, memory: Impl = "balanc
         True
     """
     shape = _checked(model, input_shape, memory)
-    return _Prepared(model, memory).at(shape)
+    return _Prepared(model, memory, training).at(shape)
 
 
 class _Prepared:
     """A copy without memory, converted for a mode, that is walked through for any number of shapes."""
 
-    def __init__(self, model: nn.Module, memory: str) -> None:
-        self.memory, self._model = memory, bare_copy(model)
+    def __init__(self, model: nn.Module, memory: str, training: bool) -> None:
+        self.memory, self._training, self._model = memory, training, bare_copy(model)
+        if not training:
+            self._model.eval().requires_grad_(False)
         convert_parts(self._model, "minimal" if memory == "minimal" else "balanced")
         if not any(entry.converted for entry in report(self._model)):
             raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
@@ -331,7 +336,7 @@ class _Prepared:
         try:
             with (
                 torch.inference_mode(False),
-                torch.enable_grad(),
+                torch.set_grad_enabled(self._training),
                 torch.device("meta"),
                 _compiled_on_meta(),
             ):
@@ -352,20 +357,27 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def largest_batch(
-    model: nn.Module, input_shape: Sequence[int], budget: int, *, memory: str = "balanced"
+    model: nn.Module,
+    input_shape: Sequence[int],
+    budget: int,
+    *,
+    memory: str = "balanced",
+    training: bool = True,
+    most: int = 2**31 - 1,
+    extra: int = 0,
 ) -> int:
-    """The largest batch of which `plan(...).everything` is at most `budget` bytes; 0 where one image is too much.
+    """The largest batch, up to `most`, of which `plan(...).everything` is at most `budget` bytes; 0 where one image is too much.
 
-    By bisection from the batch of `input_shape`, where possible at the place where a straight line crosses the budget.
+    `extra`: bytes that every image takes besides. By bisection from the batch of `input_shape`, where possible at the place where a straight line crosses the budget.
     """
     shape = _checked(model, input_shape, memory)
-    prepared = _Prepared(model, memory)
+    prepared = _Prepared(model, memory, training)
 
     def size(batch: int) -> int:
-        return prepared.at((batch, *shape[1:])).everything
+        return prepared.at((batch, *shape[1:])).everything + batch * extra
 
-    batch = shape[0]
-    last, fits, too_large, slope = (0, 0), 0, 2**31, 0.0
+    batch = min(shape[0], most)
+    last, fits, too_large, slope = (0, 0), 0, most + 1, 0.0
     while too_large - fits > 1:
         now = size(batch)
         fits, too_large = (batch, too_large) if now <= budget else (fits, batch)

@@ -239,3 +239,115 @@ def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], divis
         alone = _ALONE if len(epochs) == 1 else {}
         points = alone if split == "train" else _POINTS
         axes.plot(epochs, values, markevery=max(1, len(epochs) // 12), **points, **look)
+
+
+def evaluation_picture(
+    classes: Sequence[tuple[str, int, float | None, float | None, float | None]],
+    confusion: Sequence[Sequence[int]],
+    curves: Mapping[str, tuple[Any, Any]],
+    title: str,
+    path: str | Path,
+) -> None:
+    """Draw a confusion matrix, and beside it ROC curves or, of many classes, precision and recall, into the picture at `path`.
+
+    Args:
+        classes: name, images, precision, recall and area under the ROC curve of each; None: not defined.
+        confusion: images by class, then by predicted class.
+        curves: false and true positive rates by class.
+        title: of the picture.
+        path: where it is written.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the file's format is unknown.
+    """
+    count = len(classes)
+    names = [_cut(name, 20) for name, *_ in classes]
+    with mpl.rc_context(STYLE):
+        side = min(12.0, 3.4 + 0.22 * count)
+        figure = Figure(figsize=(2 * side + 0.6, side), layout="constrained")
+        figure.suptitle(_cut(title, round(24 * side)), x=0.01, ha="left", fontsize=11)
+        left, right = figure.subplots(1, 2)
+        _confusion_map(figure, left, confusion, names)
+        if 0 < len(curves) <= len(CURVES):
+            areas = {name: area for name, _, _, _, area in classes}
+            _roc(right, curves, areas)
+        else:
+            _precision_and_recall(right, classes, names)
+        _save(figure, path)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _confusion_map(figure: Figure, axes: Axes, confusion: Sequence[Sequence[int]], names: list[str]) -> None:
+    """Shades are parts of a class's images, numbers are images."""
+    count = len(names)
+    parts = [[100 * n / max(sum(row), 1) for n in row] for row in confusion]
+    shades = LinearSegmentedColormap.from_list("effdense", ["white", OURS, "#0b2238"])
+    picture = axes.imshow(parts, cmap=shades, vmin=0, vmax=100, interpolation="nearest")
+    if count <= 20:
+        for i, row in enumerate(confusion):
+            for j, n in enumerate(row):
+                color = "white" if parts[i][j] > 40 else "black"
+                if n:
+                    size = 9 if count <= 8 else 6
+                    axes.text(j, i, f"{n}", ha="center", va="center", color=color, fontsize=size)
+    step = math.ceil(count / 40)
+    shown = range(0, count, step)
+    upright = count > 6 or max(map(len, names)) > 8
+    axes.set_xticks(list(shown), [names[i] for i in shown], rotation=90 if upright else 0)
+    axes.set_yticks(list(shown), [names[i] for i in shown])
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set(title="confusion matrix (images)", xlabel="predicted class", ylabel="class of the images")
+    bar = figure.colorbar(picture, ax=axes, label="of the class's images (%)", shrink=0.8, pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def _roc(axes: Axes, curves: Mapping[str, tuple[Any, Any]], areas: Mapping[str, float | None]) -> None:
+    looks = CURVES[: len(curves)] if len(curves) > 1 else CURVES[1:2]
+    axes.plot([0, 100], [0, 100], color=LINE, linewidth=0.8)
+    axes.annotate("guessing", (62, 58), color="#666666", fontsize=8)
+    for (name, (false, true)), look in zip(curves.items(), looks, strict=True):
+        label = f"{_cut(name, 24)}, area {areas[name]:.3f}"
+        axes.plot(100 * false, 100 * true, label=label, clip_on=False, **look)
+    axes.set(
+        title="ROC curves, one class against the rest",
+        xlabel="others predicted as the class (%)",
+        ylabel="of the class predicted as it (%)",
+        xlim=(0, 100),
+        ylim=(0, 100),
+        aspect="equal",
+    )
+    axes.legend(loc="lower right")
+
+
+def _precision_and_recall(
+    axes: Axes, classes: Sequence[tuple[str, int, float | None, float | None, float | None]], names: list[str]
+) -> None:
+    places = range(len(classes))
+    for label, column, marker, color in (
+        ("precision", [precision for _, _, precision, _, _ in classes], "o", CURVES[1]["color"]),
+        ("recall", [recall for _, _, _, recall, _ in classes], "s", OURS),
+    ):
+        axes.plot(
+            [math.nan if value is None else 100 * value for value in column],
+            list(places),
+            linestyle="",
+            marker=marker,
+            markersize=4.5,
+            color=color,
+            markeredgecolor="black",
+            markeredgewidth=0.5,
+            label=label,
+            clip_on=False,
+        )
+    step = math.ceil(len(classes) / 40)
+    shown = places[::step]
+    axes.set_yticks(list(shown), [names[i] for i in shown])
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set(title="precision and recall", xlabel="%", xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5))
+    axes.legend(loc="lower left", bbox_to_anchor=(0.45, 1.0), ncols=2)

@@ -111,10 +111,11 @@ class Folder:
         root: the folder.
         prepare: how an image's pixels become those that are read.
         workers: how many threads read.
+        least: the least number of classes.
     """
 
-    def __init__(self, root: Path, prepare: Preparation, workers: int) -> None:
-        found, self.left_out = images_by_class(root)
+    def __init__(self, root: Path, prepare: Preparation, workers: int, least: int = 2) -> None:
+        found, self.left_out = images_by_class(root, least)
         self.classes = list(found)
         ordered = sorted(
             (i, label, path) for label, paths in enumerate(found.values()) for i, path in enumerate(paths)

@@ -13,7 +13,7 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", 
 _Identity = tuple[int, int]  # of a folder, under whatever name
 
 
-def images_by_class(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
+def images_by_class(root: Path, least: int = 2) -> tuple[dict[str, list[str]], Counter[str]]:
     """The paths of every class's images in order, and how many files of which kind are left out.
 
     Links are followed, to folders that have not been read yet and do not hold `root`, so that one that leads back brings no
@@ -21,7 +21,7 @@ def images_by_class(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
 
     Raises:
         OSError: a folder cannot be read.
-        ValueError: there are fewer than two classes, one without images, or two with the same folder.
+        ValueError: there are fewer than `least` classes, one without images, or two with the same folder.
     """
     left_out: Counter[str] = Counter()
     folders: dict[str, str] = {}
@@ -31,8 +31,9 @@ def images_by_class(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
         else:
             left_out["beside the classes' folders"] += 1
     classes = sorted(folders)
-    if len(classes) < 2:
-        raise ValueError(f"{root}: folders of two classes or more were expected, found {classes or 'none'}")
+    if len(classes) < least:
+        wanted = "two classes or more" if least == 2 else "classes"
+        raise ValueError(f"{root}: folders of {wanted} were expected, found {classes or 'none'}")
     resolved = root.resolve()
     entered = {_identity(path): str(path) for path in (resolved, *resolved.parents)}
     for name in classes:
@@ -43,6 +44,23 @@ def images_by_class(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
     if empty := [name for name, paths in found.items() if not paths]:
         rest = f"; left out: {in_words(left_out)}" if left_out else ""
         raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(empty[:5])}{rest}")
+    return found, left_out
+
+
+def images_below(root: Path) -> tuple[list[str], Counter[str]]:
+    """The paths of a folder's images and of all folders below, in order, and how many files of which kind are left out.
+
+    Raises:
+        OSError: a folder cannot be read.
+        ValueError: there are no images.
+    """
+    left_out: Counter[str] = Counter()
+    resolved = root.resolve()
+    entered = {_identity(path): str(path) for path in (resolved, *resolved.parents)}
+    found = sorted(_below(str(root), entered, left_out))
+    if not found:
+        rest = f"; left out: {in_words(left_out)}" if left_out else ""
+        raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) there or in the folders below{rest}")
     return found, left_out
 
 

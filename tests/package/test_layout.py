@@ -21,7 +21,7 @@ PACKAGE = ROOT / "effdense"
 
 # Files that import nothing else of effdense but one another; everyone may import them.
 GROUND = {"_torch_range", "_version", "extras", "files", "tensor_files", "values"}
-# ops <- engine <- nn <- models, conversion <- tools, train <- cli: what each folder or file may import besides itself.
+# ops <- engine <- nn <- models, conversion <- tools, train <- inference <- cli: what each folder or file may import besides itself.
 MODULES = {"ops", "engine", "nn"}
 WHOLE_NETS = MODULES | {"models", "conversion"}
 ALLOWED: dict[str, set[str]] = {
@@ -33,8 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "conversion": MODULES,
     "tools": WHOLE_NETS,
     "train": WHOLE_NETS,
-    "cli": WHOLE_NETS | {"tools", "train"},
-    "__main__": WHOLE_NETS | {"tools", "train", "cli"},
+    "inference": WHOLE_NETS | {"tools", "train"},
+    "cli": WHOLE_NETS | {"tools", "train", "inference"},
+    "__main__": WHOLE_NETS | {"tools", "train", "inference", "cli"},
     "__init__": WHOLE_NETS | {"functional", "tools"},
 }
 
