@@ -20,6 +20,7 @@ PACKAGES = {
     "rich": Package("rich", ("bench", "train")),
     "PIL": Package("pillow", ("train",)),
     "tensorboard": Package("tensorboard", ("train",)),
+    "tomli": Package("tomli", ("train",)),  # Python 3.10's
     "torchvision": Package("torchvision", ("vision", "peers")),
     "lightning": Package("lightning", ("peers",)),
     "monai": Package("monai", ("peers",)),
