@@ -62,7 +62,7 @@ class Display:
             left = (self._steps - done) * self._recipe.batch_size / row.images_per_second
             self.say(f"{name}, step {done} of {self._steps}: {_words(row)}; {_duration(left)} left of it")
 
-    def show_test(self, epoch: int, done: int, batches: int, tested: str) -> None:
+    def show_test(self, epoch: int, done: int, batches: int, tested: str = "test") -> None:
         """How far the test behind an epoch is; `tested`: test or val."""
         name = self._name(epoch)
         if self._bar is not None:
