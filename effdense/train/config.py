@@ -25,7 +25,7 @@ def expanded(command: argparse.ArgumentParser, words: Sequence[str]) -> list[str
 
     A wrong file ends the program as argparse does, with a line that says what is wrong.
     """
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader = argparse.ArgumentParser(add_help=False)
     reader.add_argument("--config", type=Path, nargs="?")
     path = reader.parse_known_args(list(words))[0].config
     if path is None:
@@ -89,7 +89,7 @@ def write(folder: Path, settings: RunConfig) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    values = {"recipe": settings.recipe_name}
+    values: dict[str, Any] = {"recipe": settings.recipe_name}
     for part in (settings, settings.recipe):
         for field in dataclasses.fields(part):
             if field.name not in _NOT_OF_A_RUN:

@@ -187,7 +187,7 @@ class Training:
                 while not self._is_over():
                     self._train_epoch()
                     self._finish_epoch()
-                if self.parts.watched_name == "val" and self.tested is None:
+                if self._has_to_test():
                     self._test_at_the_end()
             except ValueError:  # an image that cannot be read, before anything has come of it
                 if self.processes.count == 1 and self.step > self._saved_step:
@@ -199,6 +199,10 @@ class Training:
         stale = recipe.early_stop is not None and self.stale >= recipe.early_stop
         return self.epoch >= recipe.epochs or stale
 
+    def _has_to_test(self) -> bool:
+        """Whether the test at the end is still to come, once the run is over."""
+        return self.parts.watched_name == "val" and self.tested is None
+
     def _begin(self) -> None:
         config.write(self.settings.out, self.settings)
         if not self._is_over():
@@ -209,7 +213,8 @@ class Training:
                 self._display.say(f"going on after step {self.step}, in epoch {self.epoch + 1}")
         else:
             best = f"best {self.parts.watched_name} accuracy {self.best:.4f}"
-            self._display.say(f"epoch {self.epoch} was the last: nothing to do; {best}")
+            left = "the test is left" if self._has_to_test() else "nothing to do"
+            self._display.say(f"epoch {self.epoch} was the last: {left}; {best}")
             self._write_results()
 
     def _train_epoch(self) -> None:
@@ -361,17 +366,12 @@ class Training:
             self._write_results()
 
     def _write_results(self) -> None:
-        sizes = {
-            **self._sizes(),
-            **(
-                {"validation images": len(self.parts.watched.labels)}
-                if self.settings.recipe.val_split
-                else {}
-            ),
-            "test images": len(self.data.test.labels),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-        }
-        results.write(self.settings.out, self.settings, sizes, self.processes.device, self.parts.watched_name)
+        sizes, name = self._sizes(), self.parts.watched_name
+        if name == "val":
+            sizes["validation images"] = len(self.parts.watched.labels)
+        sizes["test images"] = len(self.data.test.labels)
+        sizes["parameters"] = sum(p.numel() for p in self.model.parameters())
+        results.write(self.settings.out, self.settings, sizes, self.processes.device, name)
 
     def _test(self, images: Images, name: str) -> Sums | None:
         """Of all of these images, which the processes share; None: the user has asked for an end."""
