@@ -24,7 +24,7 @@ from effdense.train.interrupt import Interrupt, Stopped
 from effdense.train.learner import Learner
 from effdense.train.metrics import Metrics, Row, Sums, peak_bytes
 from effdense.train.processes import Processes
-from effdense.train.settings import RunConfig
+from effdense.train.settings import UNSAID, RunConfig
 from effdense.train.split import split
 
 
@@ -126,7 +126,7 @@ class Training:
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        before, epochs = saved["settings"], self.settings.recipe.epochs
+        before, epochs = UNSAID | saved["settings"], self.settings.recipe.epochs
         free = ["data root", *(["epochs"] if self.settings.epochs_given else [])]
         if before.get("data root") == self._fixed["data root"]:  # images there may be repaired
             free += ["file sizes", "test data"]

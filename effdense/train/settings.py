@@ -105,6 +105,12 @@ RECIPES = {
     ),
 }
 DROP_RATE = {"cifar": 0.2}  # with --augment none
+# What checkpoints of earlier versions do not say about their runs.
+UNSAID: dict[str, Any] = {"pretrained": False} | {
+    field.name: field.default
+    for field in dataclasses.fields(Recipe)
+    if field.default is not dataclasses.MISSING
+}
 
 
 @dataclasses.dataclass(frozen=True)
