@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding does not have is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser().parse_args(train.with_config(sys.argv[1:] if argv is None else argv))
         name = f"effdense {arguments.command}"
         status: int = arguments.run(arguments)
         sys.stdout.flush()

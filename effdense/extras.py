@@ -23,6 +23,7 @@ PACKAGES = {
     "onnx": Package("onnx", ("export",)),
     "onnxruntime": Package("onnxruntime", ("export",)),
     "onnxscript": Package("onnxscript", ("export",)),
+    "tomli": Package("tomli", ("train",)),  # Python 3.10's
     "torchvision": Package("torchvision", ("vision", "peers")),
     "ignite": Package("pytorch-ignite", ("peers",)),
     "jsonargparse": Package("jsonargparse[signatures]", ("peers",)),

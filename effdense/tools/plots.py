@@ -56,6 +56,7 @@ _POINTS: dict[str, Any] = {
     "markeredgecolor": "black",
     "markeredgewidth": 0.9,
 }
+_ONCE = {"marker": "D", "markerfacecolor": "black"}  # the test at the end, where a validation picks the epoch
 _ALONE: dict[str, Any] = {"marker": "s", "markersize": 4}  # where a line would have no length
 _LEGEND, _NAME = 104, 60  # characters that fit side by side, and of a run's name
 _COLUMNS = ("epoch", "split", "loss", "accuracy", "peak_bytes", "seconds")
@@ -153,7 +154,7 @@ def _note(curves: dict[str, Curve], row: Mapping[str, str | None], column: str, 
 def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
     """Draw loss, accuracy, peak memory and time of several runs over epochs into the PNG at `path`.
 
-    Memory and time are the training's, loss and accuracy the test's as well, with points.
+    Memory and time are the training's, loss and accuracy the test's or the validation's as well, with points.
 
     Raises:
         OSError: it cannot be written.
@@ -197,10 +198,19 @@ def runs_picture(runs: Mapping[str, Run], path: str | Path) -> None:
         handles.append(
             Line2D([], [], label="training", color="black", **(_ALONE if len(epochs) == 1 else {}))
         )
-        handles.append(Line2D([], [], label="test", color="black", linestyle="", **_POINTS))
+        handles += _legend_of_splits({split for run in runs.values() for split in run["loss"]})
         columns = _LEGEND // (max(len(str(handle.get_label())) for handle in handles) + 8)
         figure.legend(handles=handles, loc="outside upper left", ncols=min(4, columns))
         _save(figure, path)
+
+
+def _legend_of_splits(splits: set[str]) -> list[Line2D]:
+    shown = (
+        {"validation": _POINTS, "test, once": {**_POINTS, **_ONCE}} if "val" in splits else {"test": _POINTS}
+    )
+    return [
+        Line2D([], [], label=name, color="black", linestyle="", **points) for name, points in shown.items()
+    ]
 
 
 def short_names(runs: Sequence[str]) -> list[str]:
@@ -237,7 +247,8 @@ def _curves(axes: Axes, curves: Mapping[str, Curve], look: dict[str, Any], divis
         epochs = sorted(curve)
         values = [curve[epoch] / divisor for epoch in epochs]
         alone = _ALONE if len(epochs) == 1 else {}
-        points = alone if split == "train" else _POINTS
+        once = _ONCE if split == "test" and "val" in curves else {}
+        points = alone if split == "train" else {**_POINTS, **once}
         axes.plot(epochs, values, markevery=max(1, len(epochs) // 12), **points, **look)
 
 

@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from effdense import values
+from effdense.train import config
 from effdense.train.settings import (
     AMP,
     AUGMENTATIONS,
@@ -20,6 +22,7 @@ from effdense.train.settings import (
     IMPLS,
     OPTIMIZERS,
     RECIPES,
+    SCHEDULES,
     Recipe,
     RunConfig,
 )
@@ -50,9 +53,45 @@ def _drops(text: str) -> tuple[float, ...]:
     return drops
 
 
+def _below_one(text: str) -> float:
+    value = _at_least_zero(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"a number of 0 or more and below 1 was expected, got {text!r}")
+    return value
+
+
+def _norm(text: str) -> float | None:
+    if text == "none":
+        return None
+    value = _at_least_zero(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"a number above 0 or none was expected, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int | None:
+    return None if text == "none" else values.count(text)
+
+
+def _class_weights(text: str) -> str | tuple[float, ...] | None:
+    if text in ("balanced", "none"):
+        return None if text == "none" else text
+    return tuple(_at_least_zero(part) for part in text.split(","))
+
+
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `effdense train` takes."""
     add = command.add_argument
+
+    def switch(name: str, help: str) -> None:
+        add(name, action=argparse.BooleanOptionalAction, default=False, help=help)
+
+    add(
+        "--config",
+        type=values.path,
+        metavar="FILE",
+        help="TOML with any of these options, which the command line overrides; a run's settings.toml is one",
+    )
     add(
         "--model",
         required=True,
@@ -93,12 +132,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="begin with these (of torch.save); the classifier is new",
     )
-    add(
-        "--keep-classifier",
-        action="store_true",
-        help="with --weights: their classifier, too, for the same classes in the same order",
+    switch(
+        "--keep-classifier", "with --weights: their classifier, too, for the same classes in the same order"
     )
-    add("--freeze-features", action="store_true", help="train the classifier alone; statistics stay, too")
+    switch("--pretrained", "begin with the weights that the model's library has published (ImageNet)")
+    switch("--freeze-features", "train the classifier alone; statistics stay, too")
     add(
         "--limit-train",
         type=values.count,
@@ -108,9 +146,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--accumulate", type=values.count, default=1, metavar="N", help="compute each batch in N parts (1)")
     add("--amp", choices=tuple(AMP), default="off", help="automatic mixed precision (off)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and images (float32)")
-    add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--channels-last", action="store_true", help="keep weights and images in that layout")
-    add("--sync-bn", action="store_true", help="batch norm over the images of all processes")
+    switch("--compile", "run the model through torch.compile")
+    switch("--channels-last", "keep weights and images in that layout")
+    switch("--sync-bn", "batch norm over the images of all processes")
     add(
         "--seed",
         type=values.whole(0, 2**32 - 1),
@@ -162,11 +200,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=values.count,
         metavar="N",
     )
-    value("--optimizer", "stochastic gradient descent, or Adam", choices=OPTIMIZERS)
-    value("--lr", "learning rate at the start", type=_at_least_zero)
+    value("--optimizer", "stochastic gradient descent, Adam or AdamW", choices=OPTIMIZERS)
+    value("--lr", "learning rate, before it drops or falls", type=_at_least_zero)
     value("--momentum", "of sgd", type=_at_least_zero)
     value("--nesterov", "Nesterov's momentum", action=argparse.BooleanOptionalAction)
-    value("--weight-decay", "factor of the L2 penalty", type=_at_least_zero)
+    value(
+        "--weight-decay", "factor of the L2 penalty; of adamw, of the weights themselves", type=_at_least_zero
+    )
+    value("--schedule", "of the learning rate: drops, or cosine down to 0", choices=SCHEDULES)
+    value(
+        "--warmup-epochs",
+        "in which the learning rate rises from 0 in a line",
+        type=_at_least_zero,
+        metavar="N",
+    )
     value("--drops", "fractions of the run after which the learning rate drops: 0.5,0.75", type=_drops)
     value("--drop-factor", "factor of each drop (0.1)", type=_at_least_zero)
     value(
@@ -177,6 +224,42 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     value("--drop-rate", "dropout (0; cifar with --augment none: 0.2)", type=_at_least_zero)
     value("--resize", "resize images to NxN; none: leave them", type=_size, metavar="N")
     value("--pad", "pad images with zeros to NxN, before all else; none: do not", type=_size, metavar="N")
+    value("--label-smoothing", "part of a label that is spread over all classes", type=_below_one)
+    value(
+        "--class-weights",
+        "balanced (as often as they are rare), or one for each: 1,2.5; none",
+        type=_class_weights,
+    )
+    value("--clip-norm", "the largest norm of all gradients together; none: any", type=_norm)
+    value(
+        "--ema-decay",
+        "an exponential moving average of weights and statistics is tested and kept; its factor a step, 0: none",
+        type=_below_one,
+    )
+    value(
+        "--mixup", "mix pairs of images: torchvision's MixUp with this alpha; 0: do not", type=_at_least_zero
+    )
+    value(
+        "--val-split",
+        "set this part of every class's training images aside to pick the best epoch; the test then comes once, at the end",
+        type=_below_one,
+        metavar="PART",
+    )
+    value(
+        "--early-stop",
+        "end after N epochs in a row that were not the best; none: do not",
+        type=_count,
+        metavar="N",
+    )
+
+
+def with_config(words: Sequence[str]) -> Sequence[str]:
+    """A command line with what its `--config` stands for, if it is one of `effdense train`."""
+    if list(words[:1]) != ["train"]:
+        return words
+    command = argparse.ArgumentParser(prog="effdense train")
+    add_arguments(command)
+    return ["train", *config.expanded(command, words[1:])]
 
 
 def read_settings(arguments: argparse.Namespace) -> RunConfig:
@@ -189,8 +272,16 @@ def read_settings(arguments: argparse.Namespace) -> RunConfig:
         recipe = dataclasses.replace(recipe, drop_rate=DROP_RATE.get(name, recipe.drop_rate))
     if given["keep_classifier"] and given["weights"] is None:
         raise ValueError("--keep-classifier needs --weights, whose classifier it keeps")
+    if given["pretrained"] and given["weights"] is not None:
+        raise ValueError("--pretrained and --weights exclude each other: each is what the model begins with")
     if recipe.nesterov and not recipe.momentum:
         raise ValueError("--nesterov needs --momentum above 0")
+    if recipe.warmup_epochs >= recipe.epochs and recipe.warmup_epochs:
+        if "warmup_epochs" in given:
+            raise ValueError(
+                f"--warmup-epochs {recipe.warmup_epochs:g} must be less than --epochs {recipe.epochs}"
+            )
+        recipe = dataclasses.replace(recipe, warmup_epochs=recipe.epochs / 2)
     if given["device"] is None:
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     others = {f.name: given[f.name] for f in dataclasses.fields(RunConfig) if f.name in given}

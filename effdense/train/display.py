@@ -22,10 +22,11 @@ class Display:
     Args:
         recipe: the run's.
         steps: in an epoch.
+        tested: what the images behind an epoch are called, test or val.
     """
 
-    def __init__(self, recipe: Recipe, steps: int) -> None:
-        self._recipe, self._steps = recipe, steps
+    def __init__(self, recipe: Recipe, steps: int, tested: str = "test") -> None:
+        self._recipe, self._steps, self._tested = recipe, steps, tested
         self._bar: Any = None
         self._mute = False
         self._due = time.monotonic() + FIRST
@@ -61,13 +62,13 @@ class Display:
             left = (self._steps - done) * self._recipe.batch_size / row.images_per_second
             self.say(f"{name}, step {done} of {self._steps}: {_words(row)}; {_duration(left)} left of it")
 
-    def show_test(self, epoch: int, done: int, batches: int) -> None:
-        """How far the test behind an epoch is."""
+    def show_test(self, epoch: int, done: int, batches: int, tested: str = "test") -> None:
+        """How far the test behind an epoch is; `tested`: test or val."""
         name = self._name(epoch)
         if self._bar is not None:
-            self._move(name, done, batches, ["test"])
+            self._move(name, done, batches, [tested])
         elif self._is_due():
-            self.say(f"{name}, test, batch {done} of {batches}")
+            self.say(f"{name}, {tested}, batch {done} of {batches}")
 
     def _name(self, epoch: int) -> str:
         return f"epoch {epoch}/{self._recipe.epochs}"
@@ -92,7 +93,7 @@ class Display:
     def line(self, train: Row, test: Row) -> None:
         """Says what an epoch has come to."""
         self.say(
-            f"{self._name(train.epoch)}: {_words(train)}; test loss {test.loss:.4f}, accuracy {test.accuracy:.4f}"
+            f"{self._name(train.epoch)}: {_words(train)}; {self._tested} loss {test.loss:.4f}, accuracy {test.accuracy:.4f}"
         )
 
     def say(self, text: str) -> None:

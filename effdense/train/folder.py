@@ -45,7 +45,7 @@ def held(settings: RunConfig) -> Iterator[None]:
             _leave_note(lock.fileno())
             with tempfile.TemporaryFile(dir=out):
                 pass
-            files.remove_parts(out, LAST, BEST, "results.json")
+            files.remove_parts(out, LAST, BEST, "results.json", "settings.toml")
         except OSError as error:
             raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
         there = [name for name in (LAST, BEST) if (out / name).exists()]

@@ -9,16 +9,17 @@ from torch import nn
 
 from effdense.train import listing, results
 from effdense.train.images import DataSet, Folder
-from effdense.train.settings import RunConfig
+from effdense.train.settings import Recipe, RunConfig
+from effdense.train.split import Parts
 
 NAMED = 20  # classes, in a line
 UNEQUAL = 1.5  # how many times the smallest class the largest may be without a word
 
 
 def lines(
-    settings: RunConfig, data: DataSet, count: int, steps: int, model: nn.Module, device: torch.device
+    settings: RunConfig, data: DataSet, parts: Parts, steps: int, model: nn.Module, device: torch.device
 ) -> Iterator[str]:
-    """The lines; `count`: of the training images, `steps`: in an epoch."""
+    """The lines; `parts`: of the data set, `steps`: in an epoch."""
     recipe, machine = settings.recipe, results.machine(device)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
@@ -29,20 +30,42 @@ def lines(
     threads = f", {machine['threads']} threads" if device.type == "cpu" else ""
     yield f"model: {settings.model} ({how}), {total:,} parameters{some}"
     yield f"device: {device}, {machine['device']}{threads}"
-    yield from _data(settings, data, count)
+    yield from _data(settings, data, parts)
     yield (
         f"recipe {settings.recipe_name}: {recipe.epochs} epochs of {steps} steps of {recipe.batch_size} images, "
-        f"{recipe.optimizer}, learning rate {recipe.lr:g}"
+        f"{recipe.optimizer}, learning rate {recipe.lr:g}{''.join(f', {words}' for words in _more(recipe))}"
     )
 
 
-def _data(settings: RunConfig, data: DataSet, count: int) -> Iterator[str]:
+def _more(recipe: Recipe) -> Iterator[str]:
+    """What not every recipe has."""
+    if recipe.schedule == "cosine":
+        yield "cosine"
+    for name, value in {
+        "warm-up of {:g} epochs": recipe.warmup_epochs,
+        "label smoothing {:g}": recipe.label_smoothing,
+        "gradients' norm up to {:g}": recipe.clip_norm,
+        "average of the weights with {:g}": recipe.ema_decay,
+        "mixup {:g}": recipe.mixup,
+        "ends after {:g} epochs that were not the best": recipe.early_stop,
+    }.items():
+        if value:
+            yield name.format(value)
+    if recipe.class_weights is not None:
+        yield "weighted classes"
+
+
+def _data(settings: RunConfig, data: DataSet, parts: Parts) -> Iterator[str]:
     root = f" in {settings.data_root}" if settings.data_root else ""
-    there = len(data.train.labels)
+    there, count = len(data.train.labels), len(parts.train.labels)
     part = f"{count} of {there}" if count < there else f"{count}"
-    yield f"data: {settings.data}{root}, {part} training images, {len(data.test.labels)} test images, {data.classes} classes"
+    kept = f"{len(parts.watched.labels)} for validation, " if parts.watched_name == "val" else ""
+    yield (
+        f"data: {settings.data}{root}, {part} training images, {kept}{len(data.test.labels)} test images, "
+        f"{data.classes} classes"
+    )
     trained, tested = (
-        labels.bincount(minlength=data.classes) for labels in (data.train.labels[:count], data.test.labels)
+        labels.bincount(minlength=data.classes) for labels in (parts.train.labels, data.test.labels)
     )
     named = list(zip(data.class_names, trained.tolist(), strict=True))
     if len(named) > NAMED:

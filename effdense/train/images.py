@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import os
@@ -33,6 +34,10 @@ class Images(Protocol):
 
         Where one has 16 bits they are float32, of 0 to 255 all the same.
         """
+        ...
+
+    def subset(self, numbers: Tensor) -> Images:
+        """Those of these numbers, in this order."""
         ...
 
     def fingerprint(self) -> str:
@@ -83,6 +88,10 @@ class InMemory:
         """See Images. Boxes are cut out by `cut`, on the device and after all else."""
         return self.images[chosen]
 
+    def subset(self, numbers: Tensor) -> InMemory:
+        """See Images."""
+        return InMemory(self.images[numbers], self.labels[numbers])
+
     def fingerprint(self) -> str:
         """See Images. Of every value and its place."""
         return f"{len(self.labels)} images, {_checksum(self.images) ^ _checksum(self.labels):x}"
@@ -126,6 +135,12 @@ class Folder:
         self._prepare = prepare
         self._threads = ThreadPoolExecutor(max(1, workers))
         self._pil = extras.load("PIL.Image", "a folder of images")
+
+    def subset(self, numbers: Tensor) -> Folder:
+        """See Images."""
+        part = copy.copy(self)
+        part.paths, part.labels = [self.paths[i] for i in numbers.tolist()], self.labels[numbers]
+        return part
 
     def fingerprint(self) -> str:
         """See Images. Of all names below the folder, which may move."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import os
 import random
 import sys
 import time
@@ -14,17 +12,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from effdense.train import checkpoint, header, images, net, results
+from effdense.train import checkpoint, config, header, images, limits, net, results
 from effdense.train.batches import Batches, draw
 from effdense.train.display import Display
+from effdense.train.evaluation import evaluate
 from effdense.train.folder import BEST, LAST
+from effdense.train.images import Images
 from effdense.train.interrupt import Interrupt, Stopped
+from effdense.train.learner import Learner
 from effdense.train.metrics import Metrics, Row, Sums, peak_bytes
 from effdense.train.processes import Processes
-from effdense.train.settings import AMP, RunConfig
+from effdense.train.settings import UNSAID, RunConfig
+from effdense.train.split import split
 
 
 class Training:
@@ -49,25 +50,27 @@ class Training:
         for turn in (True, False):  # the first process of a machine may have to fetch them
             if processes.first_here == turn:
                 self.data = images.load(settings)
+                torch.manual_seed(settings.seed)
+                published = net.fetch(settings, self.data.channels)
             processes.sum([0.0])
-        there = len(self.data.train.labels)
-        self.count = min(settings.limit_train or there, there)
-        self._check_sizes()
+        self.parts = split(settings, self.data)
+        self.count = len(self.parts.train.labels)
+        limits.check_sizes(settings, processes, self.count, self.data.channels)
         # In an epoch. The images that are left over are others in every epoch.
         self.steps = self.count // recipe.batch_size
 
         torch.manual_seed(settings.seed)
-        self.model, self.options = net.build(settings, self.data.class_names, self.data.channels)
+        self.model, self.options = net.build(settings, self.data.class_names, self.data.channels, published)
         self.model.to(processes.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = net.optimizer(recipe, self.model)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "fp16")
+        self._learner = Learner(settings, self.model, self.parts.train.labels, self.data.classes)
         torch.manual_seed(settings.seed + processes.rank)  # dropout is every process's own
         random.seed(settings.seed + processes.rank)
 
         self.epoch = self.step_in_epoch = self.step = 0  # done
-        self.best = -1.0
+        self.best, self.stale = -1.0, 0  # accuracy, and epochs in a row that were not the best
+        self.tested: dict[str, Any] | None = None  # what the test at the end has come to, if there is one
         self.in_epoch, self.in_row = Sums(), Sums()
         self.seconds = 0.0  # of former parts of the run
         self._metrics_size = 0
@@ -80,31 +83,6 @@ class Training:
         like = next(self.model.parameters())
         self._prepare = dataclasses.replace(self.data.prepare, channels=net.input_channels(self.model))
         self._batches = Batches(self._prepare, like, settings.channels_last)
-
-    def _check_sizes(self) -> None:
-        settings = self.settings
-        if settings.sync_bn and settings.impl != "effdense" and self.processes.device.type == "cpu":
-            raise ValueError(
-                f"--sync-bn with --impl {settings.impl} needs GPUs: PyTorch's own SyncBatchNorm does not run on CPUs"
-            )
-        recipe, count, parts = settings.recipe, self.processes.count, settings.accumulate
-        if count > self.count:
-            raise ValueError(f"there are more processes ({count}) than training images ({self.count})")
-        if recipe.batch_size > self.count:
-            raise ValueError(
-                f"--batch-size {recipe.batch_size} is more than there are training images, {self.count}"
-            )
-        own, rest = divmod(recipe.batch_size, parts * count)
-        _check_input(settings, own * self.data.channels)
-        if rest or own < 1:
-            raise ValueError(
-                f"--batch-size {recipe.batch_size} must be a multiple of --accumulate {parts} times {count} processes"
-            )
-        if own == 1 and not (settings.sync_bn and count > 1):
-            raise ValueError(
-                "batch norm needs two images or more at a time for its statistics, and --batch-size "
-                f"{recipe.batch_size} in {parts * count} parts leaves one; on several processes --sync-bn helps"
-            )
 
     # --- state
 
@@ -132,23 +110,23 @@ class Training:
             "class_names": self.data.class_names,
             "in_channels": self._prepare.channels,
             "preparation": dataclasses.asdict(self._prepare),
-            "state_dict": self.model.state_dict(),
             "recipe": {"name": self.settings.recipe_name, **dataclasses.asdict(self.settings.recipe)},
             "settings": self._fixed,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
             "best": self.best,
+            "stale": self.stale,
+            "tested": self.tested,
             "in_epoch": dataclasses.asdict(self.in_epoch),
             "in_row": dataclasses.asdict(self.in_row),
             "seconds": self._seconds(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
             "random": self.processes.gather(chance),
+            **self._learner.state(),
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        before, epochs = saved["settings"], self.settings.recipe.epochs
+        before, epochs = UNSAID | saved["settings"], self.settings.recipe.epochs
         free = ["data root", *(["epochs"] if self.settings.epochs_given else [])]
         if before.get("data root") == self._fixed["data root"]:  # images there may be repaired
             free += ["file sizes", "test data"]
@@ -159,11 +137,10 @@ class Training:
                 f"effdense train: --epochs was {before['epochs']} and is {epochs}, which the learning rate follows from now on",
                 file=sys.stderr,
             )
-        self.model.load_state_dict(saved["state_dict"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        self._learner.restore(saved)
         for name in ("epoch", "step_in_epoch", "step", "best", "seconds"):
             setattr(self, name, saved[name])
+        self.stale, self.tested = saved.get("stale", 0), saved.get("tested")  # earlier versions have none
         self.in_epoch, self.in_row = Sums(**saved["in_epoch"]), Sums(**saved["in_row"])
         self._metrics_size = saved["metrics_size"]
         chance = saved["random"][self.processes.rank]
@@ -173,8 +150,7 @@ class Training:
             torch.cuda.set_rng_state(chance["cuda"], self.processes.device)
 
     def _save(self, *names: str) -> None:
-        tensors = [t for t in self.model.state_dict().values() if t.is_floating_point()]
-        if not all(tensor.isfinite().all() for tensor in tensors):  # the loss is seen a step later
+        if not self._learner.is_finite():  # the loss is seen a step later
             what = "weights or running statistics are not finite after step"
             raise FloatingPointError(self._diverged(what, self.step))
         state = self._state()
@@ -204,33 +180,45 @@ class Training:
                     contextlib.closing(Metrics(self.settings.out, self._metrics_size, self.step))
                 )
                 self._display = stack.enter_context(
-                    contextlib.closing(Display(self.settings.recipe, self.steps))
+                    contextlib.closing(Display(self.settings.recipe, self.steps, self.parts.watched_name))
                 )
                 self._begin()
             try:
-                while self.epoch < self.settings.recipe.epochs:
+                while not self._is_over():
                     self._train_epoch()
                     self._finish_epoch()
+                if self._has_to_test():
+                    self._test_at_the_end()
             except ValueError:  # an image that cannot be read, before anything has come of it
                 if self.processes.count == 1 and self.step > self._saved_step:
                     self._save(LAST)
                 raise
 
+    def _is_over(self) -> bool:
+        recipe = self.settings.recipe
+        stale = recipe.early_stop is not None and self.stale >= recipe.early_stop
+        return self.epoch >= recipe.epochs or stale
+
+    def _has_to_test(self) -> bool:
+        """Whether the test at the end is still to come, once the run is over."""
+        return self.parts.watched_name == "val" and self.tested is None
+
     def _begin(self) -> None:
-        if self.epoch < self.settings.recipe.epochs:
-            about = (self.data, self.count, self.steps, self.model, self.processes.device)
+        config.write(self.settings.out, self.settings)
+        if not self._is_over():
+            about = (self.data, self.parts, self.steps, self.model, self.processes.device)
             for line in header.lines(self.settings, *about):
                 self._display.say(line)
             if self.step:
                 self._display.say(f"going on after step {self.step}, in epoch {self.epoch + 1}")
         else:
-            best = f"best test accuracy {self.best:.4f}"
-            self._display.say(f"epoch {self.epoch} was the last: nothing to do; {best}")
+            best = f"best {self.parts.watched_name} accuracy {self.best:.4f}"
+            left = "the test is left" if self._has_to_test() else "nothing to do"
+            self._display.say(f"epoch {self.epoch} was the last: {left}; {best}")
             self._write_results()
 
     def _train_epoch(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.recipe.lr_in(self.epoch)
+        self.tested = None
         self._run.train()
         if self.settings.freeze_features:
             features: Any = self.model.features
@@ -252,7 +240,7 @@ class Training:
         draws = draw(self.count, recipe.augment, self.settings.seed, self.epoch)
         steps = draws.order[: self.steps * recipe.batch_size].view(self.steps, self.settings.accumulate, -1)
         own = [self.processes.share(part) for step in steps[self.step_in_epoch :] for part in step]
-        return self._batches.each(self.data.train, own, draws)
+        return self._batches.each(self.parts.train, own, draws)
 
     def _train_step(self, parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[bool, bool]:
         """One step of the optimizer; whether the run is to be stopped, or to be saved.
@@ -260,7 +248,8 @@ class Training:
         All processes learn of loss, accuracy and these two in one exchange, before the weights move.
         """
         start, settings = time.monotonic(), self.settings
-        self.optimizer.zero_grad(set_to_none=True)
+        self._learner.lr = settings.recipe.lr_at(self.step, self.steps)
+        self._learner.optimizer.zero_grad(set_to_none=True)
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         batch = [next(parts) for _ in range(settings.accumulate)]
         for i, (x, labels) in enumerate(batch, 1):
@@ -268,7 +257,7 @@ class Training:
             alone = contextlib.nullcontext() if last or self.processes.count == 1 else self._wrapped.no_sync()
             with alone:
                 loss, hits = self._loss(self._run, x, labels)
-                self.scaler.scale(loss / settings.accumulate).backward()
+                self._learner.backward(loss / settings.accumulate)
             loss_sum += loss.detach() * len(labels)
             correct += hits
         total, hit, stop, save = self.processes.sum(
@@ -277,8 +266,7 @@ class Training:
         count = settings.recipe.batch_size
         if not math.isfinite(total):
             raise FloatingPointError(self._diverged(f"the loss is {total / count} at step", self.step + 1))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._learner.step()
         self.step += 1
         self.step_in_epoch += 1
         for sums in (self.in_epoch, self.in_row):
@@ -293,12 +281,7 @@ class Training:
         return late or (every is not None and (self.step + 1) % every == 0)
 
     def _loss(self, model: Any, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy, and how many scores are highest where they should be."""
-        dtype = AMP[self.settings.amp]
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-            scores = model(x)
-            loss = F.cross_entropy(scores, labels)
-        return loss, (scores.argmax(1) == labels).sum()
+        return self._learner.loss(model, x, labels)
 
     def _diverged(self, what: str, step: int) -> str:
         last = f"{self.settings.out / LAST} (step {self._saved_step})"
@@ -323,7 +306,7 @@ class Training:
             split=split,
             loss=sums.loss / sums.images,
             accuracy=sums.correct / sums.images,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self._learner.lr,
             images_per_second=sums.images / sums.seconds,
             peak_bytes=peak_bytes(self.processes.device),
             seconds=self._seconds(),
@@ -331,79 +314,81 @@ class Training:
 
     def _finish_epoch(self) -> None:
         """Tests, reports and saves."""
-        tested = self._test()
+        name = self.parts.watched_name
+        tested = self._test(self.parts.watched, name)
         if tested is None:
             self._save(LAST)
             raise Stopped(f"in the test of epoch {self.epoch + 1}; --resume goes on with that test")
         if not math.isfinite(tested.loss):
-            what = f"the test loss is {tested.loss / tested.images} after step"
+            what = f"the {name} loss is {tested.loss / tested.images} after step"
             raise FloatingPointError(self._diverged(what, self.step))
         better = tested.correct / tested.images > self.best
         peak = max(self.processes.gather(peak_bytes(self.processes.device)))
         if self.processes.first:
             train, test = (
                 self._row(split, sums)._replace(peak_bytes=peak)
-                for split, sums in (("train", self.in_epoch), ("test", tested))
+                for split, sums in (("train", self.in_epoch), (name, tested))
             )
             self._metrics.write(train)
             self._metrics.write(test)
             self._display.line(train, test)
         self.best = max(self.best, tested.correct / tested.images)
+        self.stale = 0 if better else self.stale + 1
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.in_epoch, self.in_row = Sums(), Sums()  # no line is of two epochs
         self._save(*([BEST] if better else []), LAST)  # killed in between, the epoch's end comes again
         if self.processes.first:
             self._write_results()
 
-    def _write_results(self) -> None:
-        sizes = {
-            **self._sizes(),
-            "test images": len(self.data.test.labels),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-        }
-        results.write(self.settings.out, self.settings, sizes, self.processes.device)
-
-    @torch.no_grad()
-    def _test(self) -> Sums | None:
-        """Of the whole test set, which the processes share; None: the user has asked for an end."""
-        start, count = time.monotonic(), len(self.data.test.labels)
-        self.processes.same_buffers(self.model)
-        numbers = self.processes.share(torch.arange(count))
-        size = max(1, self.settings.recipe.batch_size // (self.settings.accumulate * self.processes.count))
-        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        own = [part for part in numbers.split(size) if len(part)]
-        batches = self._batches.each(self.data.test, own, None)
-        rounds = math.ceil(math.ceil(count / self.processes.count) / size)  # of the process with most
-        self.model.eval()
+    def _test_at_the_end(self) -> None:
+        """Tests the weights of the best epoch, once, on the images that have decided about nothing."""
+        first, model = self.processes.first, self._learner.tested
+        best = self.processes.from_first(checkpoint.load(self.settings.out / BEST) if first else None)
+        last = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        model.load_state_dict(best["state_dict"])
         try:
-            for i in range(rounds):
-                if self._all_stop():
-                    return None
-                if self.processes.first:
-                    self._display.show_test(self.epoch + 1, i, rounds)
-                for x, labels in itertools.islice(batches, 1):
-                    loss, hits = self._loss(self.model, x, labels)
-                    loss_sum += loss * len(labels)
-                    correct += hits
+            tested = self._test(self.data.test, "test")
         finally:
-            self.model.train()
-        total, hit = self.processes.sum([loss_sum, correct])
-        return Sums(total, hit, count, time.monotonic() - start)
+            model.load_state_dict(last)
+        if tested is None:
+            self._save(LAST)
+            raise Stopped("in the test at the end; --resume goes on with that test")
+        loss, accuracy = tested.loss / tested.images, tested.correct / tested.images
+        self.tested = {"epoch": best["epoch"], "loss": loss, "accuracy": accuracy}
+        if first:
+            row = self._row("test", tested)
+            self._metrics.write(row._replace(epoch=best["epoch"], step=best["step"]))
+            self._display.say(
+                f"test of epoch {best['epoch']}, the best: loss {loss:.4f}, accuracy {accuracy:.4f}"
+            )
+        self._save(LAST)
+        if first:
+            self._write_results()
+
+    def _write_results(self) -> None:
+        sizes, name = self._sizes(), self.parts.watched_name
+        if name == "val":
+            sizes["validation images"] = len(self.parts.watched.labels)
+        sizes["test images"] = len(self.data.test.labels)
+        sizes["parameters"] = sum(p.numel() for p in self.model.parameters())
+        results.write(self.settings.out, self.settings, sizes, self.processes.device, name)
+
+    def _test(self, images: Images, name: str) -> Sums | None:
+        """Of all of these images, which the processes share; None: the user has asked for an end."""
+
+        def look(done: int, batches: int) -> bool:
+            stop = self._all_stop()
+            if self.processes.first and not stop:
+                self._display.show_test(self.epoch + 1, done, batches, name)
+            return stop
+
+        model = self._learner.tested
+        self.processes.same_buffers(self.model)
+        size = max(1, self.settings.recipe.batch_size // (self.settings.accumulate * self.processes.count))
+        return evaluate(model, self._loss, images, self._batches, size, self.processes, look)
 
     def _all_stop(self) -> bool:
         """Whether one of the processes has been asked to stop."""
         if self.processes.count == 1:
             return self._interrupt.asked
         return self.processes.sum([float(self._interrupt.asked)])[0] > 0
-
-
-def _check_input(settings: RunConfig, maps: int) -> None:
-    """Refuses images that a machine does not hold even alone; `maps`: images times channels."""
-    side = settings.recipe.resize or settings.recipe.pad or 0
-    needed = maps * side**2 * torch.finfo(getattr(torch, settings.dtype)).bits // 8
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ValueError(
-            f"a batch of images of {side}x{side} pixels alone takes {needed / 2**30:.0f} GiB, and this machine has "
-            f"{there / 2**30:.0f}: a smaller --resize, --pad or --batch-size is needed"
-        )

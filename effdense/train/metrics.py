@@ -21,8 +21,9 @@ from effdense import extras
 class Row(NamedTuple):
     """A line of metrics.csv.
 
-    `split` is "step" (mean of the epoch's steps since the line before), "train" (mean of an epoch) or "test"; `epoch` counts from 1,
-    `step` from the run's beginning; `loss` is the cross entropy in nats; `peak_bytes` is the first process's, in "train" and "test" the
+    `split` is "step" (mean of the epoch's steps since the line before), "train" (mean of an epoch), "val" (with a validation: after
+    every epoch) or "test" (after every epoch, with a validation of the best one at the end); `epoch` counts from 1,
+    `step` from the run's beginning; `loss` is the cross entropy in nats, in training what the recipe makes of it; `peak_bytes` is the first process's, in "train" and "test" the
     largest of all processes'; `seconds` is the time that the run has taken, all parts of it.
     """
 

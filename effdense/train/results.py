@@ -17,7 +17,9 @@ from effdense.ops.extension import build_info
 from effdense.train.settings import RunConfig
 
 
-def write(folder: Path, settings: RunConfig, sizes: dict[str, int], device: torch.device) -> None:
+def write(
+    folder: Path, settings: RunConfig, sizes: dict[str, int], device: torch.device, watched: str = "test"
+) -> None:
     """Writes `folder`/results.json, with the epochs that metrics.csv has.
 
     Args:
@@ -25,17 +27,19 @@ def write(folder: Path, settings: RunConfig, sizes: dict[str, int], device: torc
         settings: the run's.
         sizes: of the data, the model and the group of processes.
         device: on which this process runs.
+        watched: what is tested after every epoch, "test" or "val".
 
     Raises:
         OSError: it cannot be written.
     """
-    epochs = _epochs(folder / "metrics.csv")
+    epochs, test = _epochs(folder / "metrics.csv", watched)
     content = {
         "settings": {name: _plain(value) for name, value in dataclasses.asdict(settings).items()},
         **sizes,
         "machine": machine(device),
         "epochs": epochs,
-        "best test accuracy": max((epoch["test"]["accuracy"] for epoch in epochs), default=None),
+        f"best {watched} accuracy": max((epoch[watched]["accuracy"] for epoch in epochs), default=None),
+        **({} if watched == "test" else {"test of the best epoch": test}),
     }
     files.write_json(content, folder / "results.json")
 
@@ -44,19 +48,23 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _epochs(metrics: Path) -> list[dict[str, Any]]:
+def _epochs(metrics: Path, watched: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The epochs, and the last test."""
     with metrics.open(newline="") as file:
-        rows = {(int(row["epoch"]), row["split"]): row for row in csv.DictReader(file)}
-    return [
+        lines = list(csv.DictReader(file))
+    rows = {(int(row["epoch"]), row["split"]): row for row in lines}
+    epochs = [
         {
             "epoch": epoch,
-            **{split: _values(rows[epoch, split], ("loss", "accuracy")) for split in ("train", "test")},
+            **{split: _values(rows[epoch, split], ("loss", "accuracy")) for split in ("train", watched)},
             **_values(row, ("step", "lr", "images_per_second", "peak_bytes")),
-            **_values(rows[epoch, "test"], ("seconds",)),
+            **_values(rows[epoch, watched], ("seconds",)),
         }
         for (epoch, split), row in rows.items()
         if split == "train"
     ]
+    tests = [row for row in lines if row["split"] == "test"]
+    return epochs, _values(tests[-1], ("epoch", "loss", "accuracy")) if tests else None
 
 
 def _values(row: dict[str, str], names: tuple[str, ...]) -> dict[str, float]:

@@ -13,7 +13,8 @@ DATA = ("fashion-mnist", "cifar10", "cifar100", "folder")
 IMPLS = ("naive", "checkpoint", "effdense")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop")
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("drops", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,35 @@ class Recipe:
     drop_rate: float = 0.0  # dropout
     resize: int | None = None  # images, to that height and width
     pad: int | None = None  # with zeros, to that height and width, before all else
+    schedule: str = "drops"  # or cosine: half a period, down to 0 at the end
+    warmup_epochs: float = 0.0  # in which the learning rate rises in a line
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None  # of all gradients together
+    ema_decay: float = 0.0  # of the average of the weights, which is tested and kept; 0: none
+    class_weights: str | tuple[float, ...] | None = None  # balanced, or one for each class
+    mixup: float = 0.0  # both parameters of its Beta distribution; 0: none
+    val_split: float = 0.0  # the part of the training images, of every class, that picks the best epoch
+    early_stop: int | None = None  # epochs in a row that were not the best
 
     def lr_in(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0: it falls between epochs, never before a part is over."""
         dropped = sum(epoch >= math.ceil(part * self.epochs - 1e-9) for part in self.drops)
         return self.lr * self.drop_factor**dropped
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0; `steps`: in an epoch.
+
+        It comes from the step alone, so that a run that goes on has nothing to remember. `cosine` has the values of PyTorch's
+        SequentialLR with LinearLR and CosineAnnealingLR.
+        """
+        warmup = round(self.warmup_epochs * steps)
+        if step < warmup:
+            rising = (step + 1) / (warmup + 1)
+            return rising * (self.lr if self.schedule == "cosine" else self.lr_in(step // steps))
+        if self.schedule == "drops":
+            return self.lr_in(step // steps)
+        part = (step - warmup) / (self.epochs * steps - warmup)
+        return self.lr * (1 + math.cos(math.pi * part)) / 2
 
 
 # Huang et al., arXiv 1608.06993, section 4.2. Without augmentation they drop out: DROP_RATE.
@@ -62,8 +87,30 @@ RECIPES = {
     "d2l": Recipe(epochs=10, batch_size=256, resize=96),
     # What tutorials do; their other form is --optimizer sgd --drops 0.5,0.75, drops at epochs 20 and 30.
     "tutorial": Recipe(epochs=40, batch_size=16, optimizer="adam", lr=0.001),
+    # For few labelled images, from weights that have seen others (Fine-tune in docs/train.md).
+    "finetune": Recipe(
+        epochs=20,
+        batch_size=32,
+        optimizer="adamw",
+        lr=0.001,
+        weight_decay=0.05,
+        augment="crop-flip",
+        schedule="cosine",
+        warmup_epochs=1.0,
+        label_smoothing=0.1,
+        clip_norm=1.0,
+        ema_decay=0.99,
+        val_split=0.2,
+        early_stop=5,
+    ),
 }
 DROP_RATE = {"cifar": 0.2}  # with --augment none
+# What checkpoints of earlier versions do not say about their runs.
+UNSAID: dict[str, Any] = {"pretrained": False} | {
+    field.name: field.default
+    for field in dataclasses.fields(Recipe)
+    if field.default is not dataclasses.MISSING
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +127,7 @@ class RunConfig:
     data_root: Path | None = None
     channels: int | None = None  # with which a folder's images are read; None: 3
     weights: Path | None = None  # to begin with; the classifier is new, unless it is kept
+    pretrained: bool = False  # the same with what its library has published
     keep_classifier: bool = False
     freeze_features: bool = False
     limit_train: int | None = None
@@ -106,6 +154,7 @@ class RunConfig:
             "data",
             "keep_classifier",
             "freeze_features",
+            "pretrained",
             "limit_train",
             "accumulate",
             "amp",
@@ -113,8 +162,10 @@ class RunConfig:
             "sync_bn",
             "seed",
         )
+        weights = self.recipe.class_weights
         plain = {
             "drops": list(self.recipe.drops),
+            "class_weights": list(weights) if isinstance(weights, tuple) else weights,
             "weights": self.weights and str(self.weights),
             "channels": self.channels or 3,
         }

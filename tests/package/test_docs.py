@@ -64,7 +64,7 @@ SMALLER = {
         "(256,)": "(8,)",
     },
 }
-LANGUAGES = {"python", "sh", "text", "cpp"}
+LANGUAGES = {"python", "sh", "text", "cpp", "toml"}
 
 
 def flowers() -> None:
@@ -233,7 +233,11 @@ SHELL = [block for page in PAGES for block in blocks(page) if block.language == 
 
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.where)
-def test_commands(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the page's files of options, whose first line is their name."""
+    monkeypatch.chdir(tmp_path)
+    for file in (b.text for b in blocks(block.page) if b.language == "toml"):
+        (tmp_path / file.partition("\n")[0].removeprefix("# ")).write_text(file)
     for words in commands(block):
         check_command(words, monkeypatch)
 

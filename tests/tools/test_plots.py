@@ -79,6 +79,16 @@ def test_one_epoch(figures: Figures) -> None:
     assert training.get_marker() == "s" and legend_of(figures[0]) == ["run", "training", "test"]
 
 
+def test_a_validation_with_one_test_at_the_end(figures: Figures) -> None:
+    run = {c: {"train": curves["train"], "val": curves["test"]} for c, curves in run_of(3).items()}
+    for column in ("loss", "accuracy"):
+        run[column]["test"] = {2.0: 0.5}
+    plots.runs_picture({"run": run}, "runs.png")
+    assert legend_of(figures[0]) == ["run", "training", "validation", "test, once"]
+    points = [line for line in figures[0].axes[0].lines if line.get_marker() == "D"]
+    assert [list(line.get_xdata()) for line in points] == [[2.0]]
+
+
 def test_several_epochs_have_whole_numbers(figures: Figures) -> None:
     for epochs in (2, 3, 300):
         plots.runs_picture({"run": run_of(epochs)}, "runs.png")

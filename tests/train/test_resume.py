@@ -127,13 +127,20 @@ def test_another_data_set_of_the_same_form(
     assert f"training data was '{TRAIN} images, " in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_an_earlier_version(short: Path, root: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version(short: Path, root: Path, tmp_path: Path, capsys: Any) -> None:
     """It does not say all that is compared today, and goes on."""
     out = shutil.copytree(short, tmp_path / "run")
     saved = load(out)
     for name in ("class names", "training data", "test data", "file sizes", "data root", "keep_classifier"):
         del saved["settings"][name]
+    for name in ("ema_decay", "val_split", "schedule", "class_weights"):
+        del saved["settings"][name], saved["recipe"][name]
+    del saved["settings"]["pretrained"]
+    for name in ("ema", "stale", "tested"):
+        del saved[name]
     torch.save(saved, out / "last.pt")
+    assert train(root, out, "--epochs", "2", "--drops=", "--resume", "--ema-decay", "0.9") == 2
+    assert "ema_decay was 0.0 and is 0.9" in capsys.readouterr().err
     assert train(root, out, "--epochs", "2", "--drops=", "--resume") == 0
     assert load(out)["epoch"] == 2
 

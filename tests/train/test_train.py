@@ -204,6 +204,7 @@ def test_a_failed_save_leaves_the_one_before(root: Path, tmp_path: Path, capsys:
         "last.pt",
         "metrics.csv",
         "results.json",
+        "settings.toml",
         "tensorboard",
     }
 

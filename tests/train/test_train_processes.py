@@ -55,6 +55,21 @@ def test_two_processes_train_like_one(root: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(load(two)["state_dict"], load(one)["state_dict"], rtol=1e-9, atol=1e-9)
 
 
+def test_two_processes_have_one_average(root: Path, tmp_path: Path) -> None:
+    """And the same validation, weights of classes and clipped gradients."""
+    run = (*EXACT, "--sync-bn", "--recipe", "finetune", "--class-weights", "balanced", "--early-stop", "1")
+    ended = torchrun("-m", "effdense", *arguments(root, tmp_path / "two", *run))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("the best: loss ") == 1
+    assert train(root, tmp_path / "one", *run) == 0
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-7), ours
+        assert (ours["split"], ours["accuracy"]) == (theirs["split"], theirs["accuracy"])
+    for name in ("state_dict", "ema", "tested", "stale"):
+        one, two = load(tmp_path / "one")[name], load(tmp_path / "two")[name]
+        torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-8)
+
+
 def step_peak(images: int, sync_bn: bool = False) -> int:
     """The most that a training step allocates in this process, the first step aside, which sets things up."""
     if torch.distributed.is_initialized():
