@@ -2,7 +2,12 @@
 // lists of maps, whole stages. An executable, since in Python the uninstrumented libraries drown what they
 // say. Results are compared elsewhere. The argument is the number of threads.
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
