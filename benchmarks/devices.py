@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import re
 import time
 from collections.abc import Callable
@@ -79,42 +78,20 @@ class Cuda:
     def time_step(self, fn: Callable[[], Any]) -> float:
         """Begins with an idle GPU: where it waits for the CPU to launch kernels, that is part of the step."""
         torch.cuda.synchronize(self.name)
-        return self._between_events(fn)
+        return measure.cuda_milliseconds(fn)
 
     def time_call(self, fn: Callable[[], Any]) -> float:
         """Runs behind a long write, so that kernels are launched before it ends and find no tensor in a cache."""
         self._flushed.zero_()
-        return self._between_events(fn)
+        return measure.cuda_milliseconds(fn)
 
     @functools.cached_property
     def _flushed(self) -> torch.Tensor:
         return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.name)
 
-    def _between_events(self, fn: Callable[[], Any]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        fn()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
     def count(self, fn: Callable[[], Any]) -> dict[str, int]:
-        """Also returns `peak_reserved_bytes`: all that the process's allocator holds of the GPU, the model included.
-
-        Tensors count as blocks of the caching allocator, which are up to 1 MiB larger. What libraries keep from
-        earlier steps (cuBLAS's workspace) existed before.
-        """
-        gc.collect()
-        torch.cuda.synchronize(self.name)
-        torch.cuda.empty_cache()  # what is reserved is then this step's, not that of cuDNN's trials
-        torch.cuda.reset_peak_memory_stats(self.name)
-        before = torch.cuda.memory_allocated(self.name)
-        fn()
-        torch.cuda.synchronize(self.name)
-        return {
-            "peak_bytes": torch.cuda.max_memory_allocated(self.name) - before,
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.name),
-        }
+        """Also returns `peak_reserved_bytes`: all that the process's allocator holds of the GPU, the model included."""
+        return measure.cuda_peaks(fn, self.name)
 
     def environment(self) -> dict[str, Any]:
         """Return the GPU, its software, and what `use` sets in the processes that measure."""

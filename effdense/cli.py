@@ -21,8 +21,8 @@ from effdense.ops import gpu_check, reference
 from effdense.ops.dispatch import operators
 from effdense.ops.extension import build_info
 from effdense.ops.self_test import check
-from effdense.tools import export
-from effdense.tools.planner import CATEGORIES, MEMORY, NotCheckpointed, Plan, largest_batch, plan
+from effdense.tools import bench, export
+from effdense.tools.planner import CATEGORIES, MEMORY, NotCheckpointed, Plan, Planner
 from effdense.tools.reuse import feature_reuse
 from effdense.tools.summary import summary
 from effdense.train import command as train
@@ -79,13 +79,13 @@ def _model_and_shape(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[in
     return model, (arguments.batch, conv.in_channels, arguments.image_size, arguments.image_size)
 
 
-def _plans(model: nn.Module, shape: Sequence[int]) -> list[Plan]:
+def _plans(planner: Planner, shape: Sequence[int]) -> list[Plan]:
     """In every memory mode that can be planned for the model."""
     plans = []
     for memory in MEMORY:
         _note(f"planning {memory} …")
         with contextlib.suppress(NotCheckpointed):
-            plans.append(plan(model, shape, memory=memory))
+            plans.append(planner.plan(shape, memory))
     return plans
 
 
@@ -95,11 +95,11 @@ def _note(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _largest_batches(model: nn.Module, shape: Sequence[int], plans: Sequence[Plan], budget: int) -> list[int]:
+def _largest_batches(planner: Planner, shape: Sequence[int], plans: Sequence[Plan], budget: int) -> list[int]:
     batches = []
     for p in plans:
         _note(f"looking for the largest batch with {p.memory} …")
-        batches.append(largest_batch(model, shape, budget, memory=p.memory))
+        batches.append(planner.largest_batch(shape, budget, p.memory))
     return batches
 
 
@@ -108,8 +108,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     try:
         _note(f"building {arguments.model} …")
         model, shape = _model_and_shape(arguments)
-        plans = _plans(model, shape)
-        batches = _largest_batches(model, shape, plans, budget) if budget else []
+        planner = Planner(model)
+        plans = _plans(planner, shape)
+        batches = _largest_batches(planner, shape, plans, budget) if budget else []
     except (ImportError, ValueError) as error:
         _note("")
         return _ended(f"effdense plan: {error}", 2)
@@ -148,6 +149,32 @@ def _summary(arguments: argparse.Namespace) -> int:
         except OSError as error:
             print(f"effdense summary: {error}", file=sys.stderr)
             return 2
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        device = values.device(arguments.device)
+        result = bench.run(
+            bench.Settings(
+                arguments.model,
+                arguments.batch,
+                arguments.image_size,
+                not arguments.inference,
+                arguments.threads,
+                device,
+                arguments.seconds,
+            ),
+            _note,
+        )
+    except (ImportError, ValueError) as error:
+        _note("")
+        return _ended(f"effdense bench: {error}", 2)
+    finally:
+        _note("")
+    print(result)
+    if arguments.json:
+        files.write_json(result.as_dict(), arguments.json)
     return 0
 
 
@@ -242,6 +269,33 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=values.size, help="such as 8GiB: also say the largest batch within it"
     )
     command.set_defaults(run=_plan)
+    command = commands.add_parser(
+        "bench", help="is it faster here? a step as it is, checkpointed and with effdense"
+    )
+    command.add_argument("model", help="as in plan")
+    command.add_argument(
+        "--batch",
+        type=values.count,
+        help="images in a batch (default: 8 of 224x224 or 64 of 32x32, fewer where that takes long)",
+    )
+    command.add_argument("--image-size", type=values.side, help="height and width")
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--train", action="store_true", help="a training step (default)")
+    kind.add_argument("--inference", action="store_true", help="a forward in evaluation, without gradients")
+    command.add_argument(
+        "--threads", type=values.whole(1, bench.MOST_THREADS), help="of the CPU (default: PyTorch's)"
+    )
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+    command.add_argument(
+        "--seconds",
+        type=values.whole(1, 86_400),
+        default=60,
+        help="about how long it may take (default: %(default)s)",
+    )
+    command.add_argument(
+        "--json", type=values.new_path, metavar="FILE", help="write everything measured there too"
+    )
+    command.set_defaults(run=_bench)
     command = commands.add_parser("summary", help="a model's stages: sizes, parameters, work, memory kept")
     command.add_argument("model", help="as in plan")
     command.add_argument("--image-size", type=values.side, required=True, help="height and width")

@@ -2,7 +2,7 @@
 
 The step is walked through on meta tensors, which have shapes and no memory, while storages are followed from birth to
 death; so is the inside of the block engine (engine/passes.py), so that a plan comes from what the engine does and not from
-a description of it. "naive" and "checkpoint" are followed by PyTorch's own MemTracker.
+a description of it. Of "naive" and "checkpoint" the submodules are walked through one by one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effdense.conversion import convert_parts, report
+from effdense.conversion import convert_parts
+from effdense.conversion.class_swap import is_fused_kind
 from effdense.engine import passes, stem
 from effdense.engine.stage import StageConfig
 from effdense.nn.foreign import ForeignBlock
@@ -72,17 +73,24 @@ class Plan(NamedTuple):
 # What operators take for their tiles while they run, in bytes a thread: up to twice that on large images, less on small
 # ones (csrc/cpu; what stays in a core's cache).
 _TILES = 2**19
-_TILED = {
-    f"effdense::{name}{direction}"
-    for name in ("bottleneck", "bn_relu_conv3x3")
-    for direction in ("", "_backward")
-}
+_TILED = {f"effdense::{name}{way}" for name in ("bottleneck", "bn_relu_conv3x3") for way in ("", "_backward")}
 
 # A stem's operators: what they do, and how many of their arguments come before the settings.
 _STEM: dict[Any, tuple[Callable[..., Any], int]] = {
     torch.ops.effdense.stem.default: (stem.forward, stem.FORWARD_TENSORS),
     torch.ops.effdense.stem_backward.default: (stem.backward, stem.BACKWARD_TENSORS),
 }
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among an operator's arguments or results."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
 
 
 @dataclasses.dataclass
@@ -163,15 +171,15 @@ class _Timeline(TorchDispatchMode):
             finally:
                 self._in_stem = False
             return tuple(made) if function is stem.forward else made
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
         result = func(*args, **kwargs or {})
         if self._in_stage and func.name() in _TILED:
             self._note(_TILES * torch.get_num_threads())
         if func is torch.ops.aten.convolution.default:  # on meta it does not follow its arguments' layout
             layouts = {suggest_memory_format(t) for t in args[:2]} - {torch.contiguous_format}
             result = result.contiguous(memory_format=layouts.pop()) if layouts else result
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor) or id(tensor.untyped_storage()) in given:
+        for tensor in _tensors((result,)):
+            if id(tensor.untyped_storage()) in given:
                 continue
             if self._in_stage and tensor.dtype == torch.uint8 and tensor.dim() == 1:
                 self._lease(tensor.numel())
@@ -188,6 +196,21 @@ class _Timeline(TorchDispatchMode):
         finally:
             self._in_stage = False
         return [t for t in result if t is not None]
+
+
+class _OneByOne(_Timeline):
+    """Of a step without effdense: under this mode every module calls its submodules."""
+
+    effdense_may_fuse = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._after_stem = True
+
+    def _category(self) -> str:
+        # Checkpointing computes again with gradients on, which a backward has off.
+        backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+        return "gradients" if backward else "activations"
 
 
 @contextmanager
@@ -237,30 +260,6 @@ def _step(model: nn.Module, x: Tensor) -> None:
         torch.stack(losses).sum().backward()
 
 
-def _one_by_one(model: nn.Module, x: Tensor) -> tuple[int, dict[str, int]]:
-    """Peak and breakdown of a step without effdense: MemTracker's hooks make every module call its submodules."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    class Tracker(MemTracker):
-        """Without the account of every module, which takes most of the time."""
-
-        def _update_peak_stats(self, peak_state: Any) -> None:
-            modules, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
-            super()._update_peak_stats(peak_state)
-            self.memory_tracking = modules
-
-    tracker = Tracker()
-    tracker.track_external(model, x)
-    before = tracker.get_tracker_snapshot()[x.device]["Total"]
-    with tracker:
-        _step(model, x)
-    peak = {str(getattr(k, "value", k)): n for k, n in tracker.get_tracker_snapshot("peak")[x.device].items()}
-    total = peak["Total"] - before
-    breakdown = {**dict.fromkeys(CATEGORIES, 0), "activations": peak["Activation"]}
-    breakdown["gradients"] = total - peak["Activation"]
-    return total, breakdown
-
-
 def check_input_shape(op: str, input_shape: Any) -> tuple[int, ...]:
     """Checks and returns the shape of a batch of images."""
     sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
@@ -271,9 +270,7 @@ def check_input_shape(op: str, input_shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def _checked(model: Any, input_shape: Any, memory: str) -> tuple[int, ...]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"plan: model must be a torch.nn.Module, got {type(model).__name__}")
+def _checked(input_shape: Any, memory: str) -> tuple[int, ...]:
     if memory not in MEMORY:
         raise ValueError(f"plan: memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
     return check_input_shape("plan", input_shape)
@@ -306,30 +303,50 @@ def plan(
         >>> plans["naive"].total > plans["minimal"].total
         True
     """
-    shape = _checked(model, input_shape, memory)
-    return _Prepared(model, memory, training).at(shape)
+    shape = _checked(input_shape, memory)
+    return Planner(model, training).plan(shape, memory)
 
 
-class _Prepared:
-    """A copy without memory, converted for a mode, that is walked through for any number of shapes."""
+class Planner:
+    """Plans of one model: in every mode and for any number of shapes, of copies without memory that are made once."""
 
-    def __init__(self, model: nn.Module, memory: str, training: bool) -> None:
-        self.memory, self._training, self._model = memory, training, bare_copy(model)
+    def __init__(self, model: nn.Module, training: bool = True) -> None:
+        """Takes the same models as `plan`, and refuses the same; `training` as there."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"plan: model must be a torch.nn.Module, got {type(model).__name__}")
+        self._training, self._bare = training, bare_copy(model)
         if not training:
-            self._model.eval().requires_grad_(False)
-        convert_parts(self._model, "minimal" if memory == "minimal" else "balanced")
-        if not any(entry.converted for entry in report(self._model)):
+            self._bare.eval().requires_grad_(False)
+        convert_parts(self._bare, "balanced")
+        self._prepared: dict[str, nn.Module] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], Plan] = {}
+        if not any(is_fused_kind(module) for module in self._bare.modules()):
             raise ValueError("plan: nothing in this model can be converted; effdense.report(model) tells why")
-        for module in self._model.modules() if memory == "checkpoint" else ():
-            if isinstance(module, ForeignBlock):
-                raise NotCheckpointed(
-                    f'plan: memory="checkpoint" is not known of {type(module).__name__}, only of blocks with torchvision\'s layers'
-                )
-            module.__class__ = CHECKPOINTED.get(kind_of(module), type(module))
 
-    def at(self, shape: tuple[int, ...]) -> Plan:
-        """For a batch of that shape."""
-        bare, memory = self._model, self.memory
+    def _of(self, memory: str) -> nn.Module:
+        """The copy that is walked through in a mode."""
+        if memory not in self._prepared:
+            model = bare_copy(self._bare)
+            if memory == "minimal":
+                convert_parts(model, "minimal")
+            for module in model.modules() if memory == "checkpoint" else ():
+                if isinstance(module, ForeignBlock):
+                    raise NotCheckpointed(
+                        f'plan: memory="checkpoint" is not known of {type(module).__name__}, only of blocks with torchvision\'s layers'
+                    )
+                module.__class__ = CHECKPOINTED.get(kind_of(module), type(module))
+            self._prepared[memory] = model
+        return self._prepared[memory]
+
+    def plan(self, input_shape: Sequence[int], memory: str) -> Plan:
+        """As the function of that name."""
+        shape = _checked(input_shape, memory)
+        if (memory, shape) not in self._known:
+            self._known[memory, shape] = self._walk(shape, memory)
+        return self._known[memory, shape]
+
+    def _walk(self, shape: tuple[int, ...], memory: str) -> Plan:
+        bare = self._of(memory)
         tensors = [*bare.parameters(), *bare.buffers()]
         wanted = [p for p in bare.parameters() if p.requires_grad]
         dtype = next((p.dtype for p in tensors if p.is_floating_point()), torch.float32)
@@ -341,15 +358,29 @@ class _Prepared:
                 _compiled_on_meta(),
             ):
                 x = torch.empty(shape, dtype=dtype)
-                if memory in ("naive", "checkpoint"):
-                    total, breakdown = _one_by_one(bare, x)
-                else:
-                    with _Timeline() as timeline:
-                        _step(bare, x)
-                    total, breakdown = timeline.finish()
+                with _OneByOne() if memory in ("naive", "checkpoint") else _Timeline() as timeline:
+                    _step(bare, x)
+                total, breakdown = timeline.finish()
         except Exception as error:
             raise ValueError(f"plan: the model does not run on an input of shape {shape}: {error}") from error
         return Plan(memory, shape, total, breakdown, _bytes(tensors), _bytes(wanted), _bytes(wanted))
+
+    def largest_batch(
+        self, input_shape: Sequence[int], budget: int, memory: str, most: int = 2**31 - 1, extra: int = 0
+    ) -> int:
+        """As the function of that name."""
+        shape = _checked(input_shape, memory)
+        batch, fits, too_large = min(shape[0], most), 0, most + 1
+        last: tuple[int, int] | None = None
+        while too_large - fits > 1:
+            found = self.plan((batch, *shape[1:]), memory)
+            now = found.everything + batch * extra
+            fits, too_large = (batch, too_large) if now <= budget else (fits, batch)
+            before = last or (0, found.everything - found.total)  # a batch of none needs what the model does
+            slope = (now - before[1]) / (batch - before[0]) or 1.0
+            last = batch, now
+            batch = min(max(batch + math.floor((budget - now) / slope), fits + 1), too_large - 1)
+        return fits
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -370,18 +401,5 @@ def largest_batch(
 
     `extra`: bytes that every image takes besides. By bisection from the batch of `input_shape`, where possible at the place where a straight line crosses the budget.
     """
-    shape = _checked(model, input_shape, memory)
-    prepared = _Prepared(model, memory, training)
-
-    def size(batch: int) -> int:
-        return prepared.at((batch, *shape[1:])).everything + batch * extra
-
-    batch = min(shape[0], most)
-    last, fits, too_large, slope = (0, 0), 0, most + 1, 0.0
-    while too_large - fits > 1:
-        now = size(batch)
-        fits, too_large = (batch, too_large) if now <= budget else (fits, batch)
-        slope = (now - last[1]) / (batch - last[0]) or 1.0
-        last = batch, now
-        batch = min(max(batch + math.floor((budget - now) / slope), fits + 1), too_large - 1)
-    return fits
+    shape = _checked(input_shape, memory)
+    return Planner(model, training).largest_batch(shape, budget, memory, most, extra)

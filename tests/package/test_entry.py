@@ -13,6 +13,7 @@ import torch
 
 import effdense
 from effdense import cli, files
+from effdense.tools import bench
 from effdense.train import loop
 from tests._training import arguments
 from tests.train.test_progress import broken
@@ -21,6 +22,7 @@ SMALL = ("--model", "densenet_bc_10_4", "--image-size", "8", "--batch", "2")
 COMMANDS = {
     "check": ["check"],
     "plan": ["plan", *SMALL],
+    "bench": ["bench", "densenet_bc_10_4", "--image-size", "8", "--batch", "2", "--seconds", "1"],
     "summary": ["summary", "densenet_bc_10_4", "--image-size", "8"],
     "reuse": ["reuse", "x.pt"],
     "plot": ["plot", "x"],
@@ -44,8 +46,8 @@ def test_interrupted(
     monkeypatch.chdir(tmp_path)
     stop = raises(KeyboardInterrupt())
     for holder, name in (
-        *((cli, "check"), (cli, "plan"), (cli, "summary"), (cli, "load_checkpoint")),
-        *((plots, "read_run"), (loop.Training, "__init__")),
+        *((cli, "check"), (cli, "Planner"), (cli, "summary"), (cli, "load_checkpoint")),
+        *((plots, "read_run"), (loop.Training, "__init__"), (bench, "run")),
     ):
         monkeypatch.setattr(holder, name, stop)
     assert cli.main(COMMANDS[command]) == cli.INTERRUPTED

@@ -174,10 +174,11 @@ def test_nothing_is_allocated() -> None:
 def test_a_plan_leaves_nothing_for_the_next(mode: str) -> None:
     """One prepared copy, walked through for several batches, as largest_batch does."""
     model = build("densenet_bc_22_12", "naive")
-    prepared = planner._Prepared(model, mode)
-    for batch in (8, 1, 64, 8):
+    prepared = planner.Planner(model)
+    for batch in (8, 1, 64):
         shape = (batch, 3, 32, 32)
-        assert prepared.at(shape) == effdense.plan(model, shape, memory=mode)
+        found = prepared.plan(shape, mode)
+        assert found == effdense.plan(model, shape, memory=mode) == prepared._walk(shape, mode)
 
 
 def test_the_largest_batch_is_the_largest() -> None:

@@ -1,0 +1,147 @@
+"""Measures steps: the allocator's peak in counted bytes, and times; and describes the machine.
+
+For `effdense bench`, and for benchmarks/, which read this file without importing effdense: nothing of it may be imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(fn: Callable[[], Any]) -> int:
+    """Return the CPU allocator's peak, in bytes above its level at the start, while `fn()` runs.
+
+    Every allocation that passes PyTorch's CPU allocator on the calling thread is counted, also those made in
+    C++ and in backward (which runs on the calling thread). Not counted: what other threads allocate, what
+    libraries take from malloc by themselves (`peak_rss_bytes` sees both), and the release of memory that
+    existed before: free nothing old in `fn` (`zero_grad(set_to_none=False)`) or the result is too high.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fn()
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    live: dict[int, int] = {}
+    level = peak = 0
+    for event in sorted(_allocations(tree), key=lambda event: event.start_time_ns):
+        fields = event.extra_fields
+        if fields.device.type != "cpu":
+            continue
+        if fields.alloc_size > 0:
+            live[fields.ptr] = fields.alloc_size
+            level += fields.alloc_size
+            peak = max(peak, level)
+        else:
+            level -= live.pop(fields.ptr, 0)
+    return peak
+
+
+def _allocations(tree: Sequence[Any]) -> Iterator[Any]:
+    pending = list(reversed(tree))
+    while pending:
+        event = pending.pop()
+        if event.tag.name == "Allocation":
+            yield event
+        pending.extend(reversed(event.children))
+
+
+def cuda_milliseconds(fn: Callable[[], Any]) -> float:
+    """Return the milliseconds between two events of the present GPU, before and behind what `fn()` launches."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def cuda_peaks(fn: Callable[[], Any], device: str | torch.device) -> dict[str, int]:
+    """Return `peak_bytes`, as the function of that name, and `peak_reserved_bytes`, all that the allocator holds of the GPU.
+
+    Tensors count as blocks of the caching allocator, which are up to 1 MiB larger. What libraries keep from
+    earlier steps (cuBLAS's workspace) existed before.
+    """
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # what is reserved is then this step's, not that of cuDNN's trials
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    fn()
+    torch.cuda.synchronize(device)
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device) - before,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def available_bytes() -> int:
+    """Return how much memory processes may still take here: the machine's, or a container's limit if lower."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except FileNotFoundError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = [1024 * int(re.search(r"^MemAvailable: +(\d+)", meminfo, re.MULTILINE)[1])]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max" is no limit
+            group = Path("/sys/fs/cgroup")
+            free.append(int((group / limit).read_text()) - int((group / used).read_text()))
+    return max(0, min(free))
+
+
+def time_statistics(times_ms: Sequence[float]) -> dict[str, float]:
+    """Return `median_ms`, `p20_ms` and `p80_ms` (linear interpolation between the sorted times)."""
+    if not times_ms:
+        raise ValueError("time_statistics: no times given")
+    fifths = (
+        statistics.quantiles(times_ms, n=5, method="inclusive") if len(times_ms) > 1 else [times_ms[0]] * 4
+    )
+    return {"median_ms": statistics.median(times_ms), "p20_ms": fifths[0], "p80_ms": fifths[3]}
+
+
+def environment(threads: int | None = None, effdense: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a reader needs to judge the numbers: versions, machine, load, and `effdense`, its build."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "effdense": effdense,
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """Return the processor's name."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            return next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

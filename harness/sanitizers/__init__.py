@@ -1,0 +1,1 @@
+"""The CPU operators under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
