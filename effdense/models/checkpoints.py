@@ -76,6 +76,8 @@ def restore(content: Any, path: str | os.PathLike[str], name: str | None = None)
     name = name or said or ""
     state = content.get("state_dict", content)
     options = content.get("options") if said else None
+    if not isinstance(state, Mapping) or not isinstance(options or {}, Mapping):
+        raise ValueError(f"{path} is damaged: its weights and options must be dicts")
     try:
         model = build(name, **{**_sizes(name, state), **(options or {})})
     except (TypeError, ValueError) as error:
@@ -86,7 +88,12 @@ def restore(content: Any, path: str | os.PathLike[str], name: str | None = None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the weights of {name!r}: {error}") from error
     if said:
-        _add_what_is_known(model, content)
+        try:
+            _add_what_is_known(model, content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged: how images are prepared, or the classes' names, cannot be read from it ({error!r})"
+            ) from error
     return cast("Trained", model)
 
 

@@ -42,18 +42,21 @@ def _our_key(key: str) -> str:
 
 def _read(weights: Any) -> dict[str, Tensor]:
     """A state_dict with our keys."""
+    what, wrong = "weights", TypeError
     if isinstance(weights, (str, os.PathLike)):
+        what, wrong = os.fspath(weights), ValueError
         weights = tensor_files.load_tensors(weights)
     for holder in _HOLDERS:
         if isinstance(weights, Mapping) and isinstance(weights.get(holder), Mapping):
             weights = weights[holder]
     if not isinstance(weights, Mapping):
-        raise TypeError(f"load_weights: weights must be a path or a state_dict, got {type(weights).__name__}")
+        expected = "hold" if wrong is ValueError else "be a path or"
+        raise wrong(f"load_weights: {what} must {expected} a state_dict, got {type(weights).__name__}")
     state: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(
-                f"load_weights: weights must map names to tensors, but {key!r} is {type(tensor).__name__}; a checkpoint "
+                f"load_weights: {what} must map names to tensors, but {key!r} is {type(tensor).__name__}; a checkpoint "
                 f"may hold them as {' or '.join(map(repr, _HOLDERS))}"
             )
         own_key = _our_key(key)
@@ -127,8 +130,9 @@ def load_weights(
             s.startswith("classifier.") for s in shapes
         )
         hint = "; strip_classifier=True keeps the model's own classifier" if only_classes else ""
+        source = f" in {os.fspath(weights)}" if isinstance(weights, (str, os.PathLike)) else ""
         raise ValueError(
-            f"load_weights: the weights do not fit {type(model).__name__}: {'; '.join(problems)}{hint}"
+            f"load_weights: the weights{source} do not fit {type(model).__name__}: {'; '.join(problems)}{hint}"
         )
     model.load_state_dict(state, strict=False)
     return model
