@@ -282,9 +282,15 @@ def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype) -> list[Tensor 
     """Output, gradients, buffers and what hooks saw of one step."""
     model = side.model
     side.seen = []
-    x = LAYOUTS[like.layout](x.detach().to(dtype)).detach().requires_grad_(like.need and not side.how.startswith(("no", "inf")))
+    x = (
+        LAYOUTS[like.layout](x.detach().to(dtype))
+        .detach()
+        .requires_grad_(like.need and not side.how.startswith(("no", "inf")))
+    )
     model.zero_grad()
-    within = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(side.how, contextlib.nullcontext)
+    within = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(
+        side.how, contextlib.nullcontext
+    )
     with within():
         y = checkpoint(model, x, use_reentrant=False) if side.how == "checkpoint" else model(x)
     assert y.isfinite().all() or not y.numel()
