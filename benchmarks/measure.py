@@ -14,7 +14,8 @@ from typing import Any
 _spec = importlib.util.spec_from_file_location(
     "effdense_measure", Path(__file__).parents[1] / "effdense" / "tools" / "measure.py"
 )
-_package = importlib.util.module_from_spec(_spec)
+assert _spec is not None and _spec.loader is not None
+_package: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_package)
 
 available_bytes, cpu_model, time_statistics = (

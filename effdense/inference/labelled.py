@@ -72,7 +72,7 @@ def _data_set(trained: Trained, name: str, root: Path | None, workers: int, own:
         source = Files(test.paths, trained.prepare, workers)
     else:
         source = InMemory(test.read(torch.arange(len(test.labels)), None), trained.prepare)
-    left_out: Counter[str] = getattr(test, "left_out", Counter())
+    left_out: Counter[str] = Counter(getattr(test, "left_out", ()))
     where = f"the test images of {name}" + (f" in {root}" if root else "")
     labels = _known(trained, where, loaded.class_names, test.labels)
     same = test.fingerprint() == trained.settings.get("test data")

@@ -61,7 +61,7 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Tr
     return restore(tensor_files.load_tensors(path), path, name)
 
 
-def restore(content: Any, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+def restore(content: Any, path: str | os.PathLike[str], name: str | None = None) -> Trained:
     """Builds the model of what a file holds; `path` is for messages, the rest as in `load_checkpoint`."""
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -108,7 +108,7 @@ def _add_what_is_known(model: nn.Module, content: Mapping[str, Any]) -> None:
         given = (content["settings"]["data"], content["in_channels"])
         vars(model)["prepare"] = for_test(*given, recipe["augment"], recipe["resize"], recipe["pad"])
     if (prepare := vars(model).get("prepare")) is not None:
-        size = prepare.resize or prepare.pad or SIZES.get(data)
+        size = prepare.resize or prepare.pad or SIZES.get(data or "")
         vars(model)["image_size"] = size
     vars(model)["model_name"] = content["model"]
     if "class_names" in content:

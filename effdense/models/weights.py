@@ -42,7 +42,8 @@ def _our_key(key: str) -> str:
 
 def _read(weights: Any) -> dict[str, Tensor]:
     """A state_dict with our keys."""
-    what, wrong = "weights", TypeError
+    what = "weights"
+    wrong: type[Exception] = TypeError
     if isinstance(weights, (str, os.PathLike)):
         what, wrong = os.fspath(weights), ValueError
         weights = tensor_files.load_tensors(weights)

@@ -269,7 +269,8 @@ def _measured(settings: Settings, start: float, on_progress: Callable[[str], Non
     environment = measure.environment(settings.threads, build_info())
     notes = _notes_on(environment, settings.device)
     nets = {impl: net.to(settings.device) for impl, net in _implementations(settings).items()}
-    steps, losses = [], []
+    steps: list[Any] = []
+    losses: list[Any] = []
     for impl, net in nets.items():
         on_progress(f"{impl}: first step …")
         if not steps and not given:  # on plain PyTorch's word

@@ -92,7 +92,7 @@ def available_bytes() -> int:
         meminfo = Path("/proc/meminfo").read_text()
     except FileNotFoundError:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = [1024 * int(re.search(r"^MemAvailable: +(\d+)", meminfo, re.MULTILINE)[1])]
+    free = [1024 * int(re.findall(r"^MemAvailable: +(\d+)", meminfo, re.MULTILINE)[0])]
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

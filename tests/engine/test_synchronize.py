@@ -258,7 +258,7 @@ def test_two_processes_are_one_with_the_joint_batch(
         else:
             assert torch.equal(one, other), key  # to the bit, or the processes drift apart
             joint = one
-        torch.testing.assert_close(joint, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")  # type: ignore[misc]
+        torch.testing.assert_close(joint, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")  # type: ignore[misc]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", WRAPPED)
@@ -271,7 +271,7 @@ def test_synchronised_after_wrapping(processes: list[dict[str, Any]], name: str)
         assert got.keys() == expected.keys()
         for key, value in expected.items():
             one = got[key] * len(PARTS) if key.startswith("grad ") else got[key]
-            torch.testing.assert_close(one, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(one, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")  # type: ignore[misc]
 
 
 def test_two_collectives_a_layer_each_way(processes: list[dict[str, Any]]) -> None:

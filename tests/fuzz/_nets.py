@@ -94,7 +94,7 @@ def make(net: Net) -> tuple[nn.Module, nn.Module]:
 
 def _fused(net: Net, naive: nn.Module) -> nn.Module:
     if net.way == "convert":
-        return effdense.convert(copy.deepcopy(naive), memory=net.memory)  # type: ignore[arg-type]
+        return effdense.convert(copy.deepcopy(naive), memory=net.memory)
     dims, wide = len(net.spatial), net.channels + net.layers * net.growth
     form: dict[str, Any] = {"memory": net.memory, "bias": net.bias, "spatial_dims": dims}
     ours: nn.Module = DenseBlock(net.layers, net.channels, net.bn_size or None, net.growth, 0.0, **form)
@@ -251,7 +251,7 @@ def change_ours(side: Side, action: Action) -> None:
     if action.name == "revert":
         effdense.revert(side.model)
     elif action.name == "convert":
-        effdense.convert(side.model, memory=memory)  # type: ignore[arg-type]
+        effdense.convert(side.model, memory=memory)
     elif action.name == "memory":
         for m in side.model.modules():
             if isinstance(getattr(type(m), "memory", None), property):

@@ -167,10 +167,10 @@ def bound(run: Callable[..., Any]) -> Callable[[OneMap], Any]:
 OF_ONE_MAP: dict[str, Callable[[OneMap], Any]] = {
     "bn_relu": bound(test_batch_norm.run_forward),
     "bn_relu_backward": lambda c: test_batch_norm.run_backward(c.map.shape, c.map.dtype, *c[1:]),
-    "bn_relu_accumulate": bound(test_batch_norm.run_accumulate),
-    "bn_relu_with_sums": bound(test_batch_norm.run_with_sums),
+    "bn_relu_backward_accumulate": bound(test_batch_norm.run_backward_accumulate),
+    "bn_relu_backward_sums": bound(test_batch_norm.run_backward_sums),
     "append_features": bound(test_features.run_append),
-    "take_gradient": lambda c: test_features.run_take(c.map.shape, c.map.dtype, *c[1:]),
+    "apply_correction": lambda c: test_features.run_apply_correction(c.map.shape, c.map.dtype, *c[1:]),
     "channel_statistics": lambda c: test_features.run_statistics(
         c.map.shape, c.map.dtype, list(LAYOUTS).index(c.layout), 100.0 * c.option
     ),

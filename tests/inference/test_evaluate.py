@@ -231,7 +231,7 @@ def test_batches_fit_the_budget(run: Path) -> None:
         def __len__(self) -> int:
             return len(pixels)
 
-    sizes = [scores.batch_size(model, Many(), budget) for budget in (2**20, 2**22, 2**30)]  # type: ignore[arg-type]
+    sizes = [scores.batch_size(model, Many(), budget) for budget in (2**20, 2**22, 2**30)]
     assert 0 < sizes[0] < sizes[1] < sizes[2] == scores.MOST
 
 

@@ -107,7 +107,7 @@ def test_by_inductor_with_the_memory_of_eager(training: bool) -> None:
         return [y.detach(), *(p.grad for p in model.parameters() if training), *model.buffers()]
 
     assert_close(run(compiled), run(fused), 1e-12)
-    eager, peak = (peak_bytes(lambda model=model: run(model)) for model in (fused, compiled))  # type: ignore[misc]
+    eager, peak = (peak_bytes(lambda model=model: run(model)) for model in (fused, compiled))
     assert peak <= eager + VECTORS, (peak, eager)
 
 

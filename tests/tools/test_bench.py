@@ -67,7 +67,7 @@ class _Fake:
 def _in_turn(seconds: float, *times_ms: Callable[[int], float]) -> list[dict[str, Any]]:
     clock = [0.0]
     steps = [_Fake(f"impl{i}", clock, (every(n) for n in range(100))) for i, every in enumerate(times_ms)]
-    return bench._in_turn(steps, lambda: seconds - clock[0], lambda _: None)  # type: ignore[arg-type]
+    return bench._in_turn(steps, lambda: seconds - clock[0], lambda _: None)
 
 
 @pytest.mark.parametrize("seconds, rounds", [(0.0, 1), (3.5, 2), (10.0, 6), (1e3, bench.MOST_ROUNDS)])
