@@ -20,7 +20,7 @@ TORCHES ?= $(TORCH)
 
 RUFF := ruff==0.17.6
 # The last: what benchmarks and tests import, for its types.
-LINT_TOOLS := $(RUFF) clang-format==23.1.5 mypy==2.4.1 basedpyright==1.40.2 expecttest hypothesis numpy pillow pytest rich
+LINT_TOOLS := $(RUFF) clang-format==23.1.5 mypy==2.4.1 basedpyright==1.40.2 hypothesis numpy pillow pytest rich
 # ruff formats the signatures.
 DOCS_TOOLS := mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 $(RUFF)
 

@@ -40,8 +40,8 @@ def demonstration(
         top.suptitle(f"{trained} trained on Fashion-MNIST, float64", x=0.01, ha="left", fontsize=11)
         bottom.suptitle(measured, x=0.01, ha="left", fontsize=11)
         loss_curves(top.subplots(), losses)
-        left, right = bottom.subplots(1, 2, sharey=True)
-        memory_and_time(left, right, rows)
+        memory, time = bottom.subplots(1, 2, sharey=True)
+        memory_and_time(memory, time, rows)
         figure.savefig(path)
 
 

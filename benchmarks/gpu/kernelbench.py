@@ -118,15 +118,19 @@ def with_effdense(module: Any) -> nn.Module:
     """The same of effdense's modules, with the same weights: blocks and transitions replaced one by one."""
     import effdense.nn as dense
 
+    fused: Any
+    layers: Any
     if isinstance(module, DenseBlock):
-        first, growth_rate = module.layers[0][0].num_features, module.layers[0][2].out_channels
-        fused: Any = dense.DenseBlock(len(module.layers), first, None, growth_rate, 0.0)
-        for mine, layer in zip(fused.values(), module.layers, strict=True):
+        layers = module.layers
+        first, growth_rate = layers[0][0].num_features, layers[0][2].out_channels
+        fused = dense.DenseBlock(len(layers), first, None, growth_rate, 0.0)
+        for mine, layer in zip(fused.values(), layers, strict=True):
             mine.norm1.load_state_dict(layer[0].state_dict())
             mine.conv1.load_state_dict(layer[2].state_dict())
         return fused.train(module.training)
     if isinstance(module, TransitionLayer):
-        norm, _, conv, _ = module.transition
+        layers = module.transition
+        norm, _, conv, _ = layers
         fused = dense.Transition(norm.num_features, conv.out_channels)
         fused.norm.load_state_dict(norm.state_dict())
         fused.conv.load_state_dict(conv.state_dict())

@@ -16,8 +16,8 @@ from effdense import cli, extras
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("effdense", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
-# pytest is what benchmarks/gpu/sampling.py is a plugin of.
-OWN = {"torch", "effdense", "benchmarks", "harness", "tests", "_effdense", "pytest"}
+# pytest is what benchmarks/gpu/sampling.py is a plugin of; typing_extensions, for type checkers alone, is a dependency of torch's.
+OWN = {"torch", "effdense", "benchmarks", "harness", "tests", "_effdense", "pytest", "typing_extensions"}
 SMALL = ["--model", "densenet_bc_10_4", "--batch", "1", "--threads", "1", "--repeats", "1"]
 
 TRAIN = ["--model", "densenet_bc_10_4", "--data"]
