@@ -26,7 +26,7 @@ FOLDERS = ("effdense", "csrc", "harness", "benchmarks", "tests", "build_backend"
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".inc", ".c"}
 # On the map file by file; all else at least by its folder.
 BY_NAME = ("effdense/", "csrc/", "build_backend/")
-OUTPUTS = {"report.md", "tensorboard/"}  # of commands
+OUTPUTS = {"report.md", "settings.toml", "tensorboard/"}  # of commands
 # In comments: what is the CUDA toolkit's, or a command's output.
 IN_COMMENT = re.compile(r"(?<![\w*./])\w[\w/.-]*\.(?:py|cpp|h|cu|cuh|inc|md)\b")
 ELSEWHERE = {"cuda_occupancy.h", "cuda_bf16.h", "cuda_fp16.h", "report.md", "script.py", "out.md"}
