@@ -75,22 +75,22 @@ def restore(content: Any, path: str | os.PathLike[str], name: str | None = None)
         raise ValueError(f"{path} holds model {said!r}, not {name!r}")
     name = name or said or ""
     state = content.get("state_dict", content)
-    options = content.get("options") if said else None
-    if not isinstance(state, Mapping) or not isinstance(options or {}, Mapping):
+    options = content.get("options", {}) if said else {}
+    if not isinstance(state, Mapping) or not isinstance(options, Mapping):
         raise ValueError(f"{path} is damaged: its weights and options must be dicts")
     try:
-        model = build(name, **{**_sizes(name, state), **(options or {})})
-    except (TypeError, ValueError) as error:
+        model = build(name, **{**_sizes(name, state), **options})
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: model {name!r} cannot be built: {error}") from error
     dtypes = [t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     try:
         load_weights(model.to(dtypes[0]) if dtypes else model, state)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the weights of {name!r}: {error}") from error
     if said:
         try:
             _add_what_is_known(model, content)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged: how images are prepared, or the classes' names, cannot be read from it ({error!r})"
             ) from error

@@ -57,14 +57,15 @@ def look(module: nn.Module, find: Callable[[], Found]) -> Found:
     if not can_keep():
         return find()
     kept: _Kept | None = module.__dict__.get(KEPT)
-    if kept is None or kept.owner is None or kept.owner() is not module:
+    if kept is None:
         # Not setattr, which a user's class may have of its own.
         kept = module.__dict__[KEPT] = _Kept()
-        kept.owner = weakref.ref(module)
-    elif kept.state.is_same():
+    elif kept.owner is not None and kept.owner() is module and kept.state.is_same():
         found: Found = kept.found
         return found
+    kept.owner = None  # until it is whole: errors and Ctrl-C may come at any line
     found = find()
     # Of the modules as they are after the look, which changes nothing.
     kept.state, kept.found = State(list(walk(module))), found
+    kept.owner = weakref.ref(module)
     return found

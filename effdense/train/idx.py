@@ -66,12 +66,15 @@ def read_split(root: Path, split: str, count: int | None = None) -> tuple[Tensor
     return images, labels
 
 
-def _unpack(path: Path) -> bytes:
-    """What a gz file holds; of one that is cut off, what is left."""
+def _unpack(path: Path, magic: int, wanted: tuple[int | None, ...]) -> bytes:
+    """What a gz file holds; of one that is cut off, what is left, and of one with more than its header says a part of that.
+
+    A file of few bytes may unpack to gigabytes.
+    """
     unpacked = bytearray()
     try:
         with gzip.open(path) as file:
-            while part := file.read1():
+            while len(unpacked) <= _size(unpacked, magic, wanted) and (part := file.read1()):
                 unpacked += part
     except EOFError:
         pass  # too few bytes, which the caller sees
@@ -81,13 +84,25 @@ def _unpack(path: Path) -> bytes:
     return bytes(unpacked)
 
 
+def _size(content: bytes | bytearray, magic: int, wanted: tuple[int | None, ...]) -> int:
+    """How many bytes there must be, as far as the header says; of another kind of file, those of a header."""
+    header = 4 * (1 + len(wanted))
+    if len(content) < header:
+        return header
+    found_magic, *shape = struct.unpack(f">{1 + len(wanted)}I", content[:header])
+    is_ours = found_magic == magic and all(
+        want in (None, n) for n, want in zip(shape, wanted, strict=True)
+    )
+    return header + math.prod(shape) if is_ours else header
+
+
 def _read(path: Path, magic: int, wanted: tuple[int | None, ...]) -> Tensor:
     """One gzipped IDX file: a big-endian magic number, the dimensions (None: any), then the bytes."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing (of Fashion-MNIST's files {path.parent} must hold all four)"
         )
-    content = _unpack(path)
+    content = _unpack(path, magic, wanted)
     header = 4 * (1 + len(wanted))
     if len(content) < header:
         raise ValueError(f"{path} must hold {header} bytes or more when unpacked, found {len(content)}")
@@ -98,8 +113,9 @@ def _read(path: Path, magic: int, wanted: tuple[int | None, ...]) -> Tensor:
     if tuple(found) != shape:
         raise ValueError(f"{path} must hold an array of shape {shape}, its header says {tuple(found)}")
     if len(content) != header + math.prod(shape):
+        more = " or more" if len(content) > header + math.prod(shape) else ""
         raise ValueError(
-            f"{path} must hold {header + math.prod(shape)} bytes when unpacked, found {len(content)}"
+            f"{path} must hold {header + math.prod(shape)} bytes when unpacked, found {len(content)}{more}"
         )
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header) if shape[0] else None
     return torch.empty(shape, dtype=torch.uint8) if values is None else values.view(shape)

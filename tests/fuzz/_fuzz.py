@@ -29,7 +29,7 @@ def fuzz(
     """Makes a test of a check: the same `examples` cases in every run, and those that were `found` wrong once."""
 
     def decorate(check: Callable[[Any], None]) -> Callable[[], None]:
-        name = check.__module__.rpartition("test_")[2] + "." + check.__name__.removeprefix("test_")
+        name = check.__module__.rpartition("test_fuzz_")[2] + "." + check.__name__.removeprefix("test_")
         TARGETS[name] = Target(check, cases)
         test: Any = given(case=cases)(check)
         for case in found:

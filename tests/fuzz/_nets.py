@@ -278,8 +278,11 @@ class Input(NamedTuple):
         return torch.randn(self.images, channels, *self.spatial, generator=generator).double()
 
 
-def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype) -> list[Tensor | None]:
-    """Output, gradients, buffers and what hooks saw of one step."""
+def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype, plain: bool = False) -> list[Tensor | None]:
+    """Output, gradients, buffers and what hooks saw of one step.
+
+    `plain`: never checkpointed, since statistics of plain PyTorch move twice then, and fused ones once.
+    """
     model = side.model
     side.seen = []
     x = (
@@ -292,7 +295,8 @@ def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype) -> list[Tensor 
         side.how, contextlib.nullcontext
     )
     with within():
-        y = checkpoint(model, x, use_reentrant=False) if side.how == "checkpoint" else model(x)
+        again = side.how == "checkpoint"
+        y = checkpoint(model, x, use_reentrant=False) if again and not plain else model(x)
     assert y.isfinite().all() or not y.numel()
     if y.requires_grad:
         weights = torch.linspace(-1, 1, max(1, y.numel()), dtype=torch.float64)[: y.numel()]
@@ -302,7 +306,8 @@ def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype) -> list[Tensor 
         for p in model.parameters():
             if p.grad is not None:
                 p.sub_(p.grad, alpha=0.01)
-    return [y.detach(), *grads, *(b.clone() for b in model.buffers()), *side.seen]
+    seen = [] if again else side.seen  # twice, in a checkpoint
+    return [y.detach(), *grads, *(b.clone() for b in model.buffers()), *seen]
 
 
 @contextlib.contextmanager
