@@ -258,7 +258,7 @@ def test_two_processes_are_one_with_the_joint_batch(
         else:
             assert torch.equal(one, other), key  # to the bit, or the processes drift apart
             joint = one
-        torch.testing.assert_close(joint, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")  # type: ignore[misc]  # type: ignore[misc]
+        torch.testing.assert_close(joint, value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", WRAPPED)

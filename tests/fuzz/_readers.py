@@ -121,7 +121,9 @@ def some_images() -> list[bytes]:
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
-    every: list[tuple[Any, str, dict[str, Any]]] = [(Image.fromarray(pixels[..., :3]), f, {}) for f in ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")]
+    every: list[tuple[Any, str, dict[str, Any]]] = [
+        (Image.fromarray(pixels[..., :3]), f, {}) for f in ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")
+    ]
     every += [
         (Image.fromarray(pixels), "PNG", {}),
         (Image.fromarray(pixels[..., 0]), "JPEG", {"progressive": True}),

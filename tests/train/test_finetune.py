@@ -151,7 +151,18 @@ def test_training_sees_no_image_of_the_validation(
 
 def test_an_early_end(root: Path, tmp_path: Path, capsys: Any) -> None:
     """With a learning rate of nothing, only the first epoch is the best."""
-    run: tuple[str, ...] = ("--recipe", "finetune", "--epochs", "20", "--lr", "0", "--early-stop", "2", "--ema-decay", "0")
+    run: tuple[str, ...] = (
+        "--recipe",
+        "finetune",
+        "--epochs",
+        "20",
+        "--lr",
+        "0",
+        "--early-stop",
+        "2",
+        "--ema-decay",
+        "0",
+    )
     run = (*run, "--freeze-features")
     assert train(root, tmp_path, *run) == 0
     assert load(tmp_path)["epoch"] == 3 and load(tmp_path)["stale"] == 2
