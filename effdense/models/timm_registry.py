@@ -25,6 +25,10 @@ def register_timm() -> list[str]:
 
     Raises:
         ImportError: timm is not installed.
+
+    Examples:
+        >>> names = effdense.models.register_timm()
+        >>> model = timm.create_model("effdense_densenet121", num_classes=5, in_chans=1)
     """
     timm: Any = extras.load("timm", "effdense.models.register_timm")
     names = []

@@ -236,6 +236,7 @@ SHELL = [block for page in PAGES for block in blocks(page) if block.language == 
 def test_commands(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with the page's files of options, whose first line is their name."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     for file in (b.text for b in blocks(block.page) if b.language == "toml"):
         (tmp_path / file.partition("\n")[0].removeprefix("# ")).write_text(file)
     for words in commands(block):

@@ -41,10 +41,11 @@ CALLABLE = [name for name in NAMES if not inspect.ismodule(find(name))]
 
 
 def run_examples(name: str, text: str) -> None:
-    """Runs a docstring's examples, with the names that a reader has: effdense, torch, torchvision."""
+    """Runs a docstring's examples, with the names that a reader has: effdense, torch, and the library that is named."""
     given: dict[str, Any] = {"effdense": effdense, "torch": torch}
-    if "torchvision" in text:
-        given["torchvision"] = pytest.importorskip("torchvision")
+    for library in ("timm", "torchvision"):
+        if f"{library}." in text:
+            given[library] = pytest.importorskip(library)
     found = doctest.DocTestParser().get_doctest(text, given, name, None, None)
     printed: list[str] = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found, out=printed.append)
