@@ -66,7 +66,8 @@ def images_below(root: Path) -> tuple[list[str], Counter[str]]:
 
 def in_words(left_out: Counter[str]) -> str:
     """What was left out: 12 .gif, 3 .txt."""
-    return ", ".join(f"{count} {what}" for what, count in left_out.most_common())
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {what}" for what, count in ordered)
 
 
 def _below(folder: str, entered: dict[_Identity, str], left_out: Counter[str]) -> Iterator[str]:
