@@ -64,16 +64,16 @@ def measure(scores: Tensor, labels: Tensor, names: Sequence[str]) -> Evaluation:
     of_class = probabilities(scores).numpy()
     auc = [_auc(metrics, true == i, of_class[:, i]) for i in numbers]
     classes = [
-        ClassMeasures(name, int(n), *map(_defined, (precision, recall, f1)), area)
+        ClassMeasures(name, int(n), _defined(precision), _defined(recall), _defined(f1), area)
         for name, precision, recall, f1, n, area in zip(names, *rows, auc, strict=True)
     ]
     means = metrics.precision_recall_fscore_support(
         true, said, labels=present, average="macro", zero_division=0.0
     )
     areas = [area for area in auc if area is not None]
-    mean = ClassMeasures(
-        "mean", len(true), *map(float, means[:3]), sum(areas) / len(areas) if areas else None
-    )
+    precision, recall, f1 = map(float, means[:3])
+    area = sum(areas) / len(areas) if areas else None
+    mean = ClassMeasures("mean", len(true), precision, recall, f1, area)
     return Evaluation(
         images=len(true),
         loss=F.cross_entropy(scores.double(), labels).item(),

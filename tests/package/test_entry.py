@@ -13,6 +13,7 @@ import torch
 
 import effdense
 from effdense import cli, files
+from effdense.inference import trained
 from effdense.train import loop
 from tests._training import arguments
 from tests.train.test_progress import broken
@@ -25,6 +26,8 @@ COMMANDS = {
     "reuse": ["reuse", "x.pt"],
     "plot": ["plot", "x"],
     "train": arguments(Path("data"), Path("run")),
+    "evaluate": ["evaluate", "x.pt"],
+    "predict": ["predict", "x.pt", "x.png"],
 }
 
 
@@ -45,7 +48,7 @@ def test_interrupted(
     stop = raises(KeyboardInterrupt())
     for holder, name in (
         *((cli, "check"), (cli, "plan"), (cli, "summary"), (cli, "load_checkpoint")),
-        *((plots, "read_run"), (loop.Training, "__init__")),
+        *((plots, "read_run"), (loop.Training, "__init__"), (trained, "load")),
     ):
         monkeypatch.setattr(holder, name, stop)
     assert cli.main(COMMANDS[command]) == cli.INTERRUPTED

@@ -42,6 +42,8 @@ COMMANDS = {
     "summary": (["timm:densenet121", "--image-size", "32"], "peers"),
     "reuse": (["x.pt"], "train"),
     "plot": (["x"], "train"),
+    "evaluate": (["x.pt"], "train"),
+    "predict": (["x.pt", "x.png"], "train"),
     "train": ([*TRAIN, "cifar10", "--data-root", "FOLDER", "--out", "FOLDER/out"], "vision"),
 }
 # One package alone is missing, from what needs it in some cases only.
