@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,14 +72,14 @@ def _data_set(trained: Trained, name: str, root: Path | None, workers: int, own:
         source = Files(test.paths, trained.prepare, workers)
     else:
         source = InMemory(test.read(torch.arange(len(test.labels)), None), trained.prepare)
-    left_out: Counter[str] = Counter(getattr(test, "left_out", ()))
+    left_out = test.left_out if isinstance(test, images.Folder) else Counter[str]()
     where = f"the test images of {name}" + (f" in {root}" if root else "")
     labels = _known(trained, where, loaded.class_names, test.labels)
     same = test.fingerprint() == trained.settings.get("test data")
     return Labelled(where, source, labels, left_out, same)
 
 
-def _where(settings: dict[str, Any] | Any, name: str) -> Path | None:
+def _where(settings: Mapping[str, Any], name: str) -> Path | None:
     """Where a run found a data set, if it is still there. The run says the folder that it was started in where it was not told one."""
     if settings.get("data") != name or not isinstance(settings.get("data root"), str):
         return None
@@ -98,12 +98,12 @@ def _where(settings: dict[str, Any] | Any, name: str) -> Path | None:
     return None
 
 
-def _run(saved: Any, name: str, root: Path | None, workers: int) -> RunConfig:
+def _run(saved: Mapping[str, Any], name: str, root: Path | None, workers: int) -> RunConfig:
     """The settings of a run, as far as its checkpoint has them."""
     recipe = {f.name: saved[f.name] for f in dataclasses.fields(Recipe) if f.name in saved}
     recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
     others = {f.name: saved[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved}
-    changed = {
+    changed: dict[str, Any] = {
         "data": name,
         "recipe_name": "",
         "recipe": Recipe(**recipe),

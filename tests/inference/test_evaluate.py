@@ -129,7 +129,7 @@ def test_measures_by_hand() -> None:
     pairs = [(x > y).item() + 0.5 * (x == y).item() for x in p[labels == 0] for y in p[labels != 0]]
     assert a.auc == pytest.approx(sum(pairs) / len(pairs))
     text = "\n".join(measures.lines(result))
-    assert "d                 0     0.0000          -" in text and "accuracy 0.5000 (3 of 6 images)" in text
+    assert "d              0     0.0000          -" in text and "accuracy 0.5000 (3 of 6 images)" in text
     assert measures.as_dict(result)["classes"][3]["recall"] is None
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import re
 import shlex
+import shutil
 import socket
 import textwrap
 from collections.abc import Sequence
@@ -67,21 +68,37 @@ SMALLER = {
 LANGUAGES = {"python", "sh", "text", "cpp", "toml"}
 
 
-def flowers() -> None:
-    """What docs/train.md has by the time that it uses a run: a small one, and two images."""
+def a_run(root: str, classes: dict[str, str], out: str) -> None:
+    """A small run on a folder of images of one colour a class."""
     image = importlib.import_module("PIL.Image")
     for split in ("train", "val"):
-        for name, color in (("rose", "red"), ("tulip", "yellow")):
-            Path("flowers", split, name).mkdir(parents=True)
+        for name, color in classes.items():
+            Path(root, split, name).mkdir(parents=True)
             for i in range(2):
-                image.new("RGB", (24, 20 + i), color).save(Path("flowers", split, name, f"{i}.png"))
-            image.new("RGB", (30, 40), color).save(f"{name}.jpg")
-    command = "train --model densenet_bc_10_4 --data folder --data-root flowers --recipe imagenet --resize 16 --device cpu"
-    assert cli.main([*command.split(), "--epochs", "1", "--batch-size", "4", "--out", "runs/flowers"]) == 0
+                image.new("RGB", (24, 20 + i), color).save(Path(root, split, name, f"{i}.png"))
+    command = "train --model densenet_bc_10_4 --data folder --recipe imagenet --resize 16 --device cpu --epochs 1 --batch-size 4"
+    assert cli.main([*command.split(), "--data-root", root, "--out", out]) == 0
+
+
+def flowers() -> None:
+    """What docs/train.md has by the time that it uses a run: a small one, and two images."""
+    image, colors = importlib.import_module("PIL.Image"), {"rose": "red", "tulip": "yellow"}
+    a_run("flowers", colors, "runs/flowers")
+    for name, color in colors.items():
+        image.new("RGB", (30, 40), color).save(f"{name}.jpg")
+
+
+def scans() -> None:
+    """What docs/use.md begins with: a run on two classes, and two images of which nobody has said what they are."""
+    image, colors = importlib.import_module("PIL.Image"), {"healthy": "black", "sick": "white"}
+    a_run("xray", colors, "runs/xray")
+    Path("ward7").mkdir()
+    for i, color in enumerate(colors.values()):
+        image.new("L", (30, 40), color).save(f"ward7/scan{i + 1}.png")
 
 
 # What a page takes for granted, by what a block with it needs.
-BEFORE = {"docs/train.md": ("PIL", flowers)}
+BEFORE = {"docs/train.md": ("PIL", flowers), "docs/use.md": ("PIL", scans)}
 
 
 class Block(NamedTuple):
@@ -163,6 +180,27 @@ def test_python(page: str) -> None:
         prepare()
     if left_out := run_page(page, blocks(page)):
         pytest.skip(f"all but {'; '.join(left_out)}")
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_page_about_use_runs_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on the run of its beginning, not only their options."""
+    pytest.importorskip("sklearn")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    scans()
+    shutil.copytree("xray/val", "elsewhere/xray/test")
+    ran = [
+        cli.main([*words[1:], "--device", "cpu"])
+        for block in blocks("docs/use.md")
+        if block.language == "sh"
+        for words in commands(block)
+        if words[1] in ("evaluate", "predict") and words[2] == "runs/xray"
+    ]
+    assert ran == [0] * 4
+    assert all(
+        Path(name).stat().st_size for name in ("classes.csv", "all.json", "evaluation.png", "ward7.csv")
+    )
 
 
 class Parsed(Exception):

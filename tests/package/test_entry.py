@@ -13,6 +13,7 @@ import torch
 
 import effdense
 from effdense import cli, files
+from effdense.inference import trained
 from effdense.tools import bench
 from effdense.train import loop
 from tests._training import arguments
@@ -27,6 +28,8 @@ COMMANDS = {
     "reuse": ["reuse", "x.pt"],
     "plot": ["plot", "x"],
     "train": arguments(Path("data"), Path("run")),
+    "evaluate": ["evaluate", "x.pt"],
+    "predict": ["predict", "x.pt", "x.png"],
 }
 
 
@@ -47,7 +50,7 @@ def test_interrupted(
     stop = raises(KeyboardInterrupt())
     for holder, name in (
         *((cli, "check"), (cli, "Planner"), (cli, "summary"), (cli, "load_checkpoint")),
-        *((plots, "read_run"), (loop.Training, "__init__"), (bench, "run")),
+        *((plots, "read_run"), (loop.Training, "__init__"), (bench, "run"), (trained, "load")),
     ):
         monkeypatch.setattr(holder, name, stop)
     assert cli.main(COMMANDS[command]) == cli.INTERRUPTED

@@ -43,6 +43,8 @@ COMMANDS = {
     "export": (["x.pt", "-o", "x.onnx"], "export"),
     "reuse": (["x.pt"], "train"),
     "plot": (["x"], "train"),
+    "evaluate": (["x.pt"], "train"),
+    "predict": (["x.pt", "x.png"], "train"),
     "train": ([*TRAIN, "cifar10", "--data-root", "FOLDER", "--out", "FOLDER/out"], "vision"),
 }
 # One package alone is missing, from what needs it in some cases only.

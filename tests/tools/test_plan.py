@@ -122,6 +122,36 @@ def test_so_is_that_of_other_libraries_blocks(mode: str) -> None:
     assert plan.total == pytest.approx(measured(model, x), rel=0.05), str(plan)
 
 
+def in_inference(name: str, batch: int, size: int, mode: str) -> tuple[planner.Plan, int]:
+    """The plan of a forward, and its counted bytes."""
+    impl = "naive" if mode == "naive" else "effdense-balanced"
+    model, x = build(name, impl).eval(), torch.randn(batch, 1 if name == "densenet_d2l" else 3, size, size)
+    plan = effdense.plan(model, x.shape, memory=mode, training=False)
+    assert plan.gradients == plan.optimizer == 0 and plan.everything == plan.total + plan.parameters
+    found = planner.largest_batch(
+        model, x.shape, plan.everything, memory=mode, training=False, most=2 * batch
+    )
+    assert found == batch
+    with torch.no_grad():
+        model(x)
+        effdense.empty_cache()
+        return plan, peak_bytes(lambda: model(x))
+
+
+@pytest.mark.parametrize(
+    "name, batch, size", [("densenet_bc_40_12", 16, 32), ("densenet121", 2, 160), ("densenet_d2l", 16, 96)]
+)
+def test_so_is_that_of_inference(name: str, batch: int, size: int) -> None:
+    plan, expected = in_inference(name, batch, size, "balanced")
+    assert plan.total == pytest.approx(expected, rel=0.05), f"{plan}\nmeasured: {expected / MIB:.1f} MiB"
+
+
+def test_plain_pytorchs_inference_takes_more_than_is_known() -> None:
+    """Of what oneDNN takes for itself; `effdense evaluate` leaves it a quarter."""
+    plan, expected = in_inference("densenet_bc_40_12", 16, 32, "naive")
+    assert 0.7 * expected < plan.total < 1.05 * expected, f"{plan}\nmeasured: {expected / MIB:.1f} MiB"
+
+
 def test_the_numbers_of_a_plan_add_up() -> None:
     model, shape = build("densenet_bc_22_12", "naive"), (16, 3, 32, 32)
     parameters = 4 * sum(p.numel() for p in model.parameters())
