@@ -82,7 +82,7 @@ def _add_what_is_known(model: nn.Module, content: Mapping[str, Any]) -> None:
         given = (content["settings"]["data"], content["in_channels"])
         vars(model)["prepare"] = for_test(*given, recipe["augment"], recipe["resize"], recipe["pad"])
     if (prepare := vars(model).get("prepare")) is not None:
-        size = prepare.resize or prepare.pad or SIZES.get(data)
+        size = prepare.resize or prepare.pad or SIZES.get(str(data))
         vars(model)["image_size"] = size
     vars(model)["model_name"] = content["model"]
     if "class_names" in content:
