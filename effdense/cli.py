@@ -15,7 +15,8 @@ from torch import nn
 from effdense import extras, files, values
 from effdense._version import __version__
 from effdense.inference import command as inference
-from effdense.models import build, load_checkpoint
+from effdense.models import load_checkpoint
+from effdense.models.names import without_memory
 from effdense.nn.kinds import CONVS
 from effdense.ops import gpu_check, reference
 from effdense.ops.dispatch import operators
@@ -71,8 +72,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _model_and_shape(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int, int]]:
     """The model without memory, and the shape of a batch for it."""
-    with torch.device("meta"):
-        model = build(arguments.model)
+    model = without_memory(arguments.model)
     conv = next((m for m in model.modules() if isinstance(m, CONVS)), None)
     if conv is None:
         raise ValueError(f"model {arguments.model!r} has no convolution")

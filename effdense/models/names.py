@@ -9,7 +9,9 @@ import inspect
 import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from effdense import extras
 from effdense.models import densenet
@@ -73,6 +75,24 @@ def build(name: str, **options: Any) -> nn.Module:
         f"unknown model {name!r}{f', did you mean {nearest[0]!r}?' if nearest else ''}; there are {', '.join(_NAMED)}, "
         "densenet_bc_<depth>_<growth>, densenet_<depth>_<growth> (plain layers), torchvision:NAME and timm:NAME"
     )
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves the numbers of new parameters out, which tensors without memory do not have: to draw them takes most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in _FILL:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **kwargs or {})
+
+
+_FILL = {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_}
+
+
+def without_memory(name: str) -> nn.Module:
+    """The same on meta tensors, which have shapes and no numbers."""
+    with torch.device("meta"), _Unfilled():
+        return build(name)
 
 
 def _without_download(builders: Any, name: str) -> dict[str, None]:

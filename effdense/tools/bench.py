@@ -19,6 +19,7 @@ from effdense.conversion import convert
 from effdense.conversion.class_swap import is_fused_kind
 from effdense.engine.workspace import empty_cache
 from effdense.models.densenet import IMAGENET
+from effdense.models.names import without_memory
 from effdense.nn.kinds import CONVS
 from effdense.nn.plain import run_plain
 from effdense.ops import reference
@@ -200,9 +201,11 @@ def _check_memory(settings: Settings, shape: tuple[int, ...]) -> None:
     """Refuses what plain PyTorch cannot do in the memory that there is."""
     cuda = settings.device.type == "cuda"
     free = torch.cuda.mem_get_info(settings.device)[0] if cuda else measure.available_bytes()
-    with torch.device("meta"):
-        model = models.build(settings.model)
-    needed = plan(model, shape, memory="naive").everything if settings.train else 4 * math.prod(shape)
+    needed = (
+        plan(without_memory(settings.model), shape, memory="naive").everything
+        if settings.train
+        else 4 * math.prod(shape)
+    )
     if needed > free:
         raise ValueError(
             f"plain PyTorch needs about {needed / 2**30:.1f} GiB for a step with {shape[0]} images of {shape[2]}x{shape[3]}, and "
@@ -263,8 +266,7 @@ def _measured(settings: Settings, start: float, on_progress: Callable[[str], Non
     settings = settings._replace(batch=settings.batch or batch, image_size=settings.image_size or size)
     left = lambda: settings.seconds - (time.perf_counter() - start)  # noqa: E731
     on_progress(f"building {settings.model} …")
-    with torch.device("meta"):
-        channels = _channels(models.build(settings.model), settings.model)
+    channels = _channels(without_memory(settings.model), settings.model)
     _check_memory(settings, (settings.batch or batch, channels, size := settings.image_size or size, size))
     environment = measure.environment(settings.threads, build_info())
     notes = _notes_on(environment, settings.device)

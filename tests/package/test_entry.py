@@ -106,7 +106,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_without_convolutions(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "build", lambda name: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(cli, "without_memory", lambda name: torch.nn.Linear(2, 2))
     for command in ("plan", "summary"):
         assert cli.main(COMMANDS[command]) == 2
         assert capsys.readouterr().err.endswith("has no convolution\n")

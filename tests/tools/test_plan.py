@@ -289,7 +289,7 @@ def test_the_command_says_what_it_does(
 def test_command_on_another_librarys_net(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "build", lambda _: structures.StarNet())
+    monkeypatch.setattr(cli, "without_memory", lambda _: structures.StarNet())
     command = ["plan", "--model", "timm:densenet", "--image-size", "32", "--batch", "8", "--budget", "1GiB"]
     assert cli.main(command) == 0
     first = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
