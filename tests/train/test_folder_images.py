@@ -215,7 +215,7 @@ def test_other_forms_are_counted(folder: Path) -> None:
 
 def test_a_bitmap_of_16_bits_a_pixel_has_5_a_channel(folder: Path) -> None:
     file = Image.new("RGB", (16, 16))
-    file.tile = [("raw", (0, 0, 16, 16), 0, ("BGR;16", 0, 1))]  # as Pillow has it of a BMP  # type: ignore[attr-defined]
+    file.tile = [("raw", (0, 0, 16, 16), 0, ("BGR;16", 0, 1))]  # type: ignore[attr-defined]  # as Pillow has it of a BMP
     assert Preparation((0.5,) * 3, (0.5,) * 3, 3).loses(file) == ""
 
 
