@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# What installs torch, the largest thing by far.
+TORCH_INSTALL ?= $(BIN)/pip install
 
 # What `make test` gives to pytest, and what it installs effdense with: test,peers adds other libraries.
 TESTS ?=
@@ -91,7 +93,7 @@ $(VENV)/.venv:
 
 $(TORCH_STAMP): $(VENV)/.venv
 	@rm -f $(VENV)/.torch-*
-	$(BIN)/pip install $(TORCH)
+	$(TORCH_INSTALL) $(TORCH)
 	@touch $@
 
 # build/lib* would put modules that have been renamed since into the wheel.

@@ -84,7 +84,10 @@ class Display:
         counts = 2 * len(str(total)) + 1
         room = self._bar.console.width - len(name) - BAR - counts - len("0:00:00") - 5
         now = next((words for words in wordings if len(words) <= room), "")
-        self._bar.update(self._task, completed=done, total=total, description=name, now=now)
+        # What ends is shown, however short it was.
+        self._bar.update(
+            self._task, completed=done, total=total, description=name, now=now, refresh=done == total
+        )
 
     def line(self, train: Row, test: Row) -> None:
         """Says what an epoch has come to."""

@@ -180,9 +180,11 @@ def test_labels_are_spread():
         (["--impl", "naiv"], "did you mean 'naive'"),
         (["--impl", ","], "names no implementation"),
         (["--json", "/nowhere/out.json"], "cannot write a file at '/nowhere/out.json'"),
-        (["--budget", "2"], "must be a size with its unit, like 2GiB or 500MB, got '2'"),
-        (["--budget", "2XB"], "must be a size with its unit"),
-        (["--budget", "0GiB"], "must be a size with its unit"),
+        (
+            ["--budget", "2XB"],
+            "a size from 1 byte to 1024 TiB was expected, such as 8GiB, 512MiB or 8e9, got '2XB'",
+        ),
+        (["--budget", "0GiB"], "a size from 1 byte"),
         (["--growth", "0"], "must be a whole number of 1 or more"),
     ],
 )
@@ -190,10 +192,3 @@ def test_sweep_refuses_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         depth_sweep.main(arguments)
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("2GiB", 2 * GIB), ("1.5 mib", 3 * 2**19), ("500MB", 500 * 10**6), ("7B", 7)]
-)
-def test_budgets(text, size):
-    assert depth_sweep._budget(text) == size  # type: ignore[attr-defined]
