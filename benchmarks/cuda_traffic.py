@@ -215,7 +215,7 @@ def step_rows(
             separate_kernels.step(model, n, size, checkpoint, passes)
             for n, passes in ((images, 2), (MANY, 2), (MANY, 1))
         )
-        row = {
+        row: dict[str, Any] = {
             "impl": impl,
             "all_bytes": sum(few.values()) / images,
             "cached_bytes": sum(cached.values()) / MANY,

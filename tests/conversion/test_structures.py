@@ -92,8 +92,8 @@ def test_a_transition_with_anything_behind_its_convolution(name: str) -> None:
     for model in (naive.train(), fused.train()):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: sizes.append(t.numel()) or t,
-            lambda t: t,  # type: ignore[misc]
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t,  # type: ignore[misc]
+            lambda t: t,
         ):
             model[2](torch.randn(2, 18, 8, 8, dtype=torch.float64).requires_grad_())
         saved[model] = sizes.count(2 * 18 * 8 * 8)
