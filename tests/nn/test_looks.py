@@ -192,7 +192,7 @@ def test_a_copy_looks_for_itself(copied: Callable[[Any], Any]) -> None:
     assert block.__dict__[KEPT].found is not None
     other = copied(block)
     other.forward(block_input := torch.randn(2, *_input_shape(block), dtype=torch.float64))
-    assert other.__dict__[KEPT] is not block.__dict__[KEPT] or other.__dict__[KEPT].owner() is other
+    assert other.__dict__[KEPT] is not block.__dict__[KEPT] or other.__dict__[KEPT].entry[0]() is other
     torch.testing.assert_close(other(block_input), block(block_input))
     torch.testing.assert_close(ours(x), expected, rtol=0, atol=0)
 
