@@ -189,7 +189,7 @@ def test_a_copy_looks_for_itself(copied: Callable[[Any], Any]) -> None:
     x = make_input((8, 8))
     expected = ours.eval()(x)
     block = block_of(ours)
-    assert block.__dict__[KEPT].found is not None
+    assert block.__dict__[KEPT].entry is not None
     other = copied(block)
     other.forward(block_input := torch.randn(2, *_input_shape(block), dtype=torch.float64))
     assert other.__dict__[KEPT] is not block.__dict__[KEPT] or other.__dict__[KEPT].entry[0]() is other
