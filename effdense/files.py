@@ -40,9 +40,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:
         before = "it is no regular file" if os.path.exists(path) else "there is none"
         before = "the one before it is as it was" if os.path.isfile(path) else before
-        raise OSError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; {before}"
-        ) from error
+        cause = _cause(error)
+        raise OSError(f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}; {before}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the system has said, where torch.save's writer has failed once more when it was closed."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
 
 
 def _target(path: Path) -> Path | None:
