@@ -41,7 +41,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         before = "it is no regular file" if os.path.exists(path) else "there is none"
         before = "the one before it is as it was" if os.path.isfile(path) else before
         cause = _cause(error)
-        raise OSError(f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}; {before}") from error
+        raise OSError(
+            f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}; {before}"
+        ) from error
 
 
 def _cause(error: BaseException) -> BaseException:

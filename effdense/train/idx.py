@@ -90,9 +90,7 @@ def _size(content: bytes | bytearray, magic: int, wanted: tuple[int | None, ...]
     if len(content) < header:
         return header
     found_magic, *shape = struct.unpack(f">{1 + len(wanted)}I", content[:header])
-    is_ours = found_magic == magic and all(
-        want in (None, n) for n, want in zip(shape, wanted, strict=True)
-    )
+    is_ours = found_magic == magic and all(want in (None, n) for n, want in zip(shape, wanted, strict=True))
     return header + math.prod(shape) if is_ours else header
 
 

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.compiled
 
 def test_memory_is_flat() -> None:
     """In a process of its own: nothing else comes and goes there."""
-    code = "import torch; from tests.engine._faults.soak import soak; torch.set_num_threads(1); print(soak(200))"
+    code = (
+        "import torch; from tests.engine._faults.soak import soak; torch.set_num_threads(1); print(soak(200))"
+    )
     run = [sys.executable, "-c", code]
     out = subprocess.run(run, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr

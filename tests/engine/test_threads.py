@@ -74,7 +74,7 @@ def test_one_model_in_several_threads(first: bool) -> None:
             expected = [copy.deepcopy(model)(x) for x in xs]
             if not first:
                 model(xs[0])
-        got = at_once(*(lambda x=x: [model(x).detach() for _ in range(3)] for x in xs))
+        got = at_once(*(lambda m=model, x=x: [m(x).detach() for _ in range(3)] for x in xs))
         for every, y in zip(got, expected, strict=True):
             assert all(torch.equal(a, y) for a in every)
 

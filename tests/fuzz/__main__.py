@@ -25,7 +25,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="for how long, in all (default: 600)")
     parser.add_argument("--only", default="", help="targets with this in their names")
     parser.add_argument(
-        "--corpus", type=Path, default="build/fuzz", help="cases that failed, tried first (default: build/fuzz)"
+        "--corpus",
+        type=Path,
+        default="build/fuzz",
+        help="cases that failed, tried first (default: build/fuzz)",
     )
     arguments = parser.parse_args()
     for name in FILES:

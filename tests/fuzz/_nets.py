@@ -286,9 +286,15 @@ def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype, plain: bool = F
     """
     model = side.model
     side.seen = []
-    x = LAYOUTS[like.layout](x.detach().to(dtype)).detach().requires_grad_(like.need and not side.how.startswith(("no", "inf")))
+    x = (
+        LAYOUTS[like.layout](x.detach().to(dtype))
+        .detach()
+        .requires_grad_(like.need and not side.how.startswith(("no", "inf")))
+    )
     model.zero_grad()
-    within = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(side.how, contextlib.nullcontext)
+    within = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(
+        side.how, contextlib.nullcontext
+    )
     with within():
         again = side.how == "checkpoint"
         y = checkpoint(model, x, use_reentrant=False) if again and not plain else model(x)

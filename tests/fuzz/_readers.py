@@ -159,7 +159,10 @@ READERS = {
     "resume": Reader(checkpoint.load, lambda: [saved(a_checkpoint())], "last.pt"),
     "idx": Reader(
         read_idx,
-        lambda: [idx_bytes(np.zeros((3, 28, 28), np.uint8)), idx_bytes(np.zeros((3, 28, 28), np.uint8), False)],
+        lambda: [
+            idx_bytes(np.zeros((3, 28, 28), np.uint8)),
+            idx_bytes(np.zeros((3, 28, 28), np.uint8), False),
+        ],
         "x.gz",
     ),
     "image": Reader(read_image, some_images, "x.png"),
@@ -175,7 +178,10 @@ def limited() -> Iterator[None]:
         raise TooLong(f"more than {SECONDS} s of processor time")
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before, limits = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrlimit(resource.RLIMIT_AS)
+    before, limits = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        resource.getrlimit(resource.RLIMIT_AS),
+    )
     handler = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 8 * MEMORY, limits[1]))

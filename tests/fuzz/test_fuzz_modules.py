@@ -62,7 +62,9 @@ def histories(draw: Any, way: str) -> Case:
 
 
 def close(got: list[Tensor | None], expected: list[Tensor | None], tolerance: float, dtype: Any) -> None:
-    assert len(got) == len(expected), f"{len(got)} results, hooks' among them, plain PyTorch has {len(expected)}"
+    assert len(got) == len(expected), (
+        f"{len(got)} results, hooks' among them, plain PyTorch has {len(expected)}"
+    )
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert (a is None) == (b is None), f"result {i}: {a} for {b}"
         if a is None or b is None:

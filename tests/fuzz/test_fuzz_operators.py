@@ -77,9 +77,7 @@ def assert_near(run: Callable[[Any, torch.dtype], Any], case: Map) -> None:
         torch.set_num_threads(before)
     wide = torch.finfo(reference.accumulate_dtype(case.dtype)).eps
     roundings = 16 * torch.finfo(case.dtype).eps + 1000 * wide
-    for a, plain, exact in zip(
-        got, run(reference, case.dtype), run(reference, torch.float64), strict=True
-    ):
+    for a, plain, exact in zip(got, run(reference, case.dtype), run(reference, torch.float64), strict=True):
         assert a.dtype == plain.dtype and a.shape == plain.shape == exact.shape
         if not exact.is_floating_point():
             assert torch.equal(a, plain)
@@ -114,9 +112,7 @@ class BottleneckBackward(NamedTuple):
 
 
 @fuzz(
-    st.builds(
-        BottleneckBackward, maps(), flags, flags, flags, st.integers(0, 7), st.sampled_from([0, 4, 6])
-    ),
+    st.builds(BottleneckBackward, maps(), flags, flags, flags, st.integers(0, 7), st.sampled_from([0, 4, 6])),
     60,
 )
 def test_bottleneck_backward(case: BottleneckBackward) -> None:

@@ -41,7 +41,10 @@ def test_at_every_write(once: bool, tmp_path: Path) -> None:
     assert counted.count > 20
     for at in range(counted.count):
         checkpoint.save(before, path)
-        with Disk(at, once).mounted(), pytest.raises(OSError, match=r"last.pt cannot be written: No space left"):
+        with (
+            Disk(at, once).mounted(),
+            pytest.raises(OSError, match=r"last.pt cannot be written: No space left"),
+        ):
             checkpoint.save(after, path)
         # What fails last is that the folder's names reach the disk.
         assert_is(path, *((1,) if at < counted.count - 1 else (1, 2)))

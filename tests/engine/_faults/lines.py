@@ -65,7 +65,13 @@ def averaging() -> nn.Module:
 
 def whole_net() -> nn.Module:
     """Stem, two stages and head."""
-    options = {"growth_rate": 4, "block_config": (2, 1), "num_init_features": 5, "bn_size": 2, "num_classes": 3}
+    options = {
+        "growth_rate": 4,
+        "block_config": (2, 1),
+        "num_init_features": 5,
+        "bn_size": 2,
+        "num_classes": 3,
+    }
     return effdense.models.DenseNet(**options, memory="minimal")
 
 
@@ -186,7 +192,9 @@ def try_convert(every: int, first: int = 0) -> int:
         except KeyboardInterrupt:
             pass
         state = zip(model.state_dict().values(), naive.state_dict().values(), strict=True)
-        assert all(torch.equal(a, b) for a, b in state), f"{lines.where}: convert has changed the model's state"
+        assert all(torch.equal(a, b) for a, b in state), (
+            f"{lines.where}: convert has changed the model's state"
+        )
         assert [m.training for m in model.modules()] == [m.training for m in naive.modules()], lines.where
         assert all(p.grad is None for p in model.parameters()), lines.where
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), lines.where
@@ -202,7 +210,10 @@ def main() -> None:
     """Every line of everything; prints a line for each."""
     torch.set_num_threads(1)
     for name in NETS:
-        print(f"{name}: {try_lines(name, False)} lines of a step, {try_lines(name, True)} of a first step", flush=True)
+        print(
+            f"{name}: {try_lines(name, False)} lines of a step, {try_lines(name, True)} of a first step",
+            flush=True,
+        )
     print(f"convert: every tenth of {try_convert(10)} lines", flush=True)
 
 

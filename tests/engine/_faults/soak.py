@@ -14,7 +14,15 @@ import torch
 import effdense
 
 # One after the other, over and over: what the second round takes, the hundredth may.
-SHAPES = [(2, 3, 32, 32), (3, 3, 32, 48), (1, 3, 64, 32), (4, 3, 40, 40), (2, 3, 33, 47), (5, 3, 32, 32), (1, 3, 96, 64)]
+SHAPES = [
+    (2, 3, 32, 32),
+    (3, 3, 32, 48),
+    (1, 3, 64, 32),
+    (4, 3, 40, 40),
+    (2, 3, 33, 47),
+    (5, 3, 32, 32),
+    (1, 3, 96, 64),
+]
 WARM = 8 * len(SHAPES)  # steps until everything has been met with
 
 
