@@ -14,6 +14,10 @@ EXTRAS ?= test
 OUT ?= build/gpu/report
 BUDGET ?= 8m
 
+# `make fuzz`: for how long, in all, and which targets (a part of their names; nothing: all).
+SECONDS ?= 600
+ONLY ?=
+
 # `make wheels`: one for each of these pairs.
 PYTHONS ?= $(PYTHON)
 TORCHES ?= $(TORCH)
@@ -35,12 +39,13 @@ DEMO_STAMP := $(VENV)/.effdense-bench
 LINT_STAMP := $(VENV)/.lint-$(firstword $(shell echo '$(LINT_TOOLS)' | cksum))
 DOCS_STAMP := $(VENV)/.docs-$(firstword $(shell echo '$(DOCS_TOOLS)' | cksum))
 
-.PHONY: help torch install test demo gpu lint format docs wheels clean
+.PHONY: help torch install test fuzz demo gpu lint format docs wheels clean
 
 help:
 	@echo 'make torch    install torch in $(VENV)'
 	@echo 'make install  install effdense in $(VENV)'
 	@echo 'make test     install effdense in $(VENV) and run its tests'
+	@echo 'make fuzz     fuzz operators, modules, convert and the readers of files (SECONDS=, ONLY=)'
 	@echo 'make demo     install effdense in $(VENV) and compare it with plain PyTorch on real images'
 	@echo 'make gpu      build for the GPU of this machine, check and time it, offline, with $(PYTHON) (OUT=, BUDGET=)'
 	@echo 'make lint     check formatting, style and types'
@@ -58,6 +63,9 @@ install: $(TEST_STAMP)
 
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(TESTS)
+
+fuzz: $(TEST_STAMP)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --only '$(ONLY)'
 
 demo: $(DEMO_STAMP)
 	$(BIN)/python -m benchmarks.demo

@@ -61,7 +61,16 @@ def check_replaceable(path: str | os.PathLike[str]) -> None:
 def _cannot_be_written(path: Path, error: Exception) -> OSError:
     before = "it is no regular file" if os.path.exists(path) else "there is none"
     before = "the one before it is as it was" if os.path.isfile(path) else before
-    return OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; {before}")
+    cause = _cause(error)
+    return OSError(f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}; {before}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the system has said, where torch.save's writer has failed once more when it was closed."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
 
 
 def _target(path: Path) -> Path | None:

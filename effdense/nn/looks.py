@@ -25,9 +25,9 @@ class _Kept:
     """What was found in one module. A copy of the module has found nothing yet."""
 
     def __init__(self) -> None:
-        self.owner: Any = None
-        self.state: Any = None
-        self.found: Any = None
+        # Whose it is, what its modules were like, what was found: together, since Ctrl-C may come at any line, and other
+        # threads.
+        self.entry: tuple[weakref.ref[nn.Module], State, Any] | None = None
 
     def __deepcopy__(self, memo: Any) -> _Kept:
         return _Kept()
@@ -59,13 +59,13 @@ def look(module: nn.Module, find: Callable[[], Found]) -> Found:
     kept: _Kept | None = module.__dict__.get(KEPT)
     if kept is None:
         # Not setattr, which a user's class may have of its own.
-        kept = module.__dict__[KEPT] = _Kept()
-    elif kept.owner is not None and kept.owner() is module and kept.state.is_same():
-        found: Found = kept.found
-        return found
-    kept.owner = None  # until it is whole: errors and Ctrl-C may come at any line
+        kept = module.__dict__.setdefault(KEPT, _Kept())
+    elif (entry := kept.entry) is not None:
+        owner, state, before = entry
+        if owner() is module and state.is_same():
+            found: Found = before
+            return found
     found = find()
     # Of the modules as they are after the look, which changes nothing.
-    kept.state, kept.found = State(list(walk(module))), found
-    kept.owner = weakref.ref(module)
+    kept.entry = weakref.ref(module), State(list(walk(module))), found
     return found

@@ -281,7 +281,8 @@ class Input(NamedTuple):
 def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype, plain: bool = False) -> list[Tensor | None]:
     """Output, gradients, buffers and what hooks saw of one step.
 
-    `plain`: never checkpointed, since statistics of plain PyTorch move twice then, and fused ones once.
+    `plain`: never checkpointed, since statistics of plain PyTorch move twice then, and fused ones once. Of a checkpointed step
+    no buffers, nor what hooks saw.
     """
     model = side.model
     side.seen = []
@@ -306,8 +307,9 @@ def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype, plain: bool = F
         for p in model.parameters():
             if p.grad is not None:
                 p.sub_(p.grad, alpha=0.01)
-    seen = [] if again else side.seen  # twice, in a checkpoint
-    return [y.detach(), *grads, *(b.clone() for b in model.buffers()), *seen]
+    if again:  # what runs one by one moves statistics twice, hooks see twice
+        return [y.detach(), *grads]
+    return [y.detach(), *grads, *(b.clone() for b in model.buffers()), *side.seen]
 
 
 @contextlib.contextmanager

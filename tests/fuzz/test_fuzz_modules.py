@@ -110,6 +110,9 @@ def check_history(case: Case) -> None:
         with engine(net.engine):
             got = step(ours, x, like, net.dtype)
         close(got, expected, tolerance, net.dtype)
+        if ours.how == "checkpoint":
+            for now, plain in zip(ours.model.buffers(), naive.model.buffers(), strict=True):
+                now.data.copy_(plain)
         tolerance = 3 * tolerance  # the next step begins with what differs
 
 

@@ -17,7 +17,7 @@ import effdense
 from benchmarks import structures
 from effdense.nn import DenseBlock
 from effdense.nn.foreign import ForeignBlock
-from effdense.nn.looks import KEPT
+from effdense.nn.looks import KEPT, look
 from effdense.ops.extension import extension
 from tests._conversions import assert_same
 from tests._stages import block_of, make_input, make_pair
@@ -183,16 +183,32 @@ def test_dtypes_and_image_sizes_in_turn() -> None:
             torch.testing.assert_close(got, expected)
 
 
+def test_a_look_that_is_cut_short_is_not_kept() -> None:
+    """By Ctrl-C in a first forward, say; later looks failed."""
+
+    def cut_short() -> int:
+        raise KeyboardInterrupt
+
+    for module in (nn.Linear(2, 2), nn.Linear(2, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            look(module, cut_short)
+        assert look(module, lambda: 1) == 1 and look(module, lambda: 2) == 1
+        module.extra = nn.ReLU()
+        with pytest.raises(KeyboardInterrupt):
+            look(module, cut_short)
+        assert look(module, lambda: 3) == 3
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_looks_for_itself(copied: Callable[[Any], Any]) -> None:
     _, fused = net(True)
     x = make_input((8, 8))
     expected = fused.eval()(x)
     block = block_of(fused)
-    assert block.__dict__[KEPT].found is not None
+    assert block.__dict__[KEPT].entry is not None
     other = copied(block)
     other.forward(block_input := torch.randn(2, *_input_shape(block), dtype=torch.float64))
-    assert other.__dict__[KEPT] is not block.__dict__[KEPT] or other.__dict__[KEPT].owner() is other
+    assert other.__dict__[KEPT] is not block.__dict__[KEPT] or other.__dict__[KEPT].entry[0]() is other
     torch.testing.assert_close(other(block_input), block(block_input))
     torch.testing.assert_close(fused(x), expected, rtol=0, atol=0)
 
