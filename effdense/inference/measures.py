@@ -111,8 +111,10 @@ def lines(evaluation: Evaluation) -> Iterator[str]:
     if len(rows) > SHOWN:
         rows = sorted(rows, key=lambda row: math.inf if row.recall is None else row.recall)[:WORST]
         yield f"the {WORST} classes of {len(evaluation.classes)} with the lowest recall (--csv has all):"
-    width = max(len(_short(row.name)) for row in (*rows, evaluation.mean))
-    yield f"{'class':<{width}}" + "".join(f"{name:>11}" for name in ("images", *ClassMeasures._fields[2:]))
+    width = max(len("class"), *(len(_short(row.name)) for row in (*rows, evaluation.mean)))
+    yield f"{'class':<{width}}" + "".join(
+        f"{name:>11}" for name in ("images", "precision", "recall", "F1", "AUC")
+    )
     for row in (*rows, evaluation.mean):
         yield f"{_short(row.name):<{width}}{row.images:>11}" + "".join(f"{_number(v):>11}" for v in row[2:])
     right = sum(row[i] for i, row in enumerate(evaluation.confusion))

@@ -332,7 +332,10 @@ def _roc(axes: Axes, curves: Mapping[str, tuple[Any, Any]], areas: Mapping[str, 
         ylim=(0, 100),
         aspect="equal",
     )
-    axes.legend(loc="lower right")
+    if len(curves) == 1:
+        axes.legend(loc="lower right")
+    else:  # beneath, where it hides nothing
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), fontsize=8)
 
 
 def _precision_and_recall(
