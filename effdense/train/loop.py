@@ -379,7 +379,7 @@ class Training:
         def look(done: int, batches: int) -> bool:
             stop = self._all_stop()
             if self.processes.first and not stop:
-                self._display.show_test(self.epoch + 1, done, batches, name)
+                self._display.show_test(self.epoch + (not self._is_over()), done, batches, name)
             return stop
 
         model = self._learner.tested
