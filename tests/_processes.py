@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = int(
-    os.environ.get("EFFDENSE_TEST_SECONDS", "120")
-)  # until processes that wait for each other are given up
+# Until processes that wait for each other are given up; a machine that is very busy needs more.
+SECONDS = int(os.environ.get("EFFDENSE_TEST_SECONDS", "120"))
 
 
 def _run(
