@@ -47,6 +47,7 @@ from effdense.engine.stage import (
     StageConfig,
     Vectors,
     by_name,
+    in_pairs,
 )
 from effdense.engine.synchronize import join_coefficients, join_statistics
 from effdense.engine.workspace import on_large_pages
@@ -158,9 +159,9 @@ def forward(
     kept = stage.split_saved(saved, x)
     vectors = x.new_empty(stage.vector_size(), dtype=accumulate_dtype(x.dtype))
     (mean, var), norms = stage.split_vectors(vectors)
-    for i, batch in enumerate(settings.batch_statistics):
+    for norm, batch, known in zip(norms, settings.batch_statistics, in_pairs(running), strict=True):
         if not batch:
-            _set(norms[i], running[2 * i : 2 * i + 2])
+            _set(norm, known)
 
     first = stage.at(0, x.shape[1])
     _set_joint((mean[first], var[first]), ops.append_features(x, features[:, first]), settings.group, x)

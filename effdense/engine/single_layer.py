@@ -33,7 +33,7 @@ from effdense.engine.autograd import (
 from effdense.engine.batch_norm import Folded, fold, refuse_group
 from effdense.engine.convolution import plain_bn_relu_convolve
 from effdense.engine.norm import Norm
-from effdense.engine.stage import LayerParameters, Stage, StageConfig, Vectors
+from effdense.engine.stage import LayerParameters, Stage, StageConfig, Vectors, in_pairs
 from effdense.engine.synchronize import join_statistics
 from effdense.engine.validation import check_conv_weight, check_norm, check_vector
 from effdense.ops.dispatch import operators
@@ -332,8 +332,11 @@ def dense_layer(
         op, features, (conv1.weight, conv1.bias, conv2.weight, conv2.bias)
     )
     x = features[0]
-    for i, norm, conv, inputs, kernel in ((1, norm1, conv1, channels, 1), (2, norm2, conv2, width, 3)):
-        weight, bias = convs[2 * i - 2 : 2 * i]
+    (weight1, bias1), (weight2, bias2) = in_pairs(convs)
+    for i, norm, conv, inputs, kernel, weight, bias in (
+        (1, norm1, conv1, channels, 1, weight1, bias1),
+        (2, norm2, conv2, width, 3, weight2, bias2),
+    ):
         check_norm(op, _NORM_NAMES[i - 1], norm, inputs, x)
         check_conv_weight(op, f"conv{i}.weight", weight, inputs, kernel, x)
         check_vector(op, f"conv{i}.bias", bias, conv.out_channels, x, "the convolution's output channels")
@@ -352,8 +355,8 @@ def dense_layer(
     )
     with without_autocast(x):
         mean1, var1 = statistics(features, norm1)
-        first = norm1.weight, norm1.bias, convs[0], convs[1]
-        own = LayerParameters(*first, norm2.weight, norm2.bias, convs[2], convs[3])
+        first = norm1.weight, norm1.bias, weight1, bias1
+        own = LayerParameters(*first, norm2.weight, norm2.bias, weight2, bias2)
         known = (None, None) if norm2.batch_statistics else norm2.running(x.dtype)
         new, mean2, var2, _ = DenseLayerNode.apply(tuple(settings), mean1, var1, *known, *own, *features)
     return new if result is None else new.to(result), (mean1, var1), (mean2, var2)

@@ -85,6 +85,11 @@ def by_name(settings: StageConfig, flat: Sequence[Any]) -> tuple[list[LayerParam
     return layers, PoolParameters(*values)
 
 
+def in_pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """What the operators have in one list, two by two: a convolution's weight and bias, a norm's mean and variance."""
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
 class Layer(NamedTuple):
     """One layer's parameters, and where it is."""
 
@@ -117,10 +122,14 @@ class Stage:
         of_layers, self.pool_parameters = by_name(settings, parameters)
         norms = settings.parameters_per_layer // 4
         self.layers: list[Layer] = []
-        for i, own in enumerate(of_layers):
-            mask: Any = tuple(masks[2 * i : 2 * i + 2]) or (None, None)
-            first, second = settings.drop[2 * i : 2 * i + 2] or (0.0, 0.0)
-            (dilation,) = settings.dilation[i : i + 1] or (1,)
+        of_each = zip(
+            of_layers,
+            in_pairs(masks) or [(None, None)] * len(of_layers),
+            in_pairs(settings.drop) or [(0.0, 0.0)] * len(of_layers),
+            settings.dilation or [1] * len(of_layers),
+            strict=True,
+        )
+        for i, (own, mask, (first, second), dilation) in enumerate(of_each):
             growth = own.conv2_weight.shape[0]
             width = own.conv1_weight.shape[0] if settings.bottleneck else 0
             keep = 1 - first, 1 - second

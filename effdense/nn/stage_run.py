@@ -17,7 +17,7 @@ from effdense.engine.autograd import autocast_enabled, prepare, without_autocast
 from effdense.engine.batch_norm import StageUpdate, read_module
 from effdense.engine.inputs import through
 from effdense.engine.norm import Norm
-from effdense.engine.stage import Stage, StageConfig
+from effdense.engine.stage import Stage, StageConfig, in_pairs
 from effdense.engine.validation import check_conv_weight, check_norm, check_vector
 from effdense.nn.chain import Chain, Drop
 from effdense.nn.looks import State, can_keep
@@ -75,8 +75,7 @@ def _check_layer(
 ) -> None:
     """Checks one layer's tensors against the channels that reach it."""
     op = "DenseBlock"
-    for i, (kernel, norm) in enumerate(zip(kernels, norms, strict=True)):
-        weight, bias = convs[2 * i : 2 * i + 2]
+    for i, (kernel, norm, (weight, bias)) in enumerate(zip(kernels, norms, convs, strict=True)):
         check_norm(op, [f"{name}.norm{i + 1}.{part}" for part in _TENSORS], norm, channels, x)
         check_conv_weight(op, f"{name}.conv{i + 1}.weight", weight, channels, kernel, x)
         channels = weight.shape[0]
@@ -145,23 +144,25 @@ def _prepare(
     x, first = given, channels
     parameters: list[Tensor | None] = []
     norms: list[Norm] = []
-    for i, chain in enumerate(chains):
+    of_convs = iter(in_pairs(weights))
+    for chain in chains:
         own = [read_module(m) for m in chain.norms]
         kernels = [conv.kernel_size[0] for conv in chain.convs]
-        pairs = weights[2 * len(kernels) * i :][: 2 * len(kernels)]
+        pairs = [next(of_convs) for _ in kernels]
         _check_layer(chain.name, kernels, own, pairs, channels, x)
-        for j, norm in enumerate(own):
-            parameters += [norm.weight, norm.bias, *pairs[2 * j : 2 * j + 2]]
+        for norm, pair in zip(own, pairs, strict=True):
+            parameters += [norm.weight, norm.bias, *pair]
         norms += own
-        channels += pairs[-2].shape[0]  # type: ignore[union-attr]
+        last, _ = pairs[-1]
+        channels += last.shape[0]
     all_norms = [m for chain in chains for m in chain.norms]
     if pool_norm is not None:
         norm = read_module(pool_norm)
         check_norm("DenseBlock", [f"the following norm.{part}" for part in _TENSORS], norm, channels, x)
-        behind: Sequence[Tensor | None] = (None, None) if conv is None else weights[-2:]
+        weight, bias = (None, None) if conv is None else next(of_convs)
         if conv is not None:
-            check_conv_weight("DenseBlock", "the following conv.weight", behind[0], channels, 1, x)
-        parameters += [norm.weight, norm.bias, *behind]
+            check_conv_weight("DenseBlock", "the following conv.weight", weight, channels, 1, x)
+        parameters += [norm.weight, norm.bias, weight, bias]
         norms.append(norm)
         all_norms.append(pool_norm)
     dilation = [chain.convs[-1].dilation[0] for chain in chains]
