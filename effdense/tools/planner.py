@@ -101,6 +101,15 @@ def _alike(args: Sequence[Any]) -> Any:
     return torch.empty_like(first)
 
 
+def _cat(args: Sequence[Any]) -> Any:
+    first, dim = args[0][0], args[1] if len(args) > 1 else 0
+    if any(t.dim() != first.dim() or t.dtype != first.dtype for t in args[0]):
+        return NotImplemented
+    sizes = list(first.shape)
+    sizes[dim] = sum(t.shape[dim] for t in args[0])
+    return torch.empty(sizes, dtype=first.dtype, device="meta", memory_format=suggest_memory_format(first))
+
+
 def _convolution(args: Sequence[Any]) -> Any:
     x, weight, _, stride, padding, dilation, transposed = args[:7]
     axes = range(x.dim() - 2)
@@ -142,6 +151,7 @@ def _batch_norm_backward(args: Sequence[Any]) -> Any:
 # What most operators of a step make. On meta tensors PyTorch goes through their decompositions in Python for it, which takes
 # ten times as long.
 _MADE: dict[Any, Callable[[Sequence[Any]], Any]] = {
+    torch.ops.aten.cat.default: _cat,
     torch.ops.aten.convolution.default: _convolution,
     torch.ops.aten.convolution_backward.default: _convolution_backward,
     torch.ops.aten.native_batch_norm.default: _batch_norm,

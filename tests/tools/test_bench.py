@@ -66,7 +66,7 @@ class _Fake:
 
 def _in_turn(seconds: float, *times_ms: Callable[[int], float]) -> list[dict[str, Any]]:
     clock = [0.0]
-    steps = [_Fake(f"impl{i}", clock, (every(n) for n in range(100))) for i, every in enumerate(times_ms)]
+    steps = [_Fake(f"impl{i}", clock, map(every, range(100))) for i, every in enumerate(times_ms)]
     return bench._in_turn(steps, lambda: seconds - clock[0], lambda _: None)
 
 
