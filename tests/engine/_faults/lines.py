@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
+import linecache
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -33,12 +35,23 @@ class Lines:
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
+        return functools.partial(self._line, set())
+
+    def _line(self, entered: set[int], frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line" and not self._leaves(entered, frame):
             self.count += 1
             if self.count - 1 == self.at:
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 raise KeyboardInterrupt(self.where)
-        return self._trace
+        return functools.partial(self._line, entered)
+
+    def _leaves(self, entered: set[int], frame: FrameType) -> bool:
+        """Whether it is a `with` that ends, whose line comes a second time: there Python looks for no signals."""
+        if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            return False
+        again = frame.f_lineno in entered
+        entered.symmetric_difference_update({frame.f_lineno})
+        return again
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
