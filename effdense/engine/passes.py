@@ -159,9 +159,9 @@ def forward(
     kept = stage.split_saved(saved, x)
     vectors = x.new_empty(stage.vector_size(), dtype=accumulate_dtype(x.dtype))
     (mean, var), norms = stage.split_vectors(vectors)
-    for norm, batch, known in zip(norms, settings.batch_statistics, in_pairs(running), strict=True):
+    for statistics, batch, known in zip(norms, settings.batch_statistics, in_pairs(running), strict=True):
         if not batch:
-            _set(norm, known)
+            _set(statistics, known)
 
     first = stage.at(0, x.shape[1])
     _set_joint((mean[first], var[first]), ops.append_features(x, features[:, first]), settings.group, x)

@@ -117,11 +117,11 @@ def _convolution(args: Sequence[Any]) -> Any:
         return NotImplemented
     if x.shape[1] != weight.shape[1] * args[8] or x.dtype != weight.dtype:
         return NotImplemented  # where it fails, and says why
-    sizes = (
+    spatial = (
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in axes
     )
-    sizes = [x.shape[0], weight.shape[0], *sizes]
+    sizes = [x.shape[0], weight.shape[0], *spatial]
     return x.new_empty(sizes) if min(sizes) > 0 else NotImplemented
 
 
@@ -247,8 +247,8 @@ class _Timeline(TorchDispatchMode):
                 self._in_stem = False
             return tuple(made) if function is stem.forward else made
         given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
-        made = _MADE.get(func)
-        result = NotImplemented if made is None or kwargs else made(args)
+        shaped = _MADE.get(func)
+        result = NotImplemented if shaped is None or kwargs else shaped(args)
         if result is NotImplemented:
             result = func(*args, **kwargs or {})
         if self._in_stage and func.name() in _TILED:

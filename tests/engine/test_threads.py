@@ -28,7 +28,7 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
     y = model(x)
     y.square().mean().backward()
-    grads: list[Any] = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    grads: list[Any] = [p.grad.clone() for p in model.parameters()]
     with torch.no_grad():
         for p, grad in zip(model.parameters(), grads, strict=True):
             p.sub_(grad, alpha=0.1)

@@ -22,7 +22,7 @@ def make(**options: Any) -> DenseNet:
 def tutorial() -> DenseNet:
     """densenet169_tutorial's class, small."""
     before = densenet.IMAGENET["densenet169"]
-    densenet.IMAGENET["densenet169"] = (4, (2, 2), 6)
+    densenet.IMAGENET["densenet169"] = (4, (2, 2), 6)  # type: ignore[assignment]
     try:
         return effdense.models.densenet169_tutorial(5, drop_rate=0.0)
     finally:

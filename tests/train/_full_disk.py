@@ -49,7 +49,7 @@ class Disk:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "replace", replace_)
-            patch.setattr(files.os, "fsync", fsync_)
+            patch.setattr(os, "fsync", fsync_)
             patch.setattr(Path, "open", open_)
             yield
 
