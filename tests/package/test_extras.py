@@ -39,6 +39,7 @@ PROGRAMS = {
 COMMANDS = {
     "check": ([], None),
     "plan": (["--model", "torchvision:densenet121", "--image-size", "32", "--batch", "1"], "vision"),
+    "bench": (["torchvision:densenet121", "--image-size", "32"], "vision"),
     "summary": (["timm:densenet121", "--image-size", "32"], "peers"),
     "export": (["x.pt", "-o", "x.onnx"], "export"),
     "reuse": (["x.pt"], "train"),
