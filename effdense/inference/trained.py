@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effdense import tensor_files
-from effdense.conversion import convert
+from effdense.conversion import convert_parts
 from effdense.conversion.class_swap import is_fused_kind
 from effdense.models import Preparation
 from effdense.models.checkpoints import restore
@@ -119,7 +119,7 @@ def load(path: Path, device: torch.device, impl: str = "effdense", amp: str | No
         raise ValueError(f"{path} does not say how images are prepared, or what the classes are")
     name: str = content["model"]
     if impl == "effdense":
-        convert(model)
+        convert_parts(model, "balanced")
     elif ":" not in name:
         run_plain(model, checkpointed=False)
     fused = impl == "effdense" and any(is_fused_kind(module) for module in model.modules())
