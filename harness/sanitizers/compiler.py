@@ -20,7 +20,8 @@ CSRC = ROOT / "csrc"
 # The longest first.
 SOURCES = [
     FOLDER / "operators.cpp",
-    CSRC / "stage.cpp",
+    CSRC / "stage_backward.cpp",
+    CSRC / "stage_forward.cpp",
     CSRC / "cpu" / "conv3x3.cpp",
     *sorted(file for file in (CSRC / "cpu").glob("*.cpp") if file.name != "conv3x3.cpp"),
     FOLDER / "products.cpp",

@@ -30,11 +30,13 @@ TORCH_LIBRARY(effdense, m) {
   effdense::define_cpu_operators(m);
   effdense::define_stage(m);
   // As effdense/ops/schemas.py has them: kernels of the CPU's.
-  m.def("update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] keep, float[] take) -> ()");
+  m.def(
+      "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] running_factors, float[] "
+      "batch_factors) -> ()");
   m.def("count_batches(Tensor(a!)[] counters) -> ()");
   m.def(
-      "update_from_vectors(Tensor vectors, int[] starts, Tensor(a!)[] running, float[] keep, float[] take,"
-      " Tensor(b!)[] counters, bool any) -> ()");
+      "update_from_vectors(Tensor vectors, int[] starts, Tensor(a!)[] running, float[] running_factors,"
+      " float[] batch_factors, Tensor(b!)[] counters, bool any) -> ()");
 }
 TORCH_LIBRARY_IMPL(effdense, CPU, m) { effdense::implement_stage<effdense::cpu_backend>(m); }
 
@@ -94,17 +96,18 @@ void run_maps(const Sizes& sizes, at::ScalarType type, Lie lie, Lie read) {
   Vectors v(sizes[1], type);
   call("channel_statistics", Tensors{x});
   call("append_features", x.tensor(), out.tensor());
-  call("take_gradient", x.tensor(), v.mean.tensor(), v.a.tensor(), v.b.tensor(), grad.tensor(), out.tensor());
-  call("take_gradient", x.tensor(), v.mean.tensor(), v.a.tensor(), v.b.tensor(), grad.tensor(),
+  call("apply_correction", x.tensor(), v.mean.tensor(), v.a.tensor(), v.b.tensor(), grad.tensor(),
+       out.tensor());
+  call("apply_correction", x.tensor(), v.mean.tensor(), v.a.tensor(), v.b.tensor(), grad.tensor(),
        grad.tensor());
   call("bn_relu", x.tensor(), v.scale.tensor(), v.shift.tensor(), out.tensor());
-  call("bn_relu_with_sums", grad.tensor(), x.tensor(), v.scale.tensor(), v.shift.tensor(), v.mean.tensor(),
-       out.tensor());
+  call("bn_relu_backward_sums", grad.tensor(), x.tensor(), v.scale.tensor(), v.shift.tensor(),
+       v.mean.tensor(), out.tensor());
   for (const bool batch_statistics : {false, true})
     call("bn_relu_backward", grad.tensor(), x.tensor(), v.scale.tensor(), v.shift.tensor(), v.mean.tensor(),
          v.rstd.tensor(), batch_statistics);
-  call("bn_relu_accumulate", dense.tensor(), x.tensor(), v.scale.tensor(), v.shift.tensor(), v.mean.tensor(),
-       out.tensor());
+  call("bn_relu_backward_accumulate", dense.tensor(), x.tensor(), v.scale.tensor(), v.shift.tensor(),
+       v.mean.tensor(), out.tensor());
   for (Map* map : {&x, &dense, &grad, &out}) map->check("an operator on maps");
 }
 
@@ -154,11 +157,11 @@ void run_bottleneck(const Sizes& sizes, int64_t out_channels, at::ScalarType typ
   }
   const Tensors corrected{y, of_out.mean, of_out.a, of_out.b};
   const Tensors masked{y, of_out.mean, of_out.a, of_out.b, of_out.scale, of_out.shift};
-  for (const auto& [deferred, accumulate, need_features, need_weight] :
+  for (const auto& [correction, accumulate, need_features, need_weight] :
        {std::tuple(Tensors{}, false, true, true), std::tuple(corrected, true, true, true),
         std::tuple(masked, true, true, false), std::tuple(masked, false, false, true)})
     call("bottleneck_backward", features, grad_y.tensor(), v.scale.tensor(), v.shift.tensor(),
-         v.mean.tensor(), weight.tensor(), grads, accumulate, need_features, need_weight, deferred);
+         v.mean.tensor(), weight.tensor(), grads, accumulate, need_features, need_weight, correction);
   for (auto& map : maps) map->check("bottleneck");
   y.check("bottleneck");
   grad_y.check("bottleneck_backward");
@@ -188,8 +191,8 @@ void run_vectors(int64_t channels, at::ScalarType type) {
   const std::optional<Tensor> none, some(weight.tensor());
   call("fold", v.mean.tensor(), v.rstd.tensor(), none, none, 1e-5);
   call("fold", v.mean.tensor(), v.rstd.tensor(), some, some, 1e-5);
-  call("defer", v.mean.tensor(), v.shift.tensor(), v.rstd.tensor(), v.scale.tensor(), int64_t{7},
-       v.a.tensor(), v.b.tensor());
+  call("accumulate_correction", v.mean.tensor(), v.shift.tensor(), v.rstd.tensor(), v.scale.tensor(),
+       int64_t{7}, v.a.tensor(), v.b.tensor());
   const std::vector<double> keep{0.9, 0.5}, take{0.1, 0.5};
   call("update_running_statistics", Tensors{moved, v.a}, Tensors{v.mean, v.mean}, keep, take);
   const Tensor batches = at::zeros({}, at::kLong);
