@@ -60,8 +60,8 @@ PLANTED = {
     ),
     "a number overflows": (
         "pool.cpp",
-        "z = d * stride[0] - padding[0] + i",
-        "z = (d + 2) * stride[0] - 2 * stride[0] - padding[0] + i",
+        "y = h * stride[1] - padding[1] + j",
+        "y = (h + 2) * stride[1] - 2 * stride[1] - padding[1] + j",
         "address",
         "runtime error: signed integer overflow",
     ),
