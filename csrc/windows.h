@@ -46,8 +46,6 @@ inline Windows average_windows(const char* op, const Tensor& x, at::IntArrayRef 
   return {in, k, k, {0, 0, 0}, {in[0] / k[0], in[1] / k[1], in[2] / k[2]}};
 }
 
-constexpr int64_t kMostTaps = 256;  // a byte says which it was
-
 // As in torch.nn.MaxPool without dilation and ceil_mode.
 inline Windows maximum_windows(const char* op, const Tensor& x, at::IntArrayRef kernel_size,
                                at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -56,15 +54,16 @@ inline Windows maximum_windows(const char* op, const Tensor& x, at::IntArrayRef 
   check_kernel(op, "padding", padding, x, 0);
   Windows windows{spatial(x), three(kernel_size, 1), three(stride, 1), three(padding, 0), {}};
   int64_t taps = 1;
-  for (int i = 0; i < 3; ++i) {  // in an order in which no number that is given overflows
-    const int64_t kernel = windows.kernel[i], around = windows.padding[i];
-    TORCH_CHECK_VALUE(windows.in[i] > 0 && around <= kernel / 2 && kernel - 2 * around <= windows.in[i], op,
-                      ": kernel_size must be at least twice the padding and fit into the padded image, got ",
-                      kernel_size, " with padding ", padding, " for shape ", x.sizes());
-    windows.out[i] = (windows.in[i] - (kernel - 2 * around)) / windows.stride[i] + 1;
-    taps *= std::min<int64_t>(kernel, kMostTaps + 1);
+  for (int i = 0; i < 3; ++i) {
+    const int64_t size = windows.in[i] + 2 * windows.padding[i];
+    TORCH_CHECK_VALUE(
+        windows.in[i] > 0 && 2 * windows.padding[i] <= windows.kernel[i] && windows.kernel[i] <= size, op,
+        ": kernel_size must be at least twice the padding and fit into the padded image, got ", kernel_size,
+        " with padding ", padding, " for shape ", x.sizes());
+    windows.out[i] = (size - windows.kernel[i]) / windows.stride[i] + 1;
+    taps *= windows.kernel[i];
   }
-  TORCH_CHECK_VALUE(taps <= kMostTaps, op,
+  TORCH_CHECK_VALUE(taps <= 256, op,
                     ": kernel_size must have at most 256 taps (they are kept in a byte), got ", kernel_size);
   return windows;
 }

@@ -54,8 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     for item in filter(asks_of_the_instruction_set, items):
         item.add_marker("isa")
     without = [item for item in items if FALLBACK and item.get_closest_marker("compiled")]
-    for mark in {"ptx", "sanitizers"} - {config.option.markexpr}:
-        without += [item for item in items if item.get_closest_marker(mark)]
+    if config.option.markexpr != "ptx":
+        without += [item for item in items if item.get_closest_marker("ptx")]
     config.hook.pytest_deselected(items=without)
     items[:] = [item for item in items if item not in without]
 
@@ -77,10 +77,6 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers", "ptx: nvcc's PTX interpreted; compiles for minutes, so run by `pytest -m ptx` alone"
-    )
-    config.addinivalue_line(
-        "markers",
-        "sanitizers: the CPU operators under sanitizers; run by `pytest -m sanitizers` alone, as ptx",
     )
     config.addinivalue_line(
         "markers", "isa: what depends on the instruction set (derived, tests/_selection.py)"

@@ -383,9 +383,6 @@ def test_windows_that_cannot_be(ops: Any) -> None:
         ValueError, match=r"kernel_size must be at least twice the padding .* \[3, 3\] with padding \[1, 2\]"
     ):
         max_pool(x, vector, vector, [3, 3], [1, 1], [1, 2])
-    for most in (2**63 - 1, 2**62):  # twice of it overflows
-        with pytest.raises(ValueError, match=r"kernel_size must be at least twice the padding"):
-            max_pool(x, vector, vector, [2, 2], [1, 1], [most, most])
     with pytest.raises(
         ValueError, match=r"^bn_relu_max_pool: kernel_size must have at most 256 taps .*, got \[17, 16\]"
     ):

@@ -1,1 +1,0 @@
-"""The CPU operators under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
