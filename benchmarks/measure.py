@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_effdense = importlib.util.find_spec("effdense")  # where it is, unread
+assert _effdense is not None and _effdense.origin is not None, "effdense is neither here nor installed"
 _spec = importlib.util.spec_from_file_location(
-    "effdense_measure", Path(__file__).parents[1] / "effdense" / "tools" / "measure.py"
+    "effdense_measure", Path(_effdense.origin).parent / "tools" / "measure.py"
 )
 assert _spec is not None and _spec.loader is not None
 _package: Any = importlib.util.module_from_spec(_spec)

@@ -138,9 +138,8 @@ def test(python: str, torch: str, wheel: Path, source: Path, work: Path) -> None
     # The tests without the package's sources, so that the installed files are what they import.
     beside = work / "beside"
     shutil.rmtree(beside, ignore_errors=True)
-    for name in ("tests", "benchmarks", "harness"):
-        shutil.copytree(source / name, beside / name)
-    shutil.copy(source / "pyproject.toml", beside)
+    shutil.copytree(source, beside)
+    shutil.rmtree(beside / "effdense")
     run(tools / "python", "-W", "error::RuntimeWarning", "-c", IMPORT, version, cwd=work)
     run(tools / "python", "-m", "effdense", "check", cwd=work)
     run(tools / "python", "-m", "pytest", *CORE_TESTS, cwd=beside)
