@@ -72,13 +72,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
         OSError: it cannot be written.
         ValueError: safetensors has no such dtype.
     """
-    if Path(path).suffix != ".safetensors":
-        with files.replacing(path) as file:
-            torch.save(dict(tensors), file)
-        return
-    plain = _plain(tensors, str(path))
     with files.replacing(path) as file:
-        _write_safetensors(plain, file, {})
+        if Path(path).suffix == ".safetensors":
+            write_safetensors(tensors, file, {}, str(path))
+        else:
+            torch.save(dict(tensors), file)
 
 
 def write_safetensors(
@@ -89,17 +87,10 @@ def write_safetensors(
     Raises:
         ValueError: safetensors has no such dtype; the message names `path`.
     """
-    _write_safetensors(_plain(tensors, path), file, metadata)
-
-
-def _plain(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise ValueError(f"{path}: safetensors has no {tensor.dtype}, which {name} is of")
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-
-def _write_safetensors(plain: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str]) -> None:
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, tensor in plain.items():

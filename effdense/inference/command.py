@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from effdense import extras, files, values
 from effdense.inference import labelled, measures, predictions, sources, trained
 from effdense.inference.scores import Progress, batch_size, scored
 from effdense.train import listing
+from effdense.train.command import is_out_of_memory
 from effdense.train.settings import AMP, DATA
 
 BUDGET = "1GiB"
@@ -135,10 +135,9 @@ def _run(name: str, command: Callable[[argparse.Namespace], int], arguments: arg
         print(f"effdense {name}: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).partition("\n")[0]
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason
-        if not short:
+        if not is_out_of_memory(error):
             raise
+        reason = str(error).partition("\n")[0]
         print(
             f"effdense {name}: there is not enough memory: a smaller --budget or --batch needs less ({reason})",
             file=sys.stderr,
@@ -189,15 +188,10 @@ def _load(arguments: argparse.Namespace) -> trained.Trained:
 
 def _check_outputs(*outputs: Path | None) -> None:
     """Refuses what cannot be written to before the work, not after it."""
-    for path in outputs:
-        if path is None:
-            continue
+    for path in filter(None, outputs):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, and a file is to be written")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise PermissionError(f"{path} cannot be written: it is write-protected")
+        files.check_replaceable(path)
 
 
 def _say_left_out(command: str, left_out: Any) -> None:

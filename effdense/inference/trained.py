@@ -16,6 +16,7 @@ from effdense.conversion.class_swap import is_fused_kind
 from effdense.models import Preparation
 from effdense.models.checkpoints import restore
 from effdense.nn.plain import run_plain
+from effdense.train.command import is_out_of_memory
 from effdense.train.folder import BEST, LAST
 from effdense.train.settings import AMP
 
@@ -67,7 +68,7 @@ class Trained(NamedTuple):
             with torch.autocast(like.device.type, self.amp, enabled=self.amp is not None):
                 return self.model(x).float().cpu() if like.dtype != torch.float64 else self.model(x).cpu()
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise
             size = "x".join(map(str, x.shape[2:]))
             reason = str(error).partition("\n")[0]

@@ -301,7 +301,8 @@ def _train(settings: RunConfig) -> None:
         processes.leave()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a step or a forward has failed for want of memory: PyTorch's CPU allocator has no class for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -324,7 +325,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("effdense train: stopped at once, nothing more is saved", file=sys.stderr)
         return STOPPED
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print(
             "effdense train: there is not enough memory for this run: a smaller --batch-size, --accumulate, a smaller --resize or "
