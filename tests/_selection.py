@@ -1,12 +1,16 @@
-"""Selects the tests that depend on the instruction set (`pytest -m isa`), from what a test uses, so that none can be forgotten.
+"""Selects tests from what they use, so that none can be forgotten: `pytest -m isa` and `pytest -m libraries`.
 
-A test of operators does where it runs on effdense's CPU kernels. Any other test does, unless its file starts programs, tests a
-command, or asks what convert makes of a model: blocks and models run on these kernels too.
+`isa`: those that depend on the instruction set. A test of operators does where it runs on effdense's CPU kernels. Any other
+test does, unless its file starts programs, tests a command, or asks what convert makes of a model: blocks and models run on
+these kernels too.
+
+`libraries`: the files in which a test is skipped where one of the extras' libraries is missing.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import types
 from pathlib import Path
 
@@ -36,6 +40,12 @@ def asks_of_the_instruction_set(item: pytest.Function) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backends = [parameters[name] for name in OPERATOR_FIXTURES if name in parameters]
     return "cpu" in backends if backends else not _sources(item.module) & (AROUND | _commands())
+
+
+@functools.cache
+def asks_for_libraries(file: Path) -> bool:
+    """Whether tests of this file are skipped where a library is missing."""
+    return re.search(r"\b(importorskip|find_spec|library)\(", file.read_text()) is not None
 
 
 def _sources(module: types.ModuleType) -> set[str]:

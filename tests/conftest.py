@@ -19,7 +19,7 @@ from effdense.ops import dispatch, reference
 from harness.simt.compiler import compile_operators, cuda_include
 from tests._cases import BACKENDS
 from tests._on_device import OnDevice
-from tests._selection import asks_of_the_instruction_set
+from tests._selection import asks_for_libraries, asks_of_the_instruction_set
 
 # For what this process starts, pytest-xdist's workers above all: threads that wait leave the processor to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -53,6 +53,9 @@ def _compiled() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     for item in filter(asks_of_the_instruction_set, items):
         item.add_marker("isa")
+    for item in items:
+        if asks_for_libraries(item.path):
+            item.add_marker("libraries")
     without = [item for item in items if FALLBACK and item.get_closest_marker("compiled")]
     for mark in {"ptx", "sanitizers"} - {config.option.markexpr}:
         without += [item for item in items if item.get_closest_marker(mark)]
@@ -84,6 +87,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers", "isa: what depends on the instruction set (derived, tests/_selection.py)"
+    )
+    config.addinivalue_line(
+        "markers", "libraries: files with tests that need the extras' libraries (derived, as isa)"
     )
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch finds no GPU here (torch.cuda.is_available() is False)")
