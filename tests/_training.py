@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from effdense import cli
 TRAIN, TEST, BATCH = 60, 20, 12
 STEPS = TRAIN // BATCH  # in an epoch
 FLOAT_COLUMNS = ("loss", "accuracy", "lr")
+
+
+class Terminal(io.StringIO):
+    """As rich wants one."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> None:
