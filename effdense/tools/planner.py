@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from effdense.conversion import convert_parts
 from effdense.conversion.class_swap import is_fused_kind
 from effdense.engine import passes, stem
-from effdense.engine.stage import StageConfig
+from effdense.engine.stage import BackwardInputs, ForwardInputs, split_arguments
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.modules import kind_of
 from effdense.nn.plain import CHECKPOINTED
@@ -232,17 +232,19 @@ class _Timeline(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.effdense.dense_stage.default:
             self._after_stem = True
-            stage: list[Tensor] = self._inside(passes.forward, args[:4], StageConfig(*args[4:]))
+            forward, settings = split_arguments(ForwardInputs, args)
+            stage: list[Tensor] = self._inside(passes.forward, settings, forward)
             for tensor, category in zip(stage, ("other", "features", "bottlenecks", "other"), strict=True):
                 self._live[id(tensor.untyped_storage())].category = category
             return tuple(stage)
         if func is torch.ops.effdense.dense_stage_backward.default:
-            return self._inside(passes.backward, args[:8], StageConfig(*args[8:]))
+            backward, settings = split_arguments(BackwardInputs, args)
+            return self._inside(passes.backward, settings, backward)
         if func in _STEM:
             function, count = _STEM[func]
             self._in_stem = True
             try:
-                made = self._inside(function, args[:count], stem.StemConfig(*args[count:]))
+                made = self._inside(function, stem.StemConfig(*args[count:]), *args[:count])
             finally:
                 self._in_stem = False
             return tuple(made) if function is stem.forward else made
@@ -265,12 +267,12 @@ class _Timeline(TorchDispatchMode):
                 self._follow(tensor, self._category())
         return result
 
-    def _inside(self, function: Callable[..., Any], tensors: Any, settings: Any) -> list[Tensor]:
+    def _inside(self, function: Callable[..., Any], settings: Any, *inputs: Any) -> list[Tensor]:
         """Walks through one function of the engine, or of a stem."""
         self._in_stage = True
         try:
             with torch.no_grad(), self:
-                result = function(dispatch.operators(tensors[0]), settings, *tensors)
+                result = function(dispatch.operators(next(_tensors(inputs))), settings, *inputs)
         finally:
             self._in_stage = False
         return [t for t in result if t is not None]
