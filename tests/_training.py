@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks import data
 from effdense import cli
@@ -41,6 +42,18 @@ def write_data(folder: Path) -> Path:
         write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[part])
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels[part])
     return folder
+
+
+def write_flowers(root: Path, images: int, size: int) -> Path:
+    """`root`/flowers: train and val, each with so many random images of two classes."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("blue", "red"):
+            (root / "flowers" / split / name).mkdir(parents=True)
+            for i in range(images):
+                pixels = generator.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(root / "flowers" / split / name / f"{i}.png")
+    return root / "flowers"
 
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:
