@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, data, demo, isa, measure, models, plots
+from benchmarks import compare, data, demo, densenet, isa, measure, models, plots
 from benchmarks.worker import ROOT, Worker, WorkerConfig, WorkerError, batch_for
 from tests._papers import PARAMETERS
 from tests._training import write_idx
@@ -44,7 +44,7 @@ def build_seeded(name, impl, **kwargs):
 
 def small_twin(**kwargs):
     torch.manual_seed(0)
-    return models.DenseNet(growth_rate=4, block_config=(2, 3), num_init_features=8, num_classes=5, **kwargs)
+    return densenet.DenseNet(growth_rate=4, block_config=(2, 3), num_init_features=8, num_classes=5, **kwargs)
 
 
 # --- models
@@ -69,7 +69,7 @@ def test_twin_is_torchvisions_densenet():
     torchvision = pytest.importorskip("torchvision", reason="the twin stands in where torchvision is missing")
     twin = small_twin(drop_rate=0.2)
     torch.manual_seed(0)
-    original = torchvision.models.DenseNet(4, (2, 3), 8, drop_rate=0.2, num_classes=5)
+    original = torchvision.densenet.DenseNet(4, (2, 3), 8, drop_rate=0.2, num_classes=5)
     assert list(twin.state_dict()) == list(original.state_dict())
     assert [name for name, _ in twin.named_modules()] == [name for name, _ in original.named_modules()]
     for key, value in original.state_dict().items():
@@ -135,7 +135,7 @@ def test_checkpointed_twin_computes_the_same(form):
 
 
 @pytest.mark.parametrize(
-    "new_layer", [lambda: models._DenseLayer(6, 4, 2, 0.0), lambda: models._PlainLayer(6, 4, 0.0)]
+    "new_layer", [lambda: densenet._DenseLayer(6, 4, 2, 0.0), lambda: densenet._PlainLayer(6, 4, 0.0)]
 )
 def test_twin_layer_takes_a_tensor_or_a_list(new_layer):
     layer = new_layer().eval()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import effdense
-from benchmarks import models
+from benchmarks import densenet, models
 from effdense.nn import DenseBlock, DenseLayer, Transition
 from effdense.ops import reference
 from tests._conversions import COPIES, copied
@@ -30,7 +30,7 @@ def make_small(drop_rate: float = 0.0, dtype: torch.dtype = torch.float64) -> nn
     if HAS_TORCHVISION:
         from torchvision.models import DenseNet
     else:
-        from benchmarks.models import DenseNet
+        from benchmarks.densenet import DenseNet
     return DenseNet(4, (2, 3, 2), 6, drop_rate=drop_rate, num_classes=5).to(dtype)
 
 
@@ -231,7 +231,7 @@ def test_hooks_see_what_they_see_in_the_naive_model(when: str) -> None:
     assert "converted, but runs one by one: norm1 has hooks" in str(effdense.report(fused))
 
 
-class ReversedLayer(models._DenseLayer):
+class ReversedLayer(densenet._DenseLayer):
     """Concatenates in another order: the same submodules, another function."""
 
     def forward(self, features: Any) -> Tensor:
@@ -239,7 +239,7 @@ class ReversedLayer(models._DenseLayer):
         return super().forward([x.flip(1) for x in features])
 
 
-class ReversedBlock(models._DenseBlock):
+class ReversedBlock(densenet._DenseBlock):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self.values():
@@ -408,7 +408,7 @@ def test_the_twin_alone_trains_like_the_naive_model(memory: str, monkeypatch: py
 @pytest.mark.core
 def test_checkpointed_layers_are_converted() -> None:
     naive = make_small()
-    fused = models.DenseNet(4, (2, 3, 2), 6, num_classes=5, memory_efficient=True).double()
+    fused = densenet.DenseNet(4, (2, 3, 2), 6, num_classes=5, memory_efficient=True).double()
     fused.load_state_dict(naive.state_dict())
     effdense.convert(fused)
     assert all(e.converted and e.reason is None for e in effdense.report(fused))
@@ -442,7 +442,7 @@ def test_a_users_own_class_is_recognised_by_its_structure() -> None:
     torch.testing.assert_close(fused(x), naive(x))
 
 
-class GatedLayer(models._DenseLayer):
+class GatedLayer(densenet._DenseLayer):
     """Does the usual thing, or something else, depending on a registered parameter that may be None."""
 
     def __init__(self, gate: nn.Parameter | None) -> None:
@@ -454,7 +454,7 @@ class GatedLayer(models._DenseLayer):
         return y if self.gate is None else y * self.gate
 
 
-class LayerWithMethod(models._DenseLayer):
+class LayerWithMethod(densenet._DenseLayer):
     def flops(self) -> int:
         return 0
 
@@ -486,7 +486,7 @@ def test_convert_does_not_care_what_is_switched_on_around_it(mode: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_under_autocast_takes_float32(dtype: torch.dtype) -> None:
-    naive = models._DenseBlock(3, 6, 4, 4, 0.0)
+    naive = densenet._DenseBlock(3, 6, 4, 4, 0.0)
     fused = effdense.convert(copy.deepcopy(naive))
     x = torch.randn(4, 6, 8, 8).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -498,7 +498,7 @@ def test_a_block_under_autocast_takes_float32(dtype: torch.dtype) -> None:
 @pytest.mark.core
 def test_a_model_on_the_meta_device_is_converted() -> None:
     with torch.device("meta"):
-        model = models.DenseNet(4, (2, 2), 6)
+        model = densenet.DenseNet(4, (2, 2), 6)
     effdense.convert(model)
     assert all(e.converted for e in effdense.report(model))
 
@@ -524,7 +524,7 @@ def test_torchvisions_layer_class_can_be_replaced(patched_torchvision: Any) -> N
 
 
 def test_the_classes_are_drop_in_for_the_twins() -> None:
-    naive_block, naive_transition = models._DenseBlock(3, 6, 4, 4, 0.1, True), models._Transition(18, 9)
+    naive_block, naive_transition = densenet._DenseBlock(3, 6, 4, 4, 0.1, True), densenet._Transition(18, 9)
     block, transition = DenseBlock(3, 6, 4, 4, 0.1, True), Transition(18, 9)
     assert list(block.state_dict()) == list(naive_block.state_dict())
     assert list(transition.state_dict()) == list(naive_transition.state_dict())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from tests._conversions import COPIES, assert_same, assert_same_classes, copied, kinds, randomised
 from tests._stages import assert_close
 
@@ -25,7 +25,7 @@ COUNT = {"calls": 0}
 SWITCH = False
 
 
-def make(cls: Any = models.DenseNet) -> Any:
+def make(cls: Any = densenet.DenseNet) -> Any:
     torch.manual_seed(1)
     return cls(4, (2, 3), 6, num_classes=5).double()
 
@@ -44,7 +44,7 @@ def pair(cls: Any) -> tuple[Any, Any]:
 # ---- what a class overrides
 
 
-class FrozenNorms(models.DenseNet):
+class FrozenNorms(densenet.DenseNet):
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
         for module in self.modules():
@@ -53,7 +53,7 @@ class FrozenNorms(models.DenseNet):
         return self
 
 
-class OldKeys(models.DenseNet):
+class OldKeys(densenet.DenseNet):
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         return super().load_state_dict(
             {k.replace("old.", ""): v for k, v in state_dict.items()}, *args, **kwargs
@@ -63,7 +63,7 @@ class OldKeys(models.DenseNet):
         return {f"old.{k}": v for k, v in super().state_dict(*args, **kwargs).items()}
 
 
-class FewParameters(models.DenseNet):
+class FewParameters(densenet.DenseNet):
     def parameters(self, recurse: bool = True) -> Any:
         return self.classifier.parameters(recurse)
 
@@ -71,7 +71,7 @@ class FewParameters(models.DenseNet):
         return self.classifier.named_parameters(*args, **kwargs)
 
 
-class Delegating(models.DenseNet):
+class Delegating(densenet.DenseNet):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -79,7 +79,7 @@ class Delegating(models.DenseNet):
             return getattr(super().__getattr__("features"), name)
 
 
-class Described(models.DenseNet):
+class Described(densenet.DenseNet):
     size = "small"
 
     def extra_repr(self) -> str:
@@ -96,7 +96,7 @@ class Described(models.DenseNet):
         return 7
 
 
-class Registered(models.DenseNet):
+class Registered(densenet.DenseNet):
     known: ClassVar[list[str]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -138,7 +138,7 @@ def test_what_a_class_overrides_stays(name: str) -> None:
 
 
 def test_classes_and_names_stay() -> None:
-    naive, fused = pair(models.DenseNet)
+    naive, fused = pair(densenet.DenseNet)
     assert repr(fused) == repr(naive)
     for a, b in zip(fused.modules(), naive.modules(), strict=True):
         assert isinstance(a, type(b)) and a._get_name() == b._get_name()
@@ -166,20 +166,20 @@ def test_copies_of_a_users_class(how: str) -> None:
 # ---- arguments, branches, side effects, attributes that change later
 
 
-class WithFeature(models.DenseNet):
+class WithFeature(densenet.DenseNet):
     def forward(self, images: Tensor, with_feature: bool = False) -> Any:
         features = self.features(images)
         out = self.classifier(F.adaptive_avg_pool2d(F.relu(features), 1).flatten(1))
         return (features, out) if with_feature else out
 
 
-class WithTargets(models.DenseNet):
+class WithTargets(densenet.DenseNet):
     def forward(self, x: Tensor, targets: Any = None) -> Any:
         y = super().forward(x)
         return y if targets is None else F.cross_entropy(y, targets)
 
 
-class AnyImage(models.DenseNet):
+class AnyImage(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
             x = x.double() / 255
@@ -188,18 +188,18 @@ class AnyImage(models.DenseNet):
         return super().forward(x.expand(-1, 3, -1, -1))
 
 
-class Squeezing(models.DenseNet):
+class Squeezing(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).squeeze())
 
 
-class Clamping(models.DenseNet):
+class Clamping(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x)).clamp(max=50.0)
         return self.classifier(F.adaptive_avg_pool2d(features, 1).flatten(1))
 
 
-class Remembering(models.DenseNet):
+class Remembering(densenet.DenseNet):
     return_features = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Remembering(models.DenseNet):
         return features if self.return_features else self.classifier(features)
 
 
-class Switched(models.DenseNet):
+class Switched(densenet.DenseNet):
     return_features = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Switched(models.DenseNet):
         return features if self.return_features else self.classifier(features)
 
 
-class GlobalSwitch(models.DenseNet):
+class GlobalSwitch(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         features = F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1)
         return features if SWITCH else self.classifier(features)
@@ -487,7 +487,7 @@ def test_what_is_printed_is_not_printed_by_convert(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == "forward\n"
 
 
-class Watchful(models.DenseNet):
+class Watchful(densenet.DenseNet):
     """Every method that convert might call notes it."""
 
     def __getattribute__(self, name: str) -> Any:

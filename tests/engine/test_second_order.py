@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from effdense.functional import cat_bn_relu_conv1x1
 from effdense.nn import DenseFeatures, DenseLayer, Transition
 from tests._processes import run_in_processes
@@ -265,7 +265,7 @@ class Functional(nn.Module):
 
 
 def layer_pair(memory: str) -> tuple[nn.Module, nn.Module]:
-    naive = models._DenseLayer(CHANNELS, 4, 3, 0.3)
+    naive = densenet._DenseLayer(CHANNELS, 4, 3, 0.3)
     fused = DenseLayer(CHANNELS, 4, 3, 0.3, memory=memory)
     return OnOne(naive), OnOne(fused)
 
@@ -275,7 +275,7 @@ def functional_pair(_: str) -> tuple[nn.Module, nn.Module]:
 
 
 def transition_pair(_: str) -> tuple[nn.Module, nn.Module]:
-    return models._Transition(CHANNELS, 4, True), Transition(CHANNELS, 4, bias=True)
+    return densenet._Transition(CHANNELS, 4, True), Transition(CHANNELS, 4, bias=True)
 
 
 def max_pooled_pair(_: str) -> tuple[nn.Module, nn.Module]:
@@ -314,7 +314,7 @@ def test_parts_alone(part: str, memory: str, training: bool) -> None:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision's structure": lambda: models.DenseNet(4, (2, 2), 6, num_classes=5),
+    "torchvision's structure": lambda: densenet.DenseNet(4, (2, 2), 6, num_classes=5),
     "gpleiss's": structures.StarNet,
     "d2l's": structures.d2l_net,
 }
@@ -612,7 +612,7 @@ def test_under_autocast(tail: str) -> None:
 
 @pytest.mark.core
 def test_cross_entropys_hessian() -> None:
-    naive = models.DenseNet(4, (2, 2), 6, num_classes=5).double().eval()
+    naive = densenet.DenseNet(4, (2, 2), 6, num_classes=5).double().eval()
     fused = effdense.convert(copy.deepcopy(naive))
     x, target = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3, 1])
     products = []
