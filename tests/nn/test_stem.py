@@ -18,7 +18,7 @@ from benchmarks.measure import peak_bytes
 from effdense.engine import stem
 from effdense.models import DenseNet
 from tests._stages import assert_close, fused_under_compile, step
-from tests.engine.test_second_order import by_grad
+from tests.engine._second_order import by_grad
 
 MAP_CHANNELS, IMAGES = 34, 3  # more than two vectors of every type, and a rest
 
