@@ -1,7 +1,7 @@
 """Selects the tests that depend on the instruction set (`pytest -m isa`), from what a test uses, so that none can be forgotten.
 
 A test of operators does where it runs on effdense's CPU kernels. Any other test does, unless its file starts programs, tests a
-command, or asks what convert makes of a model: blocks and models run on these kernels too.
+command or the benchmarks, or asks what convert makes of a model: blocks and models run on these kernels too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ AROUND = {
     "subprocess",
     "tests._conversions.assert_same",
     "tests._conversions.kinds",
+    "tests.engine._second_order.assert_ways_agree",  # second derivatives are PyTorch's operators'
     "tests._processes",
     "harness.simt.compiler",
     "tests._training",
@@ -35,7 +36,10 @@ def asks_of_the_instruction_set(item: pytest.Function) -> bool:
         return False
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backends = [parameters[name] for name in OPERATOR_FIXTURES if name in parameters]
-    return "cpu" in backends if backends else not _sources(item.module) & (AROUND | _commands())
+    if backends:
+        return "cpu" in backends
+    of_benchmarks = item.module.__name__.startswith("tests.benchmarks.")
+    return not of_benchmarks and not _sources(item.module) & (AROUND | _commands())
 
 
 def _sources(module: types.ModuleType) -> set[str]:
