@@ -33,7 +33,6 @@ PEERS = ("naive", "checkpoint", "compile")
 EFFDENSE = ("effdense-balanced", "effdense-minimal")
 IMPLS = (*PEERS, *EFFDENSE, *(f"{name}-fallback" for name in EFFDENSE))
 CHANNELS_LAST = "+channels-last"
-GROUPS = ("peers", "effdense", "all")  # of implementations, see `expand`
 FORCE_REFERENCE = "EFFDENSE_FORCE_REFERENCE"
 
 
