@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import compare, cuda_traffic, models
+from benchmarks import compare, cuda_traffic, densenet, models
 from effdense import convert
 from effdense.engine.validation import check_memory
 from effdense.ops import dispatch
@@ -126,7 +126,7 @@ def of_step(
 def make_block(impl: str, layers: int, channels: int = 24, growth_rate: int = 12) -> nn.Module:
     """A dense block of bottleneck layers."""
     torch.manual_seed(0)
-    block: nn.Module = models._DenseBlock(layers, channels, 4, growth_rate, 0.0, impl == "checkpoint")
+    block: nn.Module = densenet._DenseBlock(layers, channels, 4, growth_rate, 0.0, impl == "checkpoint")
     return (
         block
         if impl in ("naive", "checkpoint")

@@ -1,6 +1,6 @@
-"""What effdense/tools/measure.py measures, and the process's peak.
+"""What effdense/tools/measure.py measures and effdense/machine.py says, and the process's peak.
 
-That file is read by itself: peers are measured beside an effdense that does not load.
+Those files are read by themselves: peers are measured beside an effdense that does not load.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ from typing import Any
 
 _effdense = importlib.util.find_spec("effdense")  # where it is, unread
 assert _effdense is not None and _effdense.origin is not None, "effdense is neither here nor installed"
-_spec = importlib.util.spec_from_file_location(
-    "effdense_measure", Path(_effdense.origin).parent / "tools" / "measure.py"
-)
-assert _spec is not None and _spec.loader is not None
-_package: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_package)
+_FOLDER = Path(_effdense.origin).parent
 
-available_bytes, cpu_model, time_statistics = (
-    _package.available_bytes,
-    _package.cpu_model,
-    _package.time_statistics,
-)
-peak_bytes, cuda_milliseconds, cuda_peaks = (
-    _package.peak_bytes,
-    _package.cuda_milliseconds,
-    _package.cuda_peaks,
-)
+
+def _read(name: str) -> Any:
+    """A module of effdense that imports nothing of it, from its file."""
+    spec = importlib.util.spec_from_file_location(f"effdense_{Path(name).stem}", _FOLDER / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_machine, _steps = _read("machine.py"), _read("tools/measure.py")
+available_bytes, cpu_model = _machine.available_bytes, _machine.cpu_model
+peak_bytes, cuda_milliseconds, cuda_peaks = _steps.peak_bytes, _steps.cuda_milliseconds, _steps.cuda_peaks
+time_statistics = _steps.time_statistics
 
 
 def peak_rss_bytes() -> int:
@@ -47,7 +46,7 @@ def peak_rss_bytes() -> int:
 
 def environment(threads: int | None = None) -> dict[str, Any]:
     """Return what a reader needs to judge the numbers: versions, machine, load, effdense's build."""
-    return _package.environment(threads, _effdense_build_info())
+    return _machine.environment(threads, _effdense_build_info())
 
 
 def _effdense_build_info() -> dict[str, Any] | None:

@@ -23,9 +23,10 @@ from effdense.ops.dispatch import operators
 from effdense.ops.extension import build_info
 from effdense.ops.self_test import check
 from effdense.tools import bench, export
-from effdense.tools.planner import CATEGORIES, MEMORY, NotCheckpointed, Plan, Planner
+from effdense.tools.planner import MEMORY, NotCheckpointed, Plan, Planner
 from effdense.tools.reuse import feature_reuse
 from effdense.tools.summary import summary
+from effdense.tools.timeline import CATEGORIES
 from effdense.train import command as train
 from effdense.train.folder import BEST
 

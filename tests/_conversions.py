@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import pickle
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
@@ -117,3 +119,38 @@ def convert_and_compare(
     reverted = effdense.revert(copy.deepcopy(fused))
     assert_same_classes(reverted, naive)
     return fused
+
+
+def make_small(drop_rate: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A naive DenseNet of seven layers: torchvision's where it is installed, else its twin."""
+    if importlib.util.find_spec("torchvision") is not None:
+        from torchvision.models import DenseNet
+    else:
+        from benchmarks.densenet import DenseNet
+    return DenseNet(4, (2, 3, 2), 6, drop_rate=drop_rate, num_classes=5).to(dtype)
+
+
+def make_batch(images: int = 4, size: int = 32, classes: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(images, 3, size, size, dtype=torch.float64), torch.arange(images) % classes
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    torch.manual_seed(1)
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def assert_same_step(
+    naive: nn.Module, fused: nn.Module, batch: tuple[Tensor, Tensor], tolerance: float
+) -> None:
+    outputs = []
+    for model in (naive, fused):
+        model.zero_grad()
+        torch.manual_seed(1)
+        outputs.append(model(batch[0]))
+        F.cross_entropy(outputs[-1], batch[1]).backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=tolerance, atol=tolerance)
+    for (name, a), b in zip(naive.named_parameters(), fused.parameters(), strict=True):
+        scale = a.grad.abs().max().item()
+        assert (a.grad - b.grad).abs().max() <= tolerance * max(scale, 1.0), name
+    for (name, a), b in zip(naive.named_buffers(), fused.buffers(), strict=True):  # type: ignore[assignment]
+        assert torch.allclose(b, a, rtol=tolerance, atol=tolerance), name

@@ -1,8 +1,8 @@
 """Selects tests from what they use, so that none can be forgotten: `pytest -m isa` and `pytest -m libraries`.
 
 `isa`: those that depend on the instruction set. A test of operators does where it runs on effdense's CPU kernels. Any other
-test does, unless its file starts programs, tests a command, or asks what convert makes of a model: blocks and models run on
-these kernels too.
+test does, unless its file starts programs, tests a command or the benchmarks, or asks what convert makes of a model: blocks
+and models run on these kernels too.
 
 `libraries`: the files in which a test is skipped where one of the extras' libraries is missing.
 """
@@ -25,6 +25,7 @@ AROUND = {
     "subprocess",
     "tests._conversions.assert_same",
     "tests._conversions.kinds",
+    "tests.engine._second_order.assert_ways_agree",  # second derivatives are PyTorch's operators'
     "tests._processes",
     "harness.simt.compiler",
     "tests._training",
@@ -39,7 +40,10 @@ def asks_of_the_instruction_set(item: pytest.Function) -> bool:
         return False
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backends = [parameters[name] for name in OPERATOR_FIXTURES if name in parameters]
-    return "cpu" in backends if backends else not _sources(item.module) & (AROUND | _commands())
+    if backends:
+        return "cpu" in backends
+    of_benchmarks = item.module.__name__.startswith("tests.benchmarks.")
+    return not of_benchmarks and not _sources(item.module) & (AROUND | _commands())
 
 
 @functools.cache

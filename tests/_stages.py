@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models
+from benchmarks import densenet
 from effdense._torch_range import FUSED_UNDER_COMPILE, minor_version
 from tests._cases import rms
 
@@ -54,12 +54,12 @@ def in_dimensions(model: nn.Module, dimensions: int) -> nn.Module:
 def make_naive(plain: bool = False, tail: str = "block", **options: Any) -> nn.Module:
     """A naive stage in float64, with parameters and statistics that are not the initial ones."""
     dimensions, drop_rate = options.pop("dimensions", 2), options.pop("drop_rate", 0.0)
-    block = models._DenseBlock(LAYERS, CHANNELS, None if plain else 3, GROWTH, drop_rate, **options)
+    block = densenet._DenseBlock(LAYERS, CHANNELS, None if plain else 3, GROWTH, drop_rate, **options)
     model: nn.Module = block
     if tail == "transition":
         parts = [
             ("denseblock1", block),
-            ("transition1", models._Transition(ALL, 6, options.get("bias", False))),
+            ("transition1", densenet._Transition(ALL, 6, options.get("bias", False))),
         ]
         model = nn.Sequential(OrderedDict(parts))
     elif tail == "head":

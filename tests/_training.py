@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks import data
 from effdense import cli
@@ -17,6 +19,13 @@ from effdense import cli
 TRAIN, TEST, BATCH = 60, 20, 12
 STEPS = TRAIN // BATCH  # in an epoch
 FLOAT_COLUMNS = ("loss", "accuracy", "lr")
+
+
+class Terminal(io.StringIO):
+    """As rich wants one."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> None:
@@ -33,6 +42,18 @@ def write_data(folder: Path) -> Path:
         write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[part])
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels[part])
     return folder
+
+
+def write_flowers(root: Path, images: int, size: int) -> Path:
+    """`root`/flowers: train and val, each with so many random images of two classes."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("blue", "red"):
+            (root / "flowers" / split / name).mkdir(parents=True)
+            for i in range(images):
+                pixels = generator.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(root / "flowers" / split / name / f"{i}.png")
+    return root / "flowers"
 
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:

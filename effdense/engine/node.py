@@ -25,39 +25,37 @@ from effdense.engine.batch_norm import plain_bn_relu, refuse_group
 from effdense.engine.convolution import convolve, plain_bn_relu_convolve
 from effdense.engine.passes import backward, empty_buffer, forward
 from effdense.engine.pool import plain_avg_pool
-from effdense.engine.stage import Parameters, PoolParameters, Stage, StageConfig
+from effdense.engine.stage import (
+    BackwardInputs,
+    ForwardInputs,
+    Parameters,
+    PoolParameters,
+    Stage,
+    StageConfig,
+    split_arguments,
+)
 from effdense.ops.dispatch import operators
 from effdense.ops.reference import accumulate_dtype
 from effdense.ops.schemas import library
 
 
 @torch.library.impl(library, "dense_stage", "CompositeExplicitAutograd")
-def _dense_stage(
-    x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ops, s = operators(x), StageConfig(*settings)
+def _dense_stage(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given, settings = split_arguments(ForwardInputs, arguments)
+    ops = operators(given.x)
     with torch.no_grad():
-        implementation = compiled_forward if _is_compiled(ops, s) else forward
-        return implementation(ops, s, x, parameters, running, masks)
+        implementation = compiled_forward if _is_compiled(ops, settings) else forward
+        return implementation(ops, settings, given)
 
 
 @torch.library.impl(library, "dense_stage_backward", "CompositeExplicitAutograd")
-def _dense_stage_backward(
-    grad: Tensor,
-    channels: int,
-    features: Tensor,
-    saved: Tensor,
-    vectors: Tensor,
-    parameters: Parameters,
-    masks: Parameters,
-    needs: Sequence[bool],
-    *settings: Any,
-) -> list[Tensor]:
+def _dense_stage_backward(*arguments: Any) -> list[Tensor]:
     """Without the gradients that are not needed: an operator cannot return None."""
-    ops, s = operators(features), StageConfig(*settings)
+    given, settings = split_arguments(BackwardInputs, arguments)
+    ops = operators(given.features)
     with torch.no_grad():
-        implementation = compiled_backward if _is_compiled(ops, s) else backward
-        grads = implementation(ops, s, grad, channels, features, saved, vectors, parameters, masks, needs)
+        implementation = compiled_backward if _is_compiled(ops, settings) else backward
+        grads = implementation(ops, settings, given)
     return [g for g in grads if g is not None]
 
 
@@ -67,31 +65,19 @@ def _is_compiled(ops: Any, settings: StageConfig) -> bool:
 
 
 def compiled_forward(
-    ops: Any, settings: StageConfig, x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters
+    ops: Any, settings: StageConfig, given: ForwardInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As passes.forward, in csrc/stage_forward.cpp."""
-    flat = settings[:-1]
-    size = ops.stage_scratch(x, x.shape[1], parameters, masks, *flat, False)
+    x, flat = given.x, settings[:-1]
+    size = ops.stage_scratch(x, x.shape[1], given.parameters, given.masks, *flat, False)
     with workspace.lease(x.device, size) as scratch:
-        made: tuple[Tensor, Tensor, Tensor, Tensor] = ops.stage_forward(
-            x, parameters, running, masks, *flat, scratch.block
-        )
+        made: tuple[Tensor, Tensor, Tensor, Tensor] = ops.stage_forward(*given, *flat, scratch.block)
     return made
 
 
-def compiled_backward(
-    ops: Any,
-    settings: StageConfig,
-    grad: Tensor,
-    channels: int,
-    features: Tensor,
-    saved: Tensor,
-    vectors: Tensor,
-    parameters: Parameters,
-    masks: Parameters,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
+def compiled_backward(ops: Any, settings: StageConfig, given: BackwardInputs) -> list[Tensor | None]:
     """As passes.backward, in csrc/stage_backward.cpp, without the gradients that are not needed."""
+    grad, channels, features, saved, vectors, parameters, masks, needs = given
     flat, end = settings[:-1], len(parameters) - (len(PoolParameters._fields) if settings.pool else 0)
     pool = parameters[end:], needs[1 + end :], settings.eps[-1], settings.batch_statistics[-1], settings.pool
     made = ops.stage_start_backward(grad, features, vectors, *pool)
@@ -104,11 +90,10 @@ def compiled_backward(
 
 
 @torch.library.register_fake("effdense::dense_stage")
-def _(
-    x: Tensor, parameters: Parameters, running: Parameters, masks: Parameters, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stage = Stage(StageConfig(*settings), x.shape[1], parameters, masks)
-    features, pool = empty_buffer(x, stage.channels), stage.settings.pool
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (x, parameters, _, masks), settings = split_arguments(ForwardInputs, arguments)
+    stage = Stage(settings, x.shape[1], parameters, masks)
+    features, pool = empty_buffer(x, stage.channels), settings.pool
     out = x.new_empty(0)
     if pool:
         spatial = [n // k for n, k in zip(x.shape[2:], pool, strict=True)]
@@ -120,19 +105,11 @@ def _(
 
 
 @torch.library.register_fake("effdense::dense_stage_backward")
-def _(
-    grad: Tensor,
-    channels: int,
-    features: Tensor,
-    saved: Tensor,
-    vectors: Tensor,
-    parameters: Parameters,
-    masks: Parameters,
-    needs: Sequence[bool],
-    *settings: Any,
-) -> list[Tensor]:
-    of_x = [empty_channels_last(features, channels)] if needs[0] else []
-    wanted = (p for p, need in zip(parameters, needs[1:], strict=True) if need and p is not None)
+def _(*arguments: Any) -> list[Tensor]:
+    given, _ = split_arguments(BackwardInputs, arguments)
+    need_x, *needs = given.needs
+    of_x = [empty_channels_last(given.features, given.channels)] if need_x else []
+    wanted = (p for p, need in zip(given.parameters, needs, strict=True) if need and p is not None)
     return of_x + [torch.empty_like(p, memory_format=torch.contiguous_format) for p in wanted]
 
 

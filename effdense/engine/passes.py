@@ -39,6 +39,8 @@ from effdense.engine.convolution import (
     convolve_backward,
 )
 from effdense.engine.stage import (
+    BackwardInputs,
+    ForwardInputs,
     Layer,
     LayerParameters,
     Parameters,
@@ -138,21 +140,9 @@ def layer_forward(
     return bn_relu_convolve(ops, *source, *conv2, new, scratch, layer.dilation)
 
 
-def forward(
-    ops: Any,
-    settings: StageConfig,
-    x: Tensor,
-    parameters: Parameters,
-    running: Parameters,
-    masks: Parameters,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The whole stage: returns the pooled output (or nothing), the feature buffer, every kept y, the norms' vectors.
-
-    `parameters`: per layer norm1's weight and bias, conv1's weight and bias, norm2's, conv2's (plain: norm1's, conv2's),
-    then the pool's norm's, and those of a transition's 1x1 convolution, which comes after the pool (they commute, and
-    there it has less to do); None for a head. `running`: mean and variance of every norm that does not use the batch's, else None.
-    `masks`: of dropout, per layer y's and the new features' (bool, or None), or nothing.
-    """
+def forward(ops: Any, settings: StageConfig, given: ForwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The whole stage: returns the pooled output (or nothing), the feature buffer, every kept y, the norms' vectors."""
+    x, parameters, running, masks = given
     stage = Stage(settings, x.shape[1], parameters, masks)
     features = on_large_pages(empty_buffer(x, stage.channels))
     saved = on_large_pages(x.new_empty(stage.saved_size(x)))
@@ -183,23 +173,12 @@ def forward(
     return out, features, saved, vectors
 
 
-def backward(
-    ops: Any,
-    settings: StageConfig,
-    grad: Tensor,
-    channels: int,
-    features: Tensor,
-    saved: Tensor,
-    vectors: Tensor,
-    parameters: Parameters,
-    masks: Parameters,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of the input (of `channels` channels) and of every parameter, as far as `needs` asks for them."""
-    stage = Stage(settings, channels, parameters, masks)
-    run = _Backward(ops, stage, features, saved, vectors, needs[1:])
-    run.pool(grad)
-    del grad  # of the pooled size
+def backward(ops: Any, settings: StageConfig, given: BackwardInputs) -> list[Tensor | None]:
+    """Gradients of the input and of every parameter, as far as `given.needs` asks for them."""
+    features, channels, needs = given.features, given.channels, given.needs
+    stage = Stage(settings, channels, given.parameters, given.masks)
+    run = _Backward(ops, stage, features, given.saved, given.vectors, needs[1:])
+    run.pool(given.grad)
     per_layer = settings.parameters_per_layer
     lowest = (
         -1 if needs[0] else next((i - 1 for i, need in enumerate(needs) if need), len(needs)) // per_layer
@@ -209,7 +188,7 @@ def backward(
         with workspace.lease(features.device, size) as scratch:
             run.layer(layer, scratch, need_inputs=layer.position > lowest)
     grad_x = run.finish_gradient(0, channels, empty_channels_last(features, channels)) if needs[0] else None
-    return [grad_x, *run.gradients(parameters)]
+    return [grad_x, *run.gradients(given.parameters)]
 
 
 class _Backward:

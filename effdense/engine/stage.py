@@ -7,7 +7,7 @@ csrc/stage_layout.h is the same in C++.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -42,6 +42,40 @@ class StageConfig(NamedTuple):
     def parameters_per_layer(self) -> int:
         """How many parameters a layer has: weight and bias of every norm and convolution."""
         return 8 if self.bottleneck else 4
+
+
+class ForwardInputs(NamedTuple):
+    """What a stage's forward is given beside its settings. The operator `dense_stage` takes both, one after the other."""
+
+    x: Tensor
+    # Per layer norm1's weight and bias, conv1's weight and bias, norm2's, conv2's (plain: norm1's, conv2's), then the pool's
+    # norm's, and those of a transition's 1x1 convolution, which comes after the pool (they commute, and there it has less to
+    # do); None for a head.
+    parameters: Parameters
+    running: Parameters  # mean and variance of every norm that does not use the batch's, else None
+    masks: Parameters  # of dropout, per layer y's and the new features' (bool, or None), or nothing
+
+
+class BackwardInputs(NamedTuple):
+    """What a stage's backward is given beside its settings, likewise for `dense_stage_backward`."""
+
+    grad: Tensor  # of the stage's output
+    channels: int  # of x
+    features: Tensor  # these three are the forward's results
+    saved: Tensor
+    vectors: Tensor
+    parameters: Parameters
+    masks: Parameters
+    needs: Sequence[bool]  # whether x, and every parameter, needs a gradient
+
+
+Inputs = TypeVar("Inputs", ForwardInputs, BackwardInputs)
+
+
+def split_arguments(kind: type[Inputs], arguments: Sequence[Any]) -> tuple[Inputs, StageConfig]:
+    """An operator's arguments: its inputs and its settings."""
+    count = len(kind._fields)
+    return kind(*arguments[:count]), StageConfig(*arguments[count:])
 
 
 class LayerParameters(NamedTuple):

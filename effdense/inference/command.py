@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from effdense import extras, files, values
 from effdense.inference import labelled, measures, predictions, sources, trained
-from effdense.inference.scores import Progress, batch_size, scored
+from effdense.inference.scores import batch_size, scored
+from effdense.progress import Progress
 from effdense.train import listing
 from effdense.train.command import is_out_of_memory
 from effdense.train.settings import AMP, DATA
@@ -146,32 +148,39 @@ def _run(name: str, command: Callable[[argparse.Namespace], int], arguments: arg
 
 
 class _Work:
-    """A model over images: the scores of those that can be read, and a word about the others."""
+    """A model over images: the scores of those that can be read, a word about the others, and how far it is."""
 
     def __init__(self, arguments: argparse.Namespace, model: trained.Trained, source: sources.Source) -> None:
         self._name = f"effdense {arguments.command}"
         self._model, self._source, self._ignore = model, source, arguments.ignore_unreadable
         self.batch = arguments.batch or batch_size(model, source, arguments.budget)
         self.unread = self.done = 0
+        self.progress = Progress(len(source), self._say)
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # which is above the bar
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Every image's number and its scores."""
-        progress = Progress(len(self._source))
+        start = time.monotonic()
         for part in scored(self._model, self._source, self.batch):
-            progress.clear()
             for reason in part.unread:
-                print(f"{self._name}: {reason}", file=sys.stderr)
+                self._say(f"{self._name}: {reason}")
             self.unread += len(part.unread)
             self.done += len(part.numbers)
             yield from zip(part.numbers, part.scores, strict=True)
-            progress.step(len(part.numbers) + len(part.unread))
-        progress.clear()
+            self._show(time.monotonic() - start)
+
+    def _show(self, seconds: float) -> None:
+        done, total = self.done + self.unread, len(self._source)
+        rate = f"{done / max(seconds, 1e-9):.1f} images/s"
+        self.progress.show("images", done, total, [rate], f"{done} of {total} images, {rate}")
 
     def status(self) -> int:
         """The exit status, after a line about what was left out."""
         if not self.unread:
             return 0
-        print(f"{self._name}: {self.unread} of {len(self._source)} images left out", file=sys.stderr)
+        self._say(f"{self._name}: {self.unread} of {len(self._source)} images left out")
         return 0 if self._ignore and self.done else UNREAD
 
 
@@ -213,9 +222,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     _say_left_out("evaluate", data.left_out)
     work, numbers, scores = _Work(arguments, model, data.source), [], []
-    for number, found in work:
-        numbers.append(number)
-        scores.append(found)
+    with contextlib.closing(work.progress):
+        for number, found in work:
+            numbers.append(number)
+            scores.append(found)
     if not numbers:
         raise ValueError("none of the images can be read")
     all_scores, labels = torch.stack(scores), data.labels[numbers]
@@ -259,11 +269,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     paths, left_out = sources.named(arguments.images)
     _say_left_out("predict", left_out)
     work = _Work(arguments, model, sources.Files(paths, model.prepare, arguments.workers))
-    with files.replacing(arguments.csv) if arguments.csv else contextlib.nullcontext() as file:
+    with (
+        contextlib.closing(work.progress) as progress,
+        files.replacing(arguments.csv) if arguments.csv else contextlib.nullcontext() as file,
+    ):
 
         def write(cells: list[str]) -> None:
             if file is None:
-                print(predictions.as_text(cells), end="", flush=True)
+                progress.print(predictions.as_text(cells).removesuffix("\n"))
             else:
                 file.write(predictions.as_bytes(cells))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,7 +16,6 @@ from effdense.tools.planner import largest_batch
 
 MOST = 256  # images in a batch; more save no time
 UNPLANNED = 16  # of a model that the planner does not know
-EVERY = 60.0  # seconds between lines where there is no terminal
 
 
 class Scored(NamedTuple):
@@ -81,33 +79,3 @@ def scored(trained: Trained, source: Source, batch: int) -> Iterator[Scored]:
             rows = [found[number] for number in numbers]
             scores = torch.stack(rows) if rows else torch.empty(0, len(trained.class_names))
             yield Scored(numbers, scores, [x for x in read if isinstance(x, str)])
-
-
-class Progress:
-    """How far it is, on stderr: in one line of a terminal, else a line a minute."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._start = self._said = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def step(self, images: int) -> None:
-        """So many more images are done."""
-        self._done += images
-        now = time.monotonic()
-        if not self._terminal and now - self._said < EVERY:
-            return
-        self._said = now
-        rate = self._done / max(now - self._start, 1e-9)
-        text = f"{self._done} of {self._total} images, {rate:.1f} images/s"
-        print(
-            f"\r\x1b[K{text}" if self._terminal else text,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def clear(self) -> None:
-        """Makes room for a line."""
-        if self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

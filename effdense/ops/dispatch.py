@@ -87,6 +87,10 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _sums(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _two_vectors(x)
+
+
 def _map(x: Tensor, spatial: Sequence[int], dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[0], *spatial, x.shape[1], dtype=dtype).movedim(-1, 1)
 
@@ -96,6 +100,13 @@ def _register_fakes() -> None:
     fake = torch.library.register_fake
     for name in ("accumulate_correction", "apply_correction", "bn_relu", "max_pool_backward"):
         fake(f"effdense::{name}", _nothing)
+    for name in (
+        "bn_relu_backward",
+        "bn_relu_backward_sums",
+        "bn_relu_backward_accumulate",
+        "bn_relu_avg_pool_backward",
+    ):
+        fake(f"effdense::{name}", _sums)
 
     @fake("effdense::fold")
     def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,25 +173,9 @@ def _register_fakes() -> None:
         grad_weight = scale.new_empty(weight.shape[0] if need_weight else 0, *weight.shape[1:])
         return grad_weight, torch.empty_like(scale), torch.empty_like(scale)
 
-    @fake("effdense::bn_relu_backward")
-    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return _two_vectors(x)
-
-    @fake("effdense::bn_relu_backward_sums")
-    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return _two_vectors(x)
-
-    @fake("effdense::bn_relu_backward_accumulate")
-    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return _two_vectors(x)
-
     @fake("effdense::bn_relu_avg_pool")
     def _(x: Tensor, scale: Tensor, shift: Tensor, kernel_size: Sequence[int]) -> Tensor:
         return _map(x, [n // k for n, k in zip(x.shape[2:], kernel_size, strict=True)], x.dtype)
-
-    @fake("effdense::bn_relu_avg_pool_backward")
-    def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return _two_vectors(x)
 
     @fake("effdense::bn_relu_max_pool")
     def _(

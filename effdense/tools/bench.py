@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from effdense import models
+from effdense import machine, models
 from effdense.conversion import convert
 from effdense.conversion.class_swap import is_fused_kind
 from effdense.engine.workspace import empty_cache
@@ -200,7 +200,7 @@ def _images(settings: Settings, channels: int) -> Tensor:
 def _check_memory(settings: Settings, shape: tuple[int, ...]) -> None:
     """Refuses what plain PyTorch cannot do in the memory that there is."""
     cuda = settings.device.type == "cuda"
-    free = torch.cuda.mem_get_info(settings.device)[0] if cuda else measure.available_bytes()
+    free = torch.cuda.mem_get_info(settings.device)[0] if cuda else machine.available_bytes()
     needed = (
         plan(without_memory(settings.model), shape, memory="naive").everything
         if settings.train
@@ -268,7 +268,7 @@ def _measured(settings: Settings, start: float, on_progress: Callable[[str], Non
     on_progress(f"building {settings.model} …")
     channels = _channels(without_memory(settings.model), settings.model)
     _check_memory(settings, (settings.batch or batch, channels, size := settings.image_size or size, size))
-    environment = measure.environment(settings.threads, build_info())
+    environment = machine.environment(settings.threads, build_info())
     notes = _notes_on(environment, settings.device)
     nets = {impl: net.to(settings.device) for impl, net in _implementations(settings).items()}
     steps: list[Any] = []

@@ -1,39 +1,29 @@
 """The planner: the peak memory of one training step, and what takes it, without running the step.
 
-The step is walked through on meta tensors, which have shapes and no memory, while storages are followed from birth to
-death; so is the inside of the block engine (engine/passes.py), so that a plan comes from what the engine does and not from
-a description of it. Of "naive" and "checkpoint" the submodules are walked through one by one.
+The step is walked through on meta tensors (timeline.py).
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effdense.conversion import convert_parts
 from effdense.conversion.class_swap import is_fused_kind
-from effdense.engine import passes, stem
-from effdense.engine.stage import StageConfig
 from effdense.nn.foreign import ForeignBlock
 from effdense.nn.modules import kind_of
 from effdense.nn.plain import CHECKPOINTED
-from effdense.ops import dispatch
+from effdense.tools.timeline import OneByOne, Timeline, compiled_on_meta
 
 Impl: TypeAlias = Literal["naive", "checkpoint", "balanced", "minimal"]
 MEMORY: tuple[Impl, ...] = ("naive", "checkpoint", "balanced", "minimal")
-CATEGORIES = ("features", "bottlenecks", "scratch", "stem", "activations", "gradients", "other")
 
 
 class Plan(NamedTuple):
@@ -68,234 +58,6 @@ class Plan(NamedTuple):
         rows += [("optimizer (SGD with momentum)", self.optimizer), ("everything", self.everything)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {size / 2**20:10.1f} MiB" for name, size in rows)
-
-
-# What operators take for their tiles while they run, in bytes a thread: up to twice that on large images, less on small
-# ones (csrc/cpu; what stays in a core's cache).
-_TILES = 2**19
-_TILED = {f"effdense::{name}{way}" for name in ("bottleneck", "bn_relu_conv3x3") for way in ("", "_backward")}
-
-# A stem's operators: what they do, and how many of their arguments come before the settings.
-_STEM: dict[Any, tuple[Callable[..., Any], int]] = {
-    torch.ops.effdense.stem.default: (stem.forward, stem.FORWARD_TENSORS),
-    torch.ops.effdense.stem_backward.default: (stem.backward, stem.BACKWARD_TENSORS),
-}
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Those among an operator's arguments or results."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-
-
-def _alike(args: Sequence[Any]) -> Any:
-    """What an element-wise operator makes of tensors that are alike; else it is asked itself."""
-    first, *others = (t for t in args if isinstance(t, Tensor))
-    if any((t.shape, t.dtype) != (first.shape, first.dtype) for t in others):
-        return NotImplemented
-    return torch.empty_like(first)
-
-
-def _cat(args: Sequence[Any]) -> Any:
-    first, dim = args[0][0], args[1] if len(args) > 1 else 0
-    if any(t.dim() != first.dim() or t.dtype != first.dtype for t in args[0]):
-        return NotImplemented
-    sizes = list(first.shape)
-    sizes[dim] = sum(t.shape[dim] for t in args[0])
-    return torch.empty(sizes, dtype=first.dtype, device="meta", memory_format=suggest_memory_format(first))
-
-
-def _convolution(args: Sequence[Any]) -> Any:
-    x, weight, _, stride, padding, dilation, transposed = args[:7]
-    axes = range(x.dim() - 2)
-    if transposed or x.dim() != weight.dim() or any(len(s) != len(axes) for s in (stride, padding, dilation)):
-        return NotImplemented
-    if x.shape[1] != weight.shape[1] * args[8] or x.dtype != weight.dtype:
-        return NotImplemented  # where it fails, and says why
-    spatial = (
-        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
-        for i in axes
-    )
-    sizes = [x.shape[0], weight.shape[0], *spatial]
-    return x.new_empty(sizes) if min(sizes) > 0 else NotImplemented
-
-
-def _convolution_backward(args: Sequence[Any]) -> Any:
-    grad, x, weight, wanted = args[0], args[1], args[2], args[10]
-    bias = grad.new_empty(grad.shape[1]) if wanted[2] else None
-    return (
-        *(torch.empty_like(t) if want else None for t, want in zip((x, weight), wanted, strict=False)),
-        bias,
-    )
-
-
-def _batch_norm(args: Sequence[Any]) -> Any:
-    x, training = args[0], args[5]
-    size = x.shape[1] if training else 0
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty_like(x), x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
-
-
-def _batch_norm_backward(args: Sequence[Any]) -> Any:
-    x, weight, wanted = args[1], args[2], args[9]
-    dtype = x.dtype if weight is None else weight.dtype
-    sums = (x.new_empty(x.shape[1], dtype=dtype) if want else None for want in wanted[1:])
-    return torch.empty_like(x) if wanted[0] else None, *sums
-
-
-# What most operators of a step make. On meta tensors PyTorch goes through their decompositions in Python for it, which takes
-# ten times as long.
-_MADE: dict[Any, Callable[[Sequence[Any]], Any]] = {
-    torch.ops.aten.cat.default: _cat,
-    torch.ops.aten.convolution.default: _convolution,
-    torch.ops.aten.convolution_backward.default: _convolution_backward,
-    torch.ops.aten.native_batch_norm.default: _batch_norm,
-    torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward,
-    torch.ops.aten.add_.Tensor: lambda args: args[0],
-    torch.ops.aten.add.Tensor: _alike,
-    torch.ops.aten.mul.Tensor: _alike,
-    torch.ops.aten.threshold_backward.default: _alike,
-}
-
-
-@dataclasses.dataclass
-class _Block:
-    """Some memory that exists at the moment."""
-
-    size: int
-    category: str
-
-
-class _Timeline(TorchDispatchMode):
-    """Follows every storage that an operator makes, and knows what existed when the sum was largest."""
-
-    effdense_may_fuse = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.level = self.peak = 0
-        self._live: dict[int, _Block] = {}  # by the storage's id
-        self._at_peak: list[_Block] = []
-        self._workspace = _Block(0, "scratch")
-        self._in_stage = self._in_stem = self._after_stem = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Asked by PyTorch, which would import its compiler for the first operator: that takes longer than a plan."""
-        return False
-
-    def finish(self) -> tuple[int, dict[str, int]]:
-        """The peak and its breakdown."""
-        self._note()
-        sums = {c: sum(b.size for b in self._at_peak if b.category == c) for c in CATEGORIES}
-        if not self._after_stem:  # no block runs as a whole
-            sums["activations"], sums["stem"] = sums["stem"], 0
-        return self.peak, sums
-
-    def _note(self, tiles: int = 0) -> None:
-        """Called before anything goes: in between the level only rises. `tiles`: what an operator takes in passing."""
-        if self.level + tiles > self.peak:
-            self.peak = self.level + tiles
-            self._at_peak = [*self._live.values(), _Block(self._workspace.size + tiles, "scratch")]
-
-    def _follow(self, tensor: Tensor, category: str) -> None:
-        """Counts a tensor's storage from now until it dies."""
-        storage = tensor.untyped_storage()
-        if id(storage) not in self._live:
-            self._live[id(storage)] = _Block(storage.nbytes(), category)
-            self.level += storage.nbytes()
-            weakref.finalize(storage, self._forget, id(storage)).atexit = False
-
-    def _forget(self, key: int) -> None:
-        self._note()
-        self.level -= self._live.pop(key).size
-
-    def _lease(self, size: int) -> None:
-        """What workspace._Pool.take does for a single thread, for which there is never more than one block."""
-        if not size <= self._workspace.size <= 2 * size:
-            self._note()
-            self.level += size - self._workspace.size
-            self._workspace.size = size
-
-    def _category(self) -> str:
-        if self._in_stem:
-            return "stem"
-        if torch._C._current_graph_task_id() != -1:
-            return "gradients"
-        return "scratch" if self._in_stage else "other" if self._after_stem else "stem"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.effdense.dense_stage.default:
-            self._after_stem = True
-            stage: list[Tensor] = self._inside(passes.forward, args[:4], StageConfig(*args[4:]))
-            for tensor, category in zip(stage, ("other", "features", "bottlenecks", "other"), strict=True):
-                self._live[id(tensor.untyped_storage())].category = category
-            return tuple(stage)
-        if func is torch.ops.effdense.dense_stage_backward.default:
-            return self._inside(passes.backward, args[:8], StageConfig(*args[8:]))
-        if func in _STEM:
-            function, count = _STEM[func]
-            self._in_stem = True
-            try:
-                made = self._inside(function, args[:count], stem.StemConfig(*args[count:]))
-            finally:
-                self._in_stem = False
-            return tuple(made) if function is stem.forward else made
-        given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
-        shaped = _MADE.get(func)
-        result = NotImplemented if shaped is None or kwargs else shaped(args)
-        if result is NotImplemented:
-            result = func(*args, **kwargs or {})
-        if self._in_stage and func.name() in _TILED:
-            self._note(_TILES * torch.get_num_threads())
-        if func is torch.ops.aten.convolution.default:  # on meta it does not follow its arguments' layout
-            layouts = {suggest_memory_format(t) for t in args[:2]} - {torch.contiguous_format}
-            result = result.contiguous(memory_format=layouts.pop()) if layouts else result
-        for tensor in _tensors((result,)):
-            if id(tensor.untyped_storage()) in given:
-                continue
-            if self._in_stage and tensor.dtype == torch.uint8 and tensor.dim() == 1:
-                self._lease(tensor.numel())
-            else:
-                self._follow(tensor, self._category())
-        return result
-
-    def _inside(self, function: Callable[..., Any], tensors: Any, settings: Any) -> list[Tensor]:
-        """Walks through one function of the engine, or of a stem."""
-        self._in_stage = True
-        try:
-            with torch.no_grad(), self:
-                result = function(dispatch.operators(tensors[0]), settings, *tensors)
-        finally:
-            self._in_stage = False
-        return [t for t in result if t is not None]
-
-
-class _OneByOne(_Timeline):
-    """Of a step without effdense: under this mode every module calls its submodules."""
-
-    effdense_may_fuse = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._after_stem = True
-
-    def _category(self) -> str:
-        # Checkpointing computes again with gradients on, which a backward has off.
-        backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-        return "gradients" if backward else "activations"
-
-
-@contextmanager
-def _compiled_on_meta() -> Iterator[None]:
-    """Meta tensors take the way of the compiled operators, whose fakes know what those allocate."""
-    with dispatch.override("meta", *dispatch.implementation("cpu")):
-        yield
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -434,10 +196,10 @@ class Planner:
                 torch.inference_mode(False),
                 torch.set_grad_enabled(self._training),
                 torch.device("meta"),
-                _compiled_on_meta(),
+                compiled_on_meta(),
             ):
                 x = torch.empty(shape, dtype=dtype)
-                with _OneByOne() if memory in ("naive", "checkpoint") else _Timeline() as timeline:
+                with OneByOne() if memory in ("naive", "checkpoint") else Timeline() as timeline:
                     _step(bare, x)
                 total, breakdown = timeline.finish()
         except Exception as error:

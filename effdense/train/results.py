@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from effdense import files
+from effdense.machine import cpu_model
 from effdense.ops.extension import build_info
 from effdense.train.settings import RunConfig
 
@@ -75,7 +76,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """The machine, and the software that decides about times."""
     build = build_info()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -83,11 +84,3 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "effdense": build,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

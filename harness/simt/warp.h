@@ -314,12 +314,9 @@ inline int __all_sync(unsigned mask, int predicate, simt::Site site = simt::Site
 
 // Arithmetic that a host compiler does not know.
 #if !__GLIBC_PREREQ(2, 42)
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 #endif
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 using std::max;
 using std::min;

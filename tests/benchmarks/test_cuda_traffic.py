@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cuda_traffic, models, separate_kernels, traced
+from benchmarks import cuda_traffic, densenet, models, separate_kernels, traced
 from benchmarks.separate_kernels import Map
 from benchmarks.traced import Call
 from effdense.ops import self_test
@@ -169,7 +169,7 @@ def test_the_formula_is_what_autograd_runs(
 def test_a_stage_moves_a_third(simt: Any, memory: str) -> None:
     """The last layers of a block of DenseNet-BC-100-12, and its transition."""
     channels, layers, images, size = 120, 8, 2, 32
-    parts = models._DenseBlock(layers, channels, 4, 12, 0.0), models._Transition(channels + 96, 108)
+    parts = densenet._DenseBlock(layers, channels, 4, 12, 0.0), densenet._Transition(channels + 96, 108)
     naive = nn.Sequential()
     naive.add_module("denseblock1", parts[0])
     naive.add_module("transition1", parts[1])

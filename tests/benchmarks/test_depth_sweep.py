@@ -9,7 +9,7 @@ import pytest
 from benchmarks import compare, depth_sweep, measure, plots
 from benchmarks.depth_sweep import STEP, largest_within
 from benchmarks.worker import WorkerConfig, WorkerError
-from tests.benchmarks.test_benchmarks import CONTRACT
+from tests.benchmarks.test_compare import CONTRACT
 
 pytestmark = pytest.mark.tools
 

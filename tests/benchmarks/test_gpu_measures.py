@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import effdense
-from benchmarks import devices, kernels, models
+from benchmarks import densenet, devices, kernels, models
 from benchmarks.gpu import counters, host, kernelbench, operators, report, results, steps
 from benchmarks.worker import WorkerError, _Session
 
@@ -149,7 +149,7 @@ def test_the_net_for_volumes_is_densenet121_in_three_dimensions() -> None:
 def test_volumes_converted_are_the_same(efficient: bool) -> None:
     torch.manual_seed(0)
     form = {"num_classes": 3, "in_channels": 1, "spatial_dims": 3, "memory_efficient": efficient}
-    naive = models.DenseNet(4, (2, 2), 8, **form).double()
+    naive = densenet.DenseNet(4, (2, 2), 8, **form).double()
     fused = effdense.convert(copy.deepcopy(naive))
     assert all(entry.converted for entry in effdense.report(fused) if entry.kind != "DenseNet")
     x = torch.randn(2, 1, 33, 40, 32, dtype=torch.float64)

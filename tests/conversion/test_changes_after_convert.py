@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from tests._conversions import assert_same, randomised
 
 CHANGED = "which was changed"
@@ -118,7 +118,7 @@ OURS = ("memory", "kind", "read", "parts", "obstacle", "chains", "fused", "enter
 @pytest.mark.parametrize(
     ("make", "value", "channels"),
     [
-        (lambda: models.DenseNet(4, (2, 3), 6, num_classes=5), [1], 3),
+        (lambda: densenet.DenseNet(4, (2, 3), 6, num_classes=5), [1], 3),
         (lambda: structures.NetBlock(3, 6, 4), [1], 6),
         (lambda: structures.NetBlock(3, 6, 4), nn.Identity(), 6),
     ],
@@ -173,7 +173,7 @@ class Casting(structures.NetBlock):
             return super().forward(x)
 
 
-class LayerThatDropsInside(models._DenseLayer):
+class LayerThatDropsInside(densenet._DenseLayer):
     """torchvision's names, with its dropout in another place."""
 
     def forward(self, features: Any) -> Tensor:
@@ -215,7 +215,7 @@ def test_reentrant_checkpoints_are_converted(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_average_over_all_batches_of_a_norm_that_layers_share() -> None:
-    naive = models.DenseNet(4, (2,), 6, 1)
+    naive = densenet.DenseNet(4, (2,), 6, 1)
     first, second = naive.features.denseblock1.values()
     second.norm2 = first.norm2
     first.norm2.momentum = None

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 import effdense
 from benchmarks import structures
-from tests._conversions import assert_same, images_for, kinds, library, randomised
-from tests.conversion.test_convert import assert_same_step, make_batch, make_small
+from tests._conversions import (
+    assert_same,
+    assert_same_step,
+    images_for,
+    kinds,
+    library,
+    make_batch,
+    make_small,
+    randomised,
+)
 
 pytestmark = pytest.mark.core
 

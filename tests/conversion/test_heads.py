@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from tests._conversions import assert_same, convert_and_compare, images_for, kinds, library, randomised
 from tests._stages import kept_tensors
 
@@ -106,7 +106,7 @@ def test_dropout_behind_the_pool() -> None:
 def net(after: Callable[[Tensor], Tensor]) -> nn.Module:
     """torchvision's, but for what comes behind the average."""
 
-    class Net(models.DenseNet):
+    class Net(densenet.DenseNet):
         def forward(self, x: Tensor) -> Tensor:
             return self.classifier(after(F.relu(self.features(x)).flatten(2).mean(2)))
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from tests._conversions import assert_same, kinds, randomised
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision's structure": lambda: models.DenseNet(4, (2, 2), 6, num_classes=5),
+    "torchvision's structure": lambda: densenet.DenseNet(4, (2, 2), 6, num_classes=5),
     "d2l": structures.d2l_net,
     "one rate for all": lambda: structures.rate_net(0.0),
 }

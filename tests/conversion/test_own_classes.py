@@ -1,12 +1,10 @@
-"""convert on users' own classes: whatever they override, take as arguments, do beside computing, or change later, stays."""
+"""convert on users' own classes: whatever they override, take as arguments, or change later, stays."""
 
 from __future__ import annotations
 
 import collections
 import copy
-import functools
 import inspect
-import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,16 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from tests._conversions import COPIES, assert_same, assert_same_classes, copied, kinds, randomised
 from tests._stages import assert_close
 
-CALLS: list[str] = []
-COUNT = {"calls": 0}
 SWITCH = False
 
 
-def make(cls: Any = models.DenseNet) -> Any:
+def make(cls: Any = densenet.DenseNet) -> Any:
     torch.manual_seed(1)
     return cls(4, (2, 3), 6, num_classes=5).double()
 
@@ -44,7 +40,7 @@ def pair(cls: Any) -> tuple[Any, Any]:
 # ---- what a class overrides
 
 
-class FrozenNorms(models.DenseNet):
+class FrozenNorms(densenet.DenseNet):
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
         for module in self.modules():
@@ -53,7 +49,7 @@ class FrozenNorms(models.DenseNet):
         return self
 
 
-class OldKeys(models.DenseNet):
+class OldKeys(densenet.DenseNet):
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         return super().load_state_dict(
             {k.replace("old.", ""): v for k, v in state_dict.items()}, *args, **kwargs
@@ -63,7 +59,7 @@ class OldKeys(models.DenseNet):
         return {f"old.{k}": v for k, v in super().state_dict(*args, **kwargs).items()}
 
 
-class FewParameters(models.DenseNet):
+class FewParameters(densenet.DenseNet):
     def parameters(self, recurse: bool = True) -> Any:
         return self.classifier.parameters(recurse)
 
@@ -71,7 +67,7 @@ class FewParameters(models.DenseNet):
         return self.classifier.named_parameters(*args, **kwargs)
 
 
-class Delegating(models.DenseNet):
+class Delegating(densenet.DenseNet):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -79,7 +75,7 @@ class Delegating(models.DenseNet):
             return getattr(super().__getattr__("features"), name)
 
 
-class Described(models.DenseNet):
+class Described(densenet.DenseNet):
     size = "small"
 
     def extra_repr(self) -> str:
@@ -96,7 +92,7 @@ class Described(models.DenseNet):
         return 7
 
 
-class Registered(models.DenseNet):
+class Registered(densenet.DenseNet):
     known: ClassVar[list[str]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -138,7 +134,7 @@ def test_what_a_class_overrides_stays(name: str) -> None:
 
 
 def test_classes_and_names_stay() -> None:
-    naive, fused = pair(models.DenseNet)
+    naive, fused = pair(densenet.DenseNet)
     assert repr(fused) == repr(naive)
     for a, b in zip(fused.modules(), naive.modules(), strict=True):
         assert isinstance(a, type(b)) and a._get_name() == b._get_name()
@@ -166,20 +162,20 @@ def test_copies_of_a_users_class(how: str) -> None:
 # ---- arguments, branches, side effects, attributes that change later
 
 
-class WithFeature(models.DenseNet):
+class WithFeature(densenet.DenseNet):
     def forward(self, images: Tensor, with_feature: bool = False) -> Any:
         features = self.features(images)
         out = self.classifier(F.adaptive_avg_pool2d(F.relu(features), 1).flatten(1))
         return (features, out) if with_feature else out
 
 
-class WithTargets(models.DenseNet):
+class WithTargets(densenet.DenseNet):
     def forward(self, x: Tensor, targets: Any = None) -> Any:
         y = super().forward(x)
         return y if targets is None else F.cross_entropy(y, targets)
 
 
-class AnyImage(models.DenseNet):
+class AnyImage(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
             x = x.double() / 255
@@ -188,18 +184,18 @@ class AnyImage(models.DenseNet):
         return super().forward(x.expand(-1, 3, -1, -1))
 
 
-class Squeezing(models.DenseNet):
+class Squeezing(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).squeeze())
 
 
-class Clamping(models.DenseNet):
+class Clamping(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x)).clamp(max=50.0)
         return self.classifier(F.adaptive_avg_pool2d(features, 1).flatten(1))
 
 
-class Remembering(models.DenseNet):
+class Remembering(densenet.DenseNet):
     return_features = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,7 +204,7 @@ class Remembering(models.DenseNet):
         return features if self.return_features else self.classifier(features)
 
 
-class Switched(models.DenseNet):
+class Switched(densenet.DenseNet):
     return_features = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +212,7 @@ class Switched(models.DenseNet):
         return features if self.return_features else self.classifier(features)
 
 
-class GlobalSwitch(models.DenseNet):
+class GlobalSwitch(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         features = F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1)
         return features if SWITCH else self.classifier(features)
@@ -279,241 +275,6 @@ def test_a_model_is_called_as_before(name: str) -> None:
     assert_same(naive, fused, images() if name != "squeezed" else images(2, 3, 32, 32), 1)
 
 
-# ---- what convert must not leave behind, and no fused forward leave out
-
-
-class Appending(structures.NetBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        CALLS.append("block")
-        return super().forward(x)
-
-
-class Counting(structures.NetBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        COUNT["calls"] += 1
-        return super().forward(x)
-
-
-class CountingInClass(structures.NetBlock):
-    calls: ClassVar[list[int]] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.append(1)
-        return super().forward(x)
-
-
-class Keeping(structures.NetBlock):
-    def __init__(self, *arguments: int) -> None:
-        super().__init__(*arguments)
-        self.skips: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.skips.append(x.detach())
-        return super().forward(x)
-
-
-class KeepingIn(structures.NetBlock):
-    """Counts in a container of a kind that is no list or dict itself."""
-
-    kind: ClassVar[Any] = collections.Counter
-
-    def __init__(self, *arguments: int) -> None:
-        super().__init__(*arguments)
-        self.stats: Any = self.kind()
-        self.stats["calls"] = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.stats["calls"] += 1
-        return super().forward(x)
-
-
-class KeepingByDefault(KeepingIn):
-    kind = functools.partial(collections.defaultdict, int)
-
-
-class KeepingInOrder(KeepingIn):
-    kind = type("Ordered", (collections.OrderedDict,), {})
-
-
-class KeepingInList(KeepingIn):
-    kind = type("Named", (list,), {"__setitem__": lambda self, _, value: self[:].append(value)})
-
-    def __init__(self, *arguments: int) -> None:
-        super().__init__(*arguments)
-        self.stats.seen = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.stats.seen.append(1)
-        self.stats.append(1)
-        return structures.NetBlock.forward(self, x)
-
-
-def by_default() -> Any:
-    calls: list[int] = []
-
-    class Defaulting(structures.NetBlock):
-        seen = property(lambda self: calls)
-
-        def forward(self, x: Tensor, *, calls: list[int] = calls) -> Tensor:
-            calls.append(1)
-            return super().forward(x)
-
-    return Defaulting
-
-
-class Setting(structures.NetBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        self.act = super().forward(x)
-        return self.act
-
-
-class SettingByName(structures.NetBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        setattr(self, "act", y)  # noqa: B010
-        return y
-
-
-class Printing(structures.NetBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        print("forward")
-        return super().forward(x)
-
-
-class Chancy(structures.NetBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if random.random() < 2 else y + 1
-
-
-class Writer:
-    lines: ClassVar[list[str]] = []
-
-    def add(self, line: str) -> None:
-        self.lines.append(line)
-
-
-class Writing(structures.NetBlock):
-    def __init__(self, *arguments: int) -> None:
-        super().__init__(*arguments)
-        self.writer = Writer()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.writer.add("forward")
-        return super().forward(x)
-
-
-def in_closure() -> Any:
-    calls: list[int] = []
-
-    class Closing(structures.NetBlock):
-        seen = property(lambda self: calls)
-
-        def forward(self, x: Tensor) -> Tensor:
-            calls.append(1)
-            return super().forward(x)
-
-    return Closing
-
-
-def note() -> None:
-    CALLS.append("note")
-
-
-class Calling(structures.NetBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        note()
-        return super().forward(x)
-
-
-class Outer(structures.NetBlock):
-    """Its layers have a method of their own that counts."""
-
-    def __init__(self, *arguments: int) -> None:
-        super().__init__(*arguments)
-        for i, layer in enumerate(self.net):
-            self.net[i] = Telling(*layer)  # type: ignore[misc]
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.net:
-            x = torch.cat((x, layer.told(x)), 1)
-        return x
-
-
-class Telling(nn.Sequential):
-    def told(self, x: Tensor) -> Tensor:
-        CALLS.append("told")
-        return self(x)
-
-
-VISIBLE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "a global list": (lambda: Appending, lambda _: list(CALLS)),
-    "a global dict": (lambda: Counting, lambda _: dict(COUNT)),
-    "a list of the class": (lambda: CountingInClass, lambda m: list(m.calls)),
-    "a list of its own": (lambda: Keeping, lambda m: len(m.skips)),
-    "a Counter": (lambda: KeepingIn, lambda m: dict(m.stats)),
-    "a defaultdict": (lambda: KeepingByDefault, lambda m: dict(m.stats)),
-    "a dict's subclass": (lambda: KeepingInOrder, lambda m: dict(m.stats)),
-    "a list's subclass": (lambda: KeepingInList, lambda m: (list(m.stats), list(m.stats.seen))),
-    "a default argument": (by_default, lambda m: list(m.seen)),
-    "an attribute": (lambda: Setting, lambda m: hasattr(m, "act")),
-    "an attribute by name": (lambda: SettingByName, lambda m: hasattr(m, "act")),
-    "random": (lambda: Chancy, lambda _: random.getstate()),
-    "another object": (lambda: Writing, lambda m: list(m.writer.lines)),
-    "a closure": (in_closure, lambda m: list(m.seen)),
-    "a function": (lambda: Calling, lambda _: list(CALLS)),
-    "a layer's method": (lambda: Outer, lambda _: list(CALLS)),
-}
-
-
-@pytest.mark.parametrize("name", VISIBLE)
-def test_what_a_blocks_forward_does_beside_computing_is_done_when_it_is_called_only(name: str) -> None:
-    make_class, seen = VISIBLE[name]
-    block = randomised(make_class()(3, 6, 4))
-    before, attributes = seen(block), set(vars(block))
-    effdense.convert(block)
-    effdense.report(block)
-    assert seen(block) == before and set(vars(block)) == attributes
-    block(images(2, 6, 5, 5))
-    assert seen(block) != before
-    (entry,) = [e for e in effdense.report(block) if e.kind == "DenseBlock"]
-    assert not entry.converted and entry.reason is not None and len(entry.reason) > 20
-
-
-def test_what_is_printed_is_not_printed_by_convert(capsys: pytest.CaptureFixture[str]) -> None:
-    block = effdense.convert(Printing(3, 6, 4))
-    assert capsys.readouterr().out == ""
-    block(torch.randn(2, 6, 5, 5))
-    assert capsys.readouterr().out == "forward\n"
-
-
-class Watchful(models.DenseNet):
-    """Every method that convert might call notes it."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in (
-            "modules",
-            "named_modules",
-            "parameters",
-            "train",
-            "eval",
-            "double",
-            "forward",
-            "children",
-        ):
-            CALLS.append(name)
-        return super().__getattribute__(name)
-
-
-def test_convert_calls_no_method_of_a_users() -> None:
-    model = make(Watchful)
-    CALLS.clear()
-    effdense.convert(model)
-    effdense.report(model)
-    effdense.revert(model)
-    assert CALLS == []
-
-
 def test_a_class_that_gets_another_forward_later() -> None:
     class Patched(structures.NetBlock):
         pass
@@ -529,7 +290,7 @@ def test_a_class_that_gets_another_forward_later() -> None:
 def test_a_librarys_function_in_another_name_is_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
     from effdense.nn.code_reader import is_librarys
 
-    assert is_librarys(nn.Sequential.forward) and is_librarys(F.relu) and not is_librarys(Appending.forward)
+    assert is_librarys(nn.Sequential.forward) and is_librarys(F.relu) and not is_librarys(WithFeature.forward)
 
     def forward(self: Any, input: Tensor) -> Tensor:
         return input

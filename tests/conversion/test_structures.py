@@ -250,9 +250,9 @@ def test_a_dropout_in_evaluation_by_itself_counts() -> None:
 
 
 def test_revert_of_our_own_classes() -> None:
-    from benchmarks import models
+    from benchmarks import densenet
 
-    naive = models.DenseNet(4, (2, 2), 6, num_classes=5).double()
+    naive = densenet.DenseNet(4, (2, 2), 6, num_classes=5).double()
     fused = effdense.revert(effdense.convert(copy.deepcopy(naive)))
     assert [type(m) for m in fused.modules()] == [type(m) for m in naive.modules()]
     assert all(

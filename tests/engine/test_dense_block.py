@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import effdense
 from effdense.engine import node, passes
+from effdense.engine.stage import BackwardInputs, ForwardInputs
 from effdense.ops import reference
 from effdense.ops.dispatch import operators
 from tests._stages import (
@@ -106,10 +107,12 @@ def test_compiled_operators_and_the_twin_agree(
     parameters, needs = detached(parameters), [True, *(p is not None for p in parameters)]
     results = []
     for ops in (operators(x), reference):
-        out, features, saved, vectors = passes.forward(ops, settings, x, parameters, running, masks)
+        given = ForwardInputs(x, parameters, running, masks)
+        out, features, saved, vectors = passes.forward(ops, settings, given)
         y = out if settings.pool else features
         kept = (features, saved, vectors, parameters, masks)
-        grads = passes.backward(ops, settings, weights_of(y), x.shape[1], *kept, needs)
+        behind = BackwardInputs(weights_of(y), x.shape[1], *kept, needs)
+        grads = passes.backward(ops, settings, behind)
         results.append([out, features.contiguous(), saved, vectors, *grads])
     assert_close(*results, 1e-12)
 
@@ -156,16 +159,16 @@ def test_both_orchestrations_give_the_same_bits(
 def assert_same_bits(
     ops: Any, settings: Any, x: Tensor, parameters: Any, running: Any, masks: Any, needs: list[bool]
 ) -> None:
-    one = passes.forward(ops, settings, x, parameters, running, masks)
-    other = node.compiled_forward(ops, settings, x, parameters, running, masks)
+    given = ForwardInputs(x, parameters, running, masks)
+    one, other = passes.forward(ops, settings, given), node.compiled_forward(ops, settings, given)
     out, features, saved, vectors = one
     assert_equal(one, other)
     if settings.memory == "inference":
         return
     grad = weights_of(out if settings.pool else features)
-    kept = grad, x.shape[1], features, saved, vectors, parameters, masks, needs
-    grads = passes.backward(ops, settings, *kept)
-    assert_equal([g for g in grads if g is not None], node.compiled_backward(ops, settings, *kept))
+    behind = BackwardInputs(grad, x.shape[1], features, saved, vectors, parameters, masks, needs)
+    grads = passes.backward(ops, settings, behind)
+    assert_equal([g for g in grads if g is not None], node.compiled_backward(ops, settings, behind))
 
 
 def assert_equal(ones: Any, others: Any) -> None:

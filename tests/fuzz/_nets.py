@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import effdense
-from benchmarks import models
+from benchmarks import densenet
 from effdense.nn import DenseBlock, DenseFeatures, Transition
 from effdense.ops import dispatch, reference
 from tests._cases import LAYOUTS
@@ -73,12 +73,12 @@ def engine(name: str) -> Iterator[None]:
 def make(net: Net) -> tuple[nn.Module, nn.Module]:
     """The stage in plain PyTorch in float64, and fused in the net's dtype; the same parameters and statistics."""
     dims, wide = len(net.spatial), net.channels + net.layers * net.growth
-    block: nn.Module = models._DenseBlock(
+    block: nn.Module = densenet._DenseBlock(
         net.layers, net.channels, net.bn_size or None, net.growth, 0.0, bias=net.bias
     )
     naive = block
     if net.tail == "transition":
-        parts = ("denseblock1", block), ("transition1", models._Transition(wide, 5, net.bias))
+        parts = ("denseblock1", block), ("transition1", densenet._Transition(wide, 5, net.bias))
         naive = nn.Sequential(OrderedDict(parts))
     elif net.tail == "head":
         naive = Head(nn.Sequential(OrderedDict(denseblock1=block, norm5=nn.BatchNorm2d(wide))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from effdense import cli
+from effdense import cli, progress
 from effdense.models import load_checkpoint
-from tests._training import train, write_data
+from tests._training import Terminal, train, write_data
 from tests.inference._runs import CLASSES, VAL, read_csv, refused, train_on, write_images
 
 
@@ -126,6 +127,34 @@ def test_images_of_several_sizes_that_stay_as_they_are(
     assert (
         len(found) == 2 and "1.png is 40x36, and the model has learned from images padded to 32x32" in error
     )
+
+
+def test_lines_where_there_is_no_terminal(
+    images: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On standard error, where they are no part of the table."""
+    monkeypatch.setattr(progress, "FIRST", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    found, error = predict(capsys, run, images / "val", "--batch", 4)
+    said = [line.split(", ") for line in error.splitlines()]
+    assert len(found) == sum(VAL) == 11
+    assert [counts for counts, _ in said] == [f"{done} of 11 images" for done in (4, 8, 11)]
+    assert all(rate.endswith(" images/s") for _, rate in said)
+
+
+def test_a_bar_on_a_terminal(
+    images: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table above it, and names as they are."""
+    name = tmp_path / "a :smile: [b].png"
+    name.write_bytes((images / "val" / "sick" / "0.png").read_bytes())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["predict", str(run), str(name), "--device", "cpu"]) == 0
+    shown = terminal.getvalue()
+    assert f"{name},{CLASSES[0]}," in shown or f"{name},{CLASSES[1]}," in shown
+    assert "1/1" in shown and "images/s" in shown
 
 
 def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models as twins
+from benchmarks import densenet
 from effdense import models
 from tests import _stages as stages
 from tests._stages import MEMORY, assert_close, fused_under_compile, step
@@ -52,7 +52,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_is_the_naive_twin(form: str, memory: str) -> None:
     options = {"num_classes": 5, "bn_size": 2, **FORMS[form]}
-    naive = random_(twins.DenseNet(4, (2, 3, 2), 6, **options))
+    naive = random_(densenet.DenseNet(4, (2, 3, 2), 6, **options))
     fused = models.DenseNet(4, (2, 3, 2), 6, memory=memory, **options)
     channels = options.get("in_channels", 3)
     assert_like(fused, naive, torch.randn(3, channels, 21, 17, dtype=torch.float64))
@@ -62,7 +62,7 @@ def test_a_model_is_the_naive_twin(form: str, memory: str) -> None:
 @pytest.mark.parametrize("dims, size", [(1, (9,)), (3, (5, 4, 6))])
 def test_one_and_three_dimensions(dims: int, size: tuple[int, ...], plain: bool) -> None:
     options = {"num_classes": 5, "small_inputs": True, "bn_size": None if plain else 2}
-    naive = random_(stages.in_dimensions(twins.DenseNet(4, (2, 2), 6, **options), dims))
+    naive = random_(stages.in_dimensions(densenet.DenseNet(4, (2, 2), 6, **options), dims))
     naive.forward = lambda x: naive.classifier(F.relu(naive.features(x)).flatten(2).mean(2))
     fused = models.DenseNet(4, (2, 2), 6, spatial_dims=dims, **options)
     assert_like(fused, naive, torch.randn(3, 3, *size, dtype=torch.float64))

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from benchmarks.measure import peak_bytes
 from effdense.nn import obstacles
 from tests._stages import assert_close, fused_under_compile, step
@@ -30,7 +30,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def small_net() -> nn.Module:
-    return models.DenseNet(4, (1, 1), 6, num_classes=5).double()
+    return densenet.DenseNet(4, (1, 1), 6, num_classes=5).double()
 
 
 def make_images(images: int = 4, size: int = 32) -> Tensor:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import effdense
-from benchmarks import models
+from benchmarks import densenet
 from effdense.engine import node
 from tests._processes import once
 from tests._stages import assert_close
@@ -29,7 +29,7 @@ PROCESSES = 2
 def make_net(training: bool = False) -> Any:
     """In evaluation statistics are the running ones, and the joined batch's gradients the processes' mean."""
     torch.manual_seed(0)
-    return models.DenseNet(4, (1, 1), 6, num_classes=5).double().train(training)
+    return densenet.DenseNet(4, (1, 1), 6, num_classes=5).double().train(training)
 
 
 def make_images() -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from effdense.engine import node
 from effdense.functional import cat_bn_relu_conv1x1
 from effdense.nn import DenseLayer
@@ -120,7 +120,7 @@ def test_subclasses_in_stages(make: str, tail: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("make", MAKES)
 def test_subclasses_in_layers(make: str) -> None:
-    naive = models._DenseLayer(CHANNELS, 4, 3, 0.0).double()
+    naive = densenet._DenseLayer(CHANNELS, 4, 3, 0.0).double()
     fused = DenseLayer(CHANNELS, 4, 3, 0.0).double()
     fused.load_state_dict(naive.state_dict())
     assert_same_of(MAKES[make], (naive, fused), make_input())
@@ -130,7 +130,7 @@ def test_subclasses_in_layers(make: str) -> None:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision's structure": lambda: models.DenseNet(4, (2, 2), 6, num_classes=5),
+    "torchvision's structure": lambda: densenet.DenseNet(4, (2, 2), 6, num_classes=5),
     "gpleiss's": structures.StarNet,
 }
 
@@ -188,7 +188,7 @@ def test_an_image_without_a_batch_is_pytorchs_matter(tail: str) -> None:
 
 def test_an_image_without_a_batch_where_it_runs() -> None:
     """PyTorch's convolution takes it, and so does what follows if no norm is in the way."""
-    naive = models._Transition(CHANNELS, 4).double()
+    naive = densenet._Transition(CHANNELS, 4).double()
     naive.norm = nn.Identity()  # type: ignore[assignment]
     fused = effdense.convert(copy.deepcopy(naive))
     x = make_input()[0]

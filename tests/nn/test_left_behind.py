@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from tests._conversions import assert_same, kinds, library, randomised
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision's structure": lambda: models.DenseNet(4, (2, 2), 6, num_classes=5),
+    "torchvision's structure": lambda: densenet.DenseNet(4, (2, 2), 6, num_classes=5),
     "gpleiss": structures.StarNet,
     "tutorial": lambda: structures.tutorial_net(0.0),
     "growing": structures.growing_net,
@@ -143,7 +143,7 @@ def test_a_buffer_that_the_code_reads_is_refused() -> None:
 
 
 def test_what_can_change_the_computation_is_named() -> None:
-    model: Any = effdense.convert(models.DenseNet(4, (2, 2), 6, num_classes=5))
+    model: Any = effdense.convert(densenet.DenseNet(4, (2, 2), 6, num_classes=5))
     layer = model.features.denseblock1.denselayer1
     layer.norm2.register_forward_hook(lambda *_: None)
     torch.nn.utils.parametrizations.weight_norm(model.features.denseblock2.denselayer1.conv1)

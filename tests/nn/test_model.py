@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effdense
-from benchmarks import models
+from benchmarks import densenet
 from effdense.nn import DenseBlock, DenseFeatures, DenseNet, Transition
 from tests._stages import MEMORY, assert_close, assert_same, converted, step
 
@@ -25,7 +25,7 @@ def make_naive(plain: bool = False, **options: Any) -> nn.Module:
     """A DenseNet of seven layers in float64, with statistics that are not the initial ones."""
     torch.manual_seed(5)
     options = {"num_classes": 5, "bn_size": None if plain else 2, **options}
-    model = models.DenseNet(4, (2, 3, 2), 6, **options).double()
+    model = densenet.DenseNet(4, (2, 3, 2), 6, **options).double()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "norm" in name and tensor.is_floating_point():
@@ -346,7 +346,7 @@ def test_a_stem_pool_that_cannot_be(pool: nn.Module) -> None:
 # ---- reports and copies
 
 
-class OtherHead(models.DenseNet):
+class OtherHead(densenet.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         features = torch.tanh(self.features(x))
         return self.classifier(F.adaptive_avg_pool2d(features, (1, 1)).flatten(1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from benchmarks import models
+from benchmarks import densenet
 from effdense.nn import DenseBlock, DenseLayer, Transition
 from tests._cases import rms
 
@@ -20,7 +20,7 @@ MEMORY = ["balanced", "minimal"]
 
 def make_pair(memory: str = "balanced", drop_rate: float = 0.0) -> tuple[nn.Module, DenseLayer]:
     """A naive layer and ours with the same parameters, in float64, with statistics that are not the initial ones."""
-    naive = models._DenseLayer(10, 4, 3, drop_rate).double()
+    naive = densenet._DenseLayer(10, 4, 3, drop_rate).double()
     with torch.no_grad():
         for tensor in (*naive.parameters(), *naive.buffers()):
             if tensor.is_floating_point() and tensor.dim() == 1:
@@ -198,7 +198,7 @@ def test_gradcheck_through_a_block(memory: str) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_is_as_exact_as_the_naive_one(memory: str, dtype: torch.dtype) -> None:
-    naive = models._DenseBlock(4, 16, 4, 12, 0.0)
+    naive = densenet._DenseBlock(4, 16, 4, 12, 0.0)
     fused = DenseBlock(4, 16, 4, 12, 0.0, memory=memory)
     fused.load_state_dict(naive.to(dtype).state_dict())
     x = torch.randn(8, 16, 12, 12).to(dtype)
@@ -219,7 +219,7 @@ def test_a_block_is_as_exact_as_the_naive_one(memory: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("training", [True, False])
 def test_transition_is_the_naive_transition(training: bool) -> None:
-    naive, fused = models._Transition(10, 5).double(), Transition(10, 5).double()
+    naive, fused = densenet._Transition(10, 5).double(), Transition(10, 5).double()
     fused.load_state_dict(naive.state_dict())
     naive.norm.momentum = fused.norm.momentum = None
     assert fused.obstacle() is None

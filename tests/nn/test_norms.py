@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models as twins
-from benchmarks import structures
+from benchmarks import densenet, structures
 from tests import _stages as stages
 from tests._conversions import images_for, kinds, randomised, step
 from tests._stages import assert_close
@@ -23,7 +22,7 @@ class InDimensions(nn.Module):
 
     def __init__(self, dimensions: int) -> None:
         super().__init__()
-        net = twins.DenseNet(4, (2, 2), 6, num_classes=5, bn_size=2, small_inputs=True)
+        net = densenet.DenseNet(4, (2, 2), 6, num_classes=5, bn_size=2, small_inputs=True)
         self.net = stages.in_dimensions(net, dimensions).features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,8 +30,8 @@ class InDimensions(nn.Module):
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "bottleneck": lambda: twins.DenseNet(4, (2, 3), 6, num_classes=5, bn_size=2),
-    "plain": lambda: twins.DenseNet(4, (2, 2), 6, num_classes=5, bn_size=None, bias=True),
+    "bottleneck": lambda: densenet.DenseNet(4, (2, 3), 6, num_classes=5, bn_size=2),
+    "plain": lambda: densenet.DenseNet(4, (2, 2), 6, num_classes=5, bn_size=None, bias=True),
     "1D": lambda: InDimensions(1),
     "3D": lambda: InDimensions(3),
     "gpleiss": structures.StarNet,

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models as twins
-from benchmarks import structures
+from benchmarks import densenet, structures
 from tests._conversions import images_for, randomised
 from tests._stages import assert_as_exact, assert_close, step, weights_of
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "bottleneck": lambda: twins.DenseNet(4, (2, 3), 6, num_classes=5, bn_size=2),
-    "plain": lambda: twins.DenseNet(4, (2, 3), 6, num_classes=5, bn_size=None, small_inputs=True, bias=True),
+    "bottleneck": lambda: densenet.DenseNet(4, (2, 3), 6, num_classes=5, bn_size=2),
+    "plain": lambda: densenet.DenseNet(
+        4, (2, 3), 6, num_classes=5, bn_size=None, small_inputs=True, bias=True
+    ),
     "gpleiss": structures.StarNet,
     "d2l": structures.d2l_net,
     "tutorial": lambda: structures.tutorial_net(0.0),

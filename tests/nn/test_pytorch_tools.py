@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import effdense
-from benchmarks import models, structures
+from benchmarks import densenet, structures
 from effdense.engine import node
 from tests._stages import assert_close, assert_same
 
 pytestmark = pytest.mark.core
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision's structure": lambda: models.DenseNet(4, (2, 2), 6, num_classes=5),
+    "torchvision's structure": lambda: densenet.DenseNet(4, (2, 2), 6, num_classes=5),
     "gpleiss's": structures.StarNet,
 }
 
@@ -244,10 +244,10 @@ def test_what_torch_jit_has_compiled_is_refused(how: str) -> None:
     for function in (effdense.convert, effdense.report):
         with pytest.raises(TypeError, match=r"model is a \w+: its code is fixed already; convert before"):
             function(compiled)
-    net = nn.Sequential(models._DenseBlock(2, 3, 2, 2, 0.0), compiled)
+    net = nn.Sequential(densenet._DenseBlock(2, 3, 2, 2, 0.0), compiled)
     with pytest.raises(TypeError, match=r"convert: 1 is a \w+: its code is fixed already; convert before"):
         effdense.convert(net)
-    assert type(net[0]) is models._DenseBlock
+    assert type(net[0]) is densenet._DenseBlock
 
 
 def test_a_traced_graph_is_left_alone(pair: tuple[nn.Module, nn.Module]) -> None:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effdense
-from benchmarks import models
+from benchmarks import densenet
 from benchmarks.measure import peak_bytes
 from effdense.engine import stem
 from effdense.models import DenseNet
 from tests._stages import assert_close, fused_under_compile, step
-from tests.engine.test_second_order import by_grad
+from tests.engine._second_order import by_grad
 
 MAP_CHANNELS, IMAGES = 34, 3  # more than two vectors of every type, and a rest
 
@@ -104,7 +104,7 @@ def test_a_stem_of_two_convolutions() -> None:
     """Of the second one the input needs a gradient."""
 
     torch.manual_seed(0)
-    naive = models.DenseNet(4, (1, 2), 6, num_classes=5)
+    naive = densenet.DenseNet(4, (1, 2), 6, num_classes=5)
     naive.features.conv0 = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3))
     fused = effdense.convert(naive)
     assert_same_bits(
@@ -114,7 +114,7 @@ def test_a_stem_of_two_convolutions() -> None:
 
 def naive_and_minimal(training: bool = True) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    naive = models.DenseNet(4, (1, 2), 6, num_classes=5).double().train(training)
+    naive = densenet.DenseNet(4, (1, 2), 6, num_classes=5).double().train(training)
     return naive, effdense.convert(copy.deepcopy(naive), memory="minimal")
 
 
@@ -147,7 +147,7 @@ def test_the_map_is_kept_in_balanced_mode_and_where_the_convolution_is_called_by
     x = images(2, torch.float32)
     size = IMAGES * MAP_CHANNELS * 18 * 17
     assert size in saved_sizes(net("balanced"), x) and size not in saved_sizes(net("minimal"), x)
-    converted = effdense.convert(models.DenseNet(4, (1,), MAP_CHANNELS), memory="minimal")
+    converted = effdense.convert(densenet.DenseNet(4, (1,), MAP_CHANNELS), memory="minimal")
     assert size not in saved_sizes(converted, x)
     assert size in saved_sizes(effdense.convert(converted, memory="balanced"), x)
     hooked = net("minimal")

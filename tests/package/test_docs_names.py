@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from effdense.ops import reference
+
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted(ROOT.glob("docs/*.md")))]
 PAGES.remove("docs/log.md")
@@ -227,6 +229,13 @@ def test_what_is_wrong_is_found() -> None:
     covered = {"tests/test_new.py", "harness/simt/samples/new.cu", "docs/x.png"}
     assert not set(off_the_map(text, FILES | covered)) & covered
     assert "csrc/stage_forward.cpp" in off_the_map(text.replace("`stage_forward.cpp`", "a file"), FILES)
+
+
+def test_results_name_operators_that_are_there() -> None:
+    convolutions = {"conv3x3", "conv3x3_backward"}  # PyTorch's, beside them
+    for file in ("cuda-traffic", "cpu-kernels", "cpu-avx2-kernels"):
+        rows = json.loads((ROOT / f"docs/results/{file}.json").read_text())["rows"]
+        assert not [r["op"] for r in rows if not hasattr(reference, r["op"]) and r["op"] not in convolutions]
 
 
 # ---- Figures

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import effdense
-from benchmarks import models as twins
-from benchmarks import structures
+from benchmarks import densenet, structures
 from effdense import cli, models
 from effdense.tools.summary import SAVED
 from tests._stages import kept_tensors
@@ -78,7 +77,7 @@ def test_saved_bytes_are_those_of_a_real_forward(memory: str, form: str) -> None
     options = {"bn_size": 2, "num_classes": 5, **FORMS[form]}
     fused = models.DenseNet(4, (2, 3), 6, **options)
     got = effdense.summary(fused, shape).total.saved[memory]
-    runs = twins.DenseNet(4, (2, 3), 6, **options) if memory == "naive" else fused
+    runs = densenet.DenseNet(4, (2, 3), 6, **options) if memory == "naive" else fused
     if memory != "naive":
         effdense.convert(fused, memory=memory)
     x = torch.randn(shape)

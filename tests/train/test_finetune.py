@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import effdense
@@ -21,15 +19,10 @@ from effdense import models
 from effdense.train import loop, split
 from effdense.train.learner import Learner, class_weights
 from effdense.train.settings import RECIPES, Recipe
-from tests._training import assert_same_end, load, rows, train, write_data
+from tests._training import assert_same_end, load, rows, train, write_flowers
 
 FINETUNE = ("--recipe", "finetune", "--class-weights", "balanced")
 STEPS = 4  # in an epoch: of 60 images 48 are left for training
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -307,14 +300,7 @@ def test_mixup_is_torchvisions(root: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("blue", "red"):
-            (tmp_path / "flowers" / part / name).mkdir(parents=True)
-            for i in range(2):
-                pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "flowers" / part / name / f"{i}.png")
-    return tmp_path / "flowers"
+    return write_flowers(tmp_path, images=2, size=32)
 
 
 PRETRAINED = (

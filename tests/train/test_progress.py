@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from effdense import progress
 from effdense.train import display, loop
 from effdense.train.interrupt import Interrupt
 from effdense.train.metrics import Row
 from effdense.train.settings import RECIPES
-from tests._training import STEPS, assert_same_end, load, rows, train
+from tests._training import STEPS, Terminal, assert_same_end, load, rows, train
 
 ROW = Row(12, 1234, "step", 2.31163, 0.0417, 0.1, 1234.5, 332 * 2**20, 99.0)
 
@@ -150,8 +151,8 @@ def test_the_header_of_a_part(whole: Path, root: Path, tmp_path: Path, capsys: A
 def test_lines_where_there_is_no_terminal(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(display, "FIRST", 0.0)
-    monkeypatch.setattr(display, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "FIRST", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     assert train(root, tmp_path, "--epochs", "1") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert len(said) == STEPS + 2 + 1
@@ -161,7 +162,7 @@ def test_lines_where_there_is_no_terminal(
 
 def test_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     now = 0.0
-    monkeypatch.setattr(display.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     shown = display.Display(RECIPES["cifar"], 5000)
     lines = []
     for second in range(0, 200):
@@ -174,13 +175,6 @@ def test_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 @pytest.mark.parametrize("seconds, words", [(0.4, "0:00:00"), (59.6, "0:01:00"), (36_061, "10:01:01")])
 def test_durations(seconds: float, words: str) -> None:
     assert display._duration(seconds) == words
-
-
-class Terminal(io.StringIO):
-    """As rich wants one."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize(
@@ -199,7 +193,7 @@ def test_the_bar_is_not_cut_off(columns: int, words: str, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stderr", Terminal())
     shown = display.Display(RECIPES["cifar"], 1500)
-    bar = shown._bar
+    bar = shown._progress._bar
     try:
         shown.show(ROW, 1234)
         paper = io.StringIO()

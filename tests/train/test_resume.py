@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from effdense.train import checkpoint, images
-from tests._training import TRAIN, assert_same_end, load, train, write_idx
+from tests._training import TRAIN, assert_same_end, load, train, write_flowers, write_idx
 
 SHORT = ("--epochs", "1", "--limit-train", "12")
 ON_FOLDER = ("--data", "folder", "--recipe", "d2l", "--resize", "16", "--batch-size", "4", "--epochs", "1")
@@ -28,14 +28,7 @@ def short(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("blue", "red"):
-            (tmp_path / "flowers" / split / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = generator.integers(0, 256, (16, 16, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "flowers" / split / name / f"{i}.png")
-    return tmp_path / "flowers"
+    return write_flowers(tmp_path, images=4, size=16)
 
 
 def rename(folder: Path, name: str, new: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from tests._training import (
     STEPS,
     TEST,
     TRAIN,
+    Terminal,
     arguments,
     assert_same_end,
     load,
@@ -355,11 +355,6 @@ def test_a_new_head_on_frozen_features(whole: Path, root: Path, tmp_path: Path) 
     before, after = load(whole, "best.pt")["state_dict"], load(tmp_path)["state_dict"]
     changed = {key for key in after if not torch.equal(before[key], after[key])}
     assert changed == {"classifier.weight", "classifier.bias"}
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_bar_on_a_terminal(
