@@ -131,8 +131,8 @@ def plan(
         memory: "balanced" or "minimal" as in `effdense.convert`; "naive": its submodules one by one; "checkpoint": the
             same with every layer's bottleneck (of a plain layer: all of it) computed again in the backward, for
             blocks with torchvision's layers only.
-        training: False: of one forward of the model in evaluation mode, without gradients. Where maps are smaller than
-            weights, and for "naive", up to a quarter more has been measured: oneDNN's.
+        training: False: of one forward of the model in evaluation mode, without gradients. For "naive", and where maps are
+            smaller than weights, oneDNN's copies of one convolution's image, weight and result may come on top.
 
     Raises:
         TypeError: model is not a module.
