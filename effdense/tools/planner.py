@@ -342,7 +342,7 @@ def _step(model: nn.Module, x: Tensor) -> None:
 def check_input_shape(op: str, input_shape: Any) -> tuple[int, ...]:
     """Checks and returns the shape of a batch of images."""
     sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
-    whole = (isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in sizes)
+    whole = (isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in sizes)
     if not 3 <= len(sizes) <= 5 or not all(whole):
         raise ValueError(
             f"{op}: input_shape must be batch, channels and one to three sizes, all positive, got {input_shape!r}"
