@@ -68,8 +68,8 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Tr
 
     Examples:
         >>> model = effdense.models.densenet_cifar(10, growth_rate=4)
-        >>> effdense.models.save_weights(model, "weights.safetensors")
-        >>> model = effdense.models.load_checkpoint("weights.safetensors", "densenet_bc_10_4")
+        >>> effdense.models.save_weights(model, "weights.pt")
+        >>> model = effdense.models.load_checkpoint("weights.pt", "densenet_bc_10_4")
     """
     check_path("load_checkpoint", "path", path)
     if name is not None and not isinstance(name, str):

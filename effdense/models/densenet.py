@@ -157,7 +157,7 @@ class DenseNet(TimmMethods, dense.DenseNet):
         super().__init__(features, nn.Linear(width, num_classes))
         self.num_features, self.num_classes, self.head_drop_rate = width, int(num_classes), 0.0
         halvings = len(block_config) - 1
-        self.least_size = 2**halvings if small_inputs else 4 * 2**halvings - 3
+        self.least_size: int = 2**halvings if small_inputs else 4 * 2**halvings - 3
         _initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:

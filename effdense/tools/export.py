@@ -70,8 +70,8 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
         raise ValueError(
             f"the file's name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}"
         )
-    for package in _WAYS[suffix].needs if suffix in _WAYS else ():
-        extras.load(package, "writing ONNX", "export")
+    for package in _WAYS[suffix].needs if suffix in _WAYS else ("safetensors",):
+        extras.load(package, f"writing {'ONNX' if suffix == '.onnx' else package}", "export")
     return suffix
 
 
