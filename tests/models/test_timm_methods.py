@@ -42,10 +42,9 @@ def test_features_and_head_are_the_forward(build: Callable[[], DenseNet], traini
     torch.testing.assert_close(model.forward_head(features), model(x))
 
 
-@pytest.mark.parametrize("x", [None, torch.rand(2, 5, 3, 3), torch.rand(2, 14)])
+@pytest.mark.parametrize("x", [None, torch.rand(2, 5, 3, 3), torch.rand(2, 15)])
 def test_a_head_wants_the_features(x: Any) -> None:
     model = make()
-    assert model.num_features == 14 or x is None or x.dim() == 4
     with pytest.raises(
         ValueError, match=rf"forward_head: x must be .*, \[N, {model.num_features}, \*spatial\], got "
     ):
