@@ -23,6 +23,7 @@ PACKAGES = {
     "onnx": Package("onnx", ("export",)),
     "onnxruntime": Package("onnxruntime", ("export",)),
     "onnxscript": Package("onnxscript", ("export",)),
+    "safetensors": Package("safetensors", ("safetensors", "export", "train")),
     "tomli": Package("tomli", ("train",)),  # Python 3.10's
     "torchvision": Package("torchvision", ("vision", "peers")),
     "ignite": Package("pytorch-ignite", ("peers",)),

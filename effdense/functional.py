@@ -10,7 +10,7 @@ from effdense.engine import single_layer
 from effdense.engine.batch_norm import Update, recomputing, update_running_statistics
 from effdense.engine.inputs import through
 from effdense.engine.norm import Norm
-from effdense.engine.validation import check_number
+from effdense.engine.validation import check_flag, check_number
 
 
 def cat_bn_relu_conv1x1(
@@ -62,6 +62,7 @@ def cat_bn_relu_conv1x1(
     op = "cat_bn_relu_conv1x1"
     check_number(op, "momentum", momentum)
     check_number(op, "eps", eps)
+    check_flag(op, "training", training)
     norm = Norm(norm_weight, norm_bias, running_mean, running_var, eps, training)
 
     def fused(features: Sequence[Tensor]) -> Tensor:

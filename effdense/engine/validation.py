@@ -6,10 +6,12 @@ ValueError. Nothing has been changed when one is raised. (csrc/checks.h guards t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from effdense.engine.norm import Norm
@@ -29,6 +31,7 @@ def check_features(op: str, features: Sequence[Tensor]) -> int:
             raise TypeError(f"{op}: features[{i}] must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"{op}: features[{i}] must have a floating dtype, got {x.dtype}")
+        check_strided(op, f"features[{i}]", x)
         if not 3 <= x.dim() <= 5:
             raise ValueError(
                 f"{op}: features[{i}] must be [N, C, *spatial] with 1 to 3 spatial dimensions, "
@@ -50,6 +53,12 @@ def check_features(op: str, features: Sequence[Tensor]) -> int:
     return sum(x.shape[1] for x in features)
 
 
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    """Checks that a tensor is no sparse one, nor in a layout of oneDNN's."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor (to_dense), got layout {tensor.layout}")
+
+
 def check_same_dtype(op: str, features: Sequence[Tensor]) -> None:
     """Checks that the features, checked otherwise, can be read together; autocast may mix dtypes, nothing else."""
     for i, x in enumerate(features):
@@ -67,6 +76,7 @@ def check_vector(op: str, name: str, vector: Tensor | None, size: int, like: Ten
         raise TypeError(f"{op}: {name} must be a tensor, got {type(vector).__name__}")
     if not vector.is_floating_point():
         raise TypeError(f"{op}: {name} must have a floating dtype, got {vector.dtype}")
+    check_strided(op, name, vector)
     if vector.shape != (size,):
         raise ValueError(f"{op}: {name} must have {size} elements ({what}), got shape {tuple(vector.shape)}")
     if vector.device != like.device:
@@ -81,6 +91,7 @@ def check_conv_weight(
         raise TypeError(f"{op}: {name} must be a tensor, got {type(weight).__name__}")
     if weight.dtype != like.dtype:
         raise TypeError(f"{op}: {name} must be {like.dtype} like the features, got {weight.dtype}")
+    check_strided(op, name, weight)
     if weight.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the features, got {weight.device}")
     spatial = (kernel,) * (like.dim() - 2)
@@ -132,6 +143,20 @@ def check_probability(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be between 0 and 1, got {value!r}")
 
 
+def check_flag(op: str, name: str, value: Any) -> None:
+    """Checks what is yes or no: a text such as "no" would be yes."""
+    of_numpy = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    if of_numpy or (isinstance(value, Integral) and value in (0, 1)):  # bools are Integral
+        return
+    raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def check_path(op: str, name: str, value: Any) -> None:
+    """Checks that an argument names a file."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{op}: {name} must be a str or os.PathLike, got {type(value).__name__}")
+
+
 def check_module(op: str, name: str, value: Any) -> None:
     """Checks that an argument is a module."""
     if not isinstance(value, nn.Module):
@@ -140,7 +165,7 @@ def check_module(op: str, name: str, value: Any) -> None:
 
 def check_memory(op: str, memory: str) -> Memory:
     """Checks and returns the name of a memory mode."""
-    if memory not in get_args(Memory):
+    if not isinstance(memory, str) or memory not in get_args(Memory):
         raise ValueError(f'{op}: memory must be "balanced" or "minimal", got {memory!r}')
     return cast(Memory, memory)
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from effdense import tensor_files
+from effdense.engine.validation import check_path
 from effdense.models.names import build
 from effdense.models.preparation import SIZES, Preparation, for_test
-from effdense.models.weights import load_weights
+from effdense.models.weights import load_weights, our_names
 
 if TYPE_CHECKING:
 
@@ -27,15 +28,25 @@ if TYPE_CHECKING:
 
 def _sizes(name: str, state: Mapping[str, Any]) -> dict[str, int]:
     """The number of classes and of the images' channels, as options of the model's constructor."""
-    weights = [t for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 1]
+    weights = {
+        k: t for k, t in state.items() if isinstance(k, str) and isinstance(t, torch.Tensor) and t.dim() > 1
+    }
     if not weights:
         return {}
-    sizes = {} if weights[-1].dim() > 2 else {"num_classes": weights[-1].shape[0]}
+    named = {name: weights[key] for key, name in our_names(weights).by_key.items()}
+    in_order = list(
+        weights.values()
+    )  # of nets with other names; a file of safetensors need not keep their order
+    first, last = (
+        named.get("features.conv0.weight", in_order[0]),
+        named.get("classifier.weight", in_order[-1]),
+    )
+    sizes = {} if last.dim() > 2 else {"num_classes": last.shape[0]}
     library = name.partition(":")[0] if ":" in name else ""
-    if not library and (spatial := weights[0].dim() - 2) in (1, 3):
+    if not library and (spatial := first.dim() - 2) in (1, 3):
         sizes["spatial_dims"] = spatial
     channels = {"": "in_channels", "timm": "in_chans"}.get(library)
-    return {**sizes, channels: weights[0].shape[1]} if channels else sizes
+    return {**sizes, channels: first.shape[1]} if channels else sizes
 
 
 def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Trained:
@@ -50,14 +61,19 @@ def load_checkpoint(path: str | os.PathLike[str], name: str | None = None) -> Tr
         name: of the model (see `build`), where the file does not say it.
 
     Raises:
+        ImportError: the file is one of safetensors, which is not installed.
         OSError: the file cannot be opened.
+        TypeError: path is no path, or name no text.
         ValueError: it is damaged, or does not say which model it holds, or that is another one.
 
     Examples:
         >>> model = effdense.models.densenet_cifar(10, growth_rate=4)
-        >>> effdense.models.save_weights(model, "weights.safetensors")
-        >>> model = effdense.models.load_checkpoint("weights.safetensors", "densenet_bc_10_4")
+        >>> effdense.models.save_weights(model, "weights.pt")
+        >>> model = effdense.models.load_checkpoint("weights.pt", "densenet_bc_10_4")
     """
+    check_path("load_checkpoint", "path", path)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"load_checkpoint: name must be a str, got {type(name).__name__}")
     return restore(tensor_files.load_tensors(path), path, name)
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 from effdense import nn as dense
 from effdense.engine.validation import (
     Memory,
     check_count,
+    check_flag,
     check_memory,
     check_number,
     check_probability,
@@ -73,7 +77,7 @@ class DenseNet(TimmMethods, dense.DenseNet):
         memory: "balanced" keeps each layer's bottleneck output for the backward, "minimal" computes it again.
 
     Raises:
-        TypeError: compression or drop_rate is not a number.
+        TypeError: compression or drop_rate is not a number, or what is yes or no is something else; in the forward, no images.
         ValueError: an argument makes no sense; in the forward, images of another form or too small for the poolings.
 
     Examples:
@@ -119,6 +123,10 @@ class DenseNet(TimmMethods, dense.DenseNet):
             raise ValueError(f"DenseNet: compression must be above 0 and at most 1, got {compression!r}")
         check_probability("DenseNet", "drop_rate", drop_rate)
         check_memory("DenseNet", memory)
+        check_flag("DenseNet", "small_inputs", small_inputs)
+        check_flag("DenseNet", "memory_efficient", memory_efficient)
+        check_flag("DenseNet", "dropout_after_bottleneck", dropout_after_bottleneck)
+        check_flag("DenseNet", "bias", bias)
         if dropout_after_bottleneck and bn_size is None:
             raise ValueError("DenseNet: dropout_after_bottleneck needs bottlenecks, but bn_size is None")
 
@@ -149,22 +157,28 @@ class DenseNet(TimmMethods, dense.DenseNet):
         super().__init__(features, nn.Linear(width, num_classes))
         self.num_features, self.num_classes, self.head_drop_rate = width, int(num_classes), 0.0
         halvings = len(block_config) - 1
-        self.least_size = 2**halvings if small_inputs else 4 * 2**halvings - 3
+        self.least_size: int = 2**halvings if small_inputs else 4 * 2**halvings - 3
         _initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, *spatial] -> the features before their average, [N, num_features, *smaller]."""
-        if isinstance(x, Tensor):
-            self._check_images(x)
+        self._check_images(x)
         return super().forward_features(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, *spatial] -> scores [N, num_classes]."""
-        if isinstance(x, Tensor):  # not torch.fx's proxies
-            self._check_images(x)
+        self._check_images(x)
         return super().forward(x)
 
-    def _check_images(self, x: Tensor) -> None:
+    def _check_images(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            if isinstance(x, torch.fx.Proxy):
+                return
+            raise TypeError(f"DenseNet: images must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"DenseNet: images must have a floating dtype, as their mean is subtracted, got {x.dtype}"
+            )
         stem: Any = self.features.conv0
         convs: list[Any] = [m for m in stem.modules() if isinstance(m, CONVS)]
         if not convs:  # a user has put something else there
@@ -293,11 +307,11 @@ def densenet_cifar(
         >>> model(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
+    check_flag("densenet_cifar", "bottleneck", bottleneck)
     step = 6 if bottleneck else 3
-    if type(depth) is not int or depth <= 4 or (depth - 4) % step:
-        near = (
-            f"; the nearest is {step * max(1, round((depth - 4) / step)) + 4}" if type(depth) is int else ""
-        )
+    whole = isinstance(depth, Integral) and not isinstance(depth, bool)
+    if not whole or depth <= 4 or (depth - 4) % step:
+        near = f"; the nearest is {step * max(1, round((depth - 4) / step)) + 4}" if whole else ""
         raise ValueError(
             f"densenet_cifar: depth must be {step} n + 4 (three blocks of n layers), got {depth!r}{near}"
         )
@@ -368,8 +382,7 @@ class _TutorialDenseNet(DenseNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """See DenseNet."""
-        if isinstance(x, Tensor):
-            self._check_images(x)
+        self._check_images(x)
         y: Tensor = self.features(x)
         scores: Tensor = self.classifier(y.mean(tuple(range(2, y.dim()))))
         return scores

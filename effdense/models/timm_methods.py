@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from effdense.engine.validation import check_probability
+from effdense.nn.layers import DenseLayer, PlainDenseLayer
 
 
 class HeadDropout(nn.Linear):
@@ -19,6 +23,7 @@ class HeadDropout(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, drop_rate: float, **options: Any) -> None:
+        check_probability("HeadDropout", "drop_rate", drop_rate)
         super().__init__(in_features, out_features, **options)
         self.drop_rate = drop_rate
 
@@ -47,9 +52,33 @@ class TimmMethods:
         return F.relu(y) if self._relu_behind else y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What `forward_features` gives -> scores [N, num_classes]; with `pre_logits` what the classifier reads, [N, num_features]."""
+        """What `forward_features` gives -> scores [N, num_classes]; with `pre_logits` what the classifier reads, [N, num_features].
+
+        Raises:
+            ValueError: x is something else.
+        """
+        if not isinstance(x, torch.fx.Proxy) and (
+            not isinstance(x, Tensor) or x.dim() < 3 or x.shape[1] != self.num_features
+        ):
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"forward_head: x must be what forward_features gives, [N, {self.num_features}, *spatial], got {got}"
+            )
         pooled = x.flatten(2).mean(2)
         return pooled if pre_logits else self.classifier(pooled)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """What timm's `--grad-checkpointing` calls: blocks keep less for the backward, memory="minimal", or "balanced" again."""
+        for module in cast("nn.Module", self).modules():
+            if isinstance(module, (DenseLayer, PlainDenseLayer)):
+                module.memory = "minimal" if enable else "balanced"
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which parameters are at one depth, for timm's layer decay: the stem, and each block with the transition behind it."""
+        return {
+            "stem": r"^features\.(?:conv|norm|relu|pool|drop)0",
+            "blocks": r"^features\.(?:denseblock|transition)(\d+)",
+        }
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from effdense import extras
+from effdense.engine.validation import check_probability
 from effdense.models import densenet
 from effdense.models.preparation import STATISTICS
 
@@ -57,7 +58,12 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> densenet.De
             )
     if options.pop("global_pool", "avg") != "avg":
         raise ValueError(f'{PREFIX}{name}: global_pool must be "avg"')
-    num_classes, rate = options.pop("num_classes", 1000), options.pop("drop_rate", 0.0)
+    if options.pop("features_only", False):
+        raise ValueError(
+            f"{PREFIX}{name}: there is no features_only; effdense.convert(timm.create_model('densenet121', features_only=True)) has it"
+        )
+    num_classes, rate = options.pop("num_classes", 1000), options.pop("drop_rate", 0.0) or 0.0
+    check_probability(PREFIX + name, "drop_rate", rate)
     if "proj_drop_rate" in options:
         options["drop_rate"] = options.pop("proj_drop_rate")
     if "in_chans" in options:

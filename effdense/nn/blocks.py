@@ -15,6 +15,7 @@ from effdense.engine.inputs import accepts, through
 from effdense.engine.validation import (
     Memory,
     check_count,
+    check_flag,
     check_memory,
     check_probability,
     check_spatial_dims,
@@ -87,6 +88,9 @@ class DenseBlock(nn.ModuleDict):
         counts |= {"growth_rate": growth_rate} | ({} if bn_size is None else {"bn_size": bn_size})
         for name, value in counts.items():
             check_count("DenseBlock", name, value)
+        flags = {"memory_efficient": memory_efficient, "bias": bias}
+        for name, flag in {**flags, "dropout_after_bottleneck": dropout_after_bottleneck}.items():
+            check_flag("DenseBlock", name, flag)
         check_probability("DenseBlock", "drop_rate", drop_rate)
         check_memory("DenseBlock", memory)
         check_spatial_dims("DenseBlock", spatial_dims)
@@ -162,7 +166,7 @@ class Transition(nn.Sequential):
         spatial_dims: 1, 2 or 3.
 
     Raises:
-        ValueError: an argument makes no sense; the message says which.
+        TypeError, ValueError: an argument makes no sense; the message says which.
 
     Examples:
         >>> transition = effdense.nn.Transition(88, 44)
@@ -177,6 +181,7 @@ class Transition(nn.Sequential):
     ) -> None:
         check_count("Transition", "num_input_features", num_input_features)
         check_count("Transition", "num_output_features", num_output_features)
+        check_flag("Transition", "bias", bias)
         place = check_spatial_dims("Transition", spatial_dims)
         conv = CONVS[place]
         super().__init__(
@@ -236,8 +241,10 @@ def run_transition(x: Tensor, norm: Any, kernel: tuple[int, ...], conv: Any) -> 
 
     def fused(x: Tensor) -> Tensor:
         y, mean, var = pool.bn_relu_avg_pool("Transition", NAMES[:4], x, read_module(norm), kernel)
-        update_modules([(norm, mean, var)], x.numel() // x.shape[1])
         result: Tensor = conv(y)
+        update_modules(
+            [(norm, mean, var)], x.numel() // x.shape[1]
+        )  # last: what is raised has changed nothing
         return result
 
     return through(x, fused)

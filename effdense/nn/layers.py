@@ -16,6 +16,7 @@ from effdense.engine.inputs import accepts, through
 from effdense.engine.validation import (
     Memory,
     check_count,
+    check_flag,
     check_memory,
     check_probability,
     check_spatial_dims,
@@ -33,9 +34,11 @@ def _as_list(inputs: Sequence[Tensor | Sequence[Tensor]]) -> list[Tensor]:
     return list(inputs)  # type: ignore[arg-type]
 
 
-def _check(op: str, drop_rate: float, **counts: int) -> None:
+def _check(op: str, drop_rate: float, flags: Mapping[str, bool], **counts: int) -> None:
     for name, value in counts.items():
         check_count(op, name, value)
+    for name, flag in flags.items():
+        check_flag(op, name, flag)
     check_probability(op, "drop_rate", drop_rate)
 
 
@@ -112,6 +115,11 @@ class DenseLayer(_Layer):
         _check(
             "DenseLayer",
             drop_rate,
+            {
+                "memory_efficient": memory_efficient,
+                "bias": bias,
+                "dropout_after_bottleneck": dropout_after_bottleneck,
+            },
             num_input_features=num_input_features,
             growth_rate=growth_rate,
             bn_size=bn_size,
@@ -200,7 +208,8 @@ class PlainDenseLayer(_Layer):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        _check("PlainDenseLayer", drop_rate, num_input_features=num_input_features, growth_rate=growth_rate)
+        counts = {"num_input_features": num_input_features, "growth_rate": growth_rate}
+        _check("PlainDenseLayer", drop_rate, {"bias": bias}, **counts)
         place = check_spatial_dims("PlainDenseLayer", spatial_dims)
         self.norm1 = NORMS[place](num_input_features)
         self.relu1 = nn.ReLU(inplace=True)

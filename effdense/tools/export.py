@@ -70,8 +70,8 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
         raise ValueError(
             f"the file's name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}"
         )
-    for package in _WAYS[suffix].needs if suffix in _WAYS else ():
-        extras.load(package, "writing ONNX", "export")
+    for package in _WAYS[suffix].needs if suffix in _WAYS else ("safetensors",):
+        extras.load(package, f"writing {'ONNX' if suffix == '.onnx' else package}", "export")
     return suffix
 
 
@@ -96,7 +96,7 @@ def export_model(
 
     Raises:
         Differs: the file would compute something else.
-        ImportError: ONNX needs `pip install 'effdense[export]'`.
+        ImportError: ONNX and safetensors need `pip install 'effdense[export]'`.
         OSError: the file cannot be written; the message says what is there instead.
         TypeError: model is not a module.
         ValueError: the name ends in something else, input_shape is wrong, or the model cannot be traced.
@@ -130,15 +130,13 @@ def metadata_of(model: nn.Module, name: str | None = None) -> dict[str, str]:
 
 
 def _weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> tuple[bytes, Exported]:
-    state, stream = model.state_dict(), io.BytesIO()
-    tensor_files.write_safetensors(state, stream, metadata, str(path))
-    size = stream.tell()
-    stream.seek(0)
-    read = tensor_files.read_safetensors(stream, size)
+    state = model.state_dict()
+    content = tensor_files.safetensors_of(state, metadata, str(path))
+    read = tensor_files.read_safetensors(content, str(path))
     if wrong := [k for k in state if k not in read or not torch.equal(read[k], state[k].cpu())]:
         raise Differs(f"export: {wrong[0]} was read back as something else")
     dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
-    return stream.getvalue(), Exported(path, size, dtype, None, "reading it back", 0.0, 0.0)
+    return content, Exported(path, len(content), dtype, None, "reading it back", 0.0, 0.0)
 
 
 def _program(

@@ -9,6 +9,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -103,15 +104,16 @@ def _step(model: nn.Module, x: Tensor) -> None:
 def check_input_shape(op: str, input_shape: Any) -> tuple[int, ...]:
     """Checks and returns the shape of a batch of images."""
     sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
-    if not 3 <= len(sizes) <= 5 or not all(type(n) is int and n > 0 for n in sizes):
+    whole = (isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in sizes)
+    if not 3 <= len(sizes) <= 5 or not all(whole):
         raise ValueError(
             f"{op}: input_shape must be batch, channels and one to three sizes, all positive, got {input_shape!r}"
         )
-    return sizes
+    return tuple(int(n) for n in sizes)
 
 
 def _checked(input_shape: Any, memory: str) -> tuple[int, ...]:
-    if memory not in MEMORY:
+    if not isinstance(memory, str) or memory not in MEMORY:
         raise ValueError(f"plan: memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
     return check_input_shape("plan", input_shape)
 

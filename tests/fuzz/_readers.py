@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gzip
+import importlib.util
 import io
 import json
 import resource
@@ -54,10 +55,12 @@ def saved(content: Any, legacy: bool = False) -> bytes:
     return file.getvalue()
 
 
-def _safetensors(content: dict[str, Any]) -> bytes:
+def _safetensors(content: dict[str, Any]) -> list[bytes]:
+    if importlib.util.find_spec("safetensors") is None:
+        return []
     with tempfile.TemporaryDirectory() as folder:
         save_tensors(content, path := Path(folder) / "x.safetensors")
-        return path.read_bytes()
+        return [path.read_bytes()]
 
 
 def some_tensors() -> dict[str, Any]:
@@ -149,12 +152,12 @@ def _metrics() -> list[bytes]:
 READERS = {
     "tensors": Reader(
         load_tensors,
-        lambda: [saved(some_tensors()), saved(some_tensors(), True), _safetensors(some_tensors())],
+        lambda: [saved(some_tensors()), saved(some_tensors(), True), *_safetensors(some_tensors())],
         "x.pt",
     ),
     "weights": Reader(
         lambda path: models.load_weights(_small(), path),
-        lambda: [saved(_small().state_dict()), _safetensors(_small().state_dict())],
+        lambda: [saved(_small().state_dict()), *_safetensors(_small().state_dict())],
         "x.pt",
     ),
     "checkpoint": Reader(models.load_checkpoint, lambda: [saved(a_checkpoint())], "x.pt"),

@@ -114,6 +114,7 @@ entries = st.fixed_dictionaries(
     100,
 )
 def test_safetensors_headers(case: tuple[dict[str, Any], bytes]) -> None:
+    pytest.importorskip("safetensors")
     read_damaged("tensors", safetensors_of(*case))
 
 

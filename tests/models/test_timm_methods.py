@@ -42,6 +42,34 @@ def test_features_and_head_are_the_forward(build: Callable[[], DenseNet], traini
     torch.testing.assert_close(model.forward_head(features), model(x))
 
 
+@pytest.mark.parametrize("x", [None, torch.rand(2, 5, 3, 3), torch.rand(2, 15)])
+def test_a_head_wants_the_features(x: Any) -> None:
+    model = make()
+    with pytest.raises(
+        ValueError, match=rf"forward_head: x must be .*, \[N, {model.num_features}, \*spatial\], got "
+    ):
+        model.forward_head(x)
+
+
+def test_checkpointing_is_minimal_memory() -> None:
+    model = make()
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        memories = {m.memory for m in model.modules() if isinstance(m, effdense.nn.DenseLayer)}
+        assert memories == {"minimal" if enable else "balanced"}
+
+
+def test_layer_decay_by_blocks() -> None:
+    group = pytest.importorskip("timm.models").group_parameters
+    model = make()
+    groups = list(group(model, model.group_matcher()).values())
+    kinds = [sorted({".".join(n.split(".")[:2]) for n in names}) for names in groups]
+    stem, first, second, rest = kinds
+    assert stem == ["features.conv0", "features.norm0"]
+    assert first == ["features.denseblock1", "features.transition1"] and second == ["features.denseblock2"]
+    assert rest == ["classifier.bias", "classifier.weight", "features.norm5"]
+
+
 def test_another_classifier_stays_fused_and_keeps_the_keys() -> None:
     model = make().double().eval()
     keys = list(model.state_dict())

@@ -53,8 +53,14 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
     "MONAI": renamed((INNER, r"\1.layers.\2."), (r"^classifier\.", "class_layers.out.")),
     "DataParallel": renamed((r"^", "module.")),
     "compiled": renamed((r"^", "module._orig_mod.")),
+    "FSDP": renamed(
+        (r"^", "_fsdp_wrapped_module."), (r"\.denselayer", "._checkpoint_wrapped_module.denselayer")
+    ),
+    "a larger model's": renamed((r"^", "encoder.densenet121.")),
+    "averaged": lambda state: {"n_averaged": torch.tensor(3), **renamed((r"^", "module."))(state)},
     "timm's checkpoint": lambda state: {"state_dict": state, "epoch": 3},
     "torchvision's checkpoint": lambda state: {"model": state, "epoch": 3},
+    "a checkpoint of any": lambda state: {"net_weights": state, "optimizer": {"state": {}}, "epoch": 3},
 }
 
 
@@ -156,17 +162,48 @@ WRONG: dict[str, tuple[Callable[[State], Any], type[Exception], str]] = {
         r"other shapes: classifier.weight \(9, 12\) for \(5, 12\), .*strip_classifier=True keeps",
     ),
     "not tensors": (
-        lambda s: {"net": s},
+        lambda _: {"optimizer": {"lr": 1}},
         ValueError,
-        "'net' is OrderedDict; a checkpoint may hold them as 'state_dict'",
+        "'optimizer' is dict; a checkpoint may hold them as 'state_dict'",
     ),
     "quantised": (
         lambda s: s | {LAST: s[LAST].to(torch.int8)},
         ValueError,
         f"other kinds of numbers: {LAST}",
     ),
+    "several": (
+        lambda s: {"net": s, "ema": s, "epoch": 3},
+        ValueError,
+        "'net' is OrderedDict; there are state_dicts as 'net' and 'ema', one of which can be given",
+    ),
+    "two models": (
+        lambda s: {f"{front}.{key}": t for front in ("student", "teacher") for key, t in s.items()},
+        ValueError,
+        r"the weights are of several models, whose names begin with 'student\.', 'teacher\.'; give those of one",
+    ),
+    "without numbers": (
+        lambda s: s | {LAST: s[LAST].to("meta")},
+        ValueError,
+        rf"no plain tensors: {LAST} \(meta\)$",
+    ),
+    "sparse": (
+        lambda s: s | {LAST: s[LAST].to_sparse()},
+        ValueError,
+        rf"no plain tensors: {LAST} \(torch.sparse_coo\)$",
+    ),
+    "a model": (lambda _: make(), TypeError, r"got DenseNet; its state_dict\(\) is one$"),
+    "an address": (
+        lambda _: "https://example.org/x.pth",
+        ValueError,
+        "weights must be a file, got the address https",
+    ),
+    "a number as a name": (lambda s: s | {1: s[LAST]}, ValueError, "1 is no name"),
     "not a mapping": (lambda _: [1, 2], TypeError, "must be a path or a state_dict, got list"),
-    "twice": (lambda s: s | {f"module.{LAST}": s[LAST]}, ValueError, f"two of the weights' keys mean {LAST}"),
+    "twice": (
+        lambda s: s | {LAST.replace("conv2", "conv.2"): s[LAST]},
+        ValueError,
+        f"two of the weights' keys mean {LAST}",
+    ),
 }
 
 
@@ -178,6 +215,59 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(name: str) -> None:
     with pytest.raises(error, match=message):
         load_weights(model, change(make().state_dict()))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone = model
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, Wrapper, torch.compile]
+)
+def test_a_wrapped_model_takes_all_of_them(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    theirs = make()
+    for weights in (theirs.state_dict(), Wrapper(theirs).state_dict()):
+        fused = make()
+        wrapped = wrap(fused)
+        inner: Any = fused if wrap is not torch.optim.swa_utils.AveragedModel else wrapped.module
+        assert load_weights(wrapped, weights) is wrapped
+        assert all(torch.equal(v, inner.state_dict()[k]) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "function, arguments, message",
+    [
+        (load_weights, (None, {}), "load_weights: model must be a torch.nn.Module, got NoneType"),
+        (models.save_weights, ({}, "x.pt"), "save_weights: model must be a torch.nn.Module, got dict"),
+        (
+            models.save_weights,
+            (nn.Linear(1, 1), 3),
+            "save_weights: path must be a str or os.PathLike, got int",
+        ),
+        (models.load_checkpoint, (3,), "load_checkpoint: path must be a str or os.PathLike, got int"),
+        (models.load_checkpoint, ("x", 3), "load_checkpoint: name must be a str, got int"),
+    ],
+)
+def test_arguments_of_other_types(function: Any, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{message}$"):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_model_without_memory_is_not_saved(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save_weights: weight is on the meta device and has no numbers"):
+        models.save_weights(nn.Linear(1, 1, device="meta"), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_may_have_its_tensors_in_any_order(tmp_path: Path) -> None:
+    """As files of safetensors do."""
+    model = DenseNet(4, (1, 1, 1), 8, 4, num_classes=3, in_channels=2, small_inputs=True)
+    torch.save(dict(sorted(model.state_dict().items())), tmp_path / "x.pt")
+    loaded = models.load_checkpoint(tmp_path / "x.pt", "densenet_bc_10_4")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
 
 
 # ---- another number of classes

@@ -55,6 +55,73 @@ def test_a_rate_is_a_number(kind: Callable[..., nn.Module], given: dict[str, Any
         kind(**{**given, "drop_rate": "0.1"})
 
 
+FLAGS = {"bias": KINDS, "memory_efficient": KINDS[::2][:2], "dropout_after_bottleneck": KINDS[::2][:2]}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("value", ["no", None, 2, torch.tensor([1, 2]), []])
+def test_a_flag_is_true_or_false(name: str, value: Any) -> None:
+    """A text would count as true."""
+    for kind, given in [*FLAGS[name], (effdense.models.DenseNet, {"growth_rate": 4, "block_config": (1,)})]:
+        with pytest.raises(TypeError) as raised:
+            kind(**given, **{name: value})
+        assert (
+            str(raised.value)
+            == f"{getattr(kind, '__name__', '')}: {name} must be True or False, got {value!r}"
+        )
+
+
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    made = DenseBlock(
+        numpy.int64(2), numpy.int64(4), 2, numpy.int64(3), numpy.float32(0.5), numpy.bool_(False)
+    )
+    assert made(torch.rand(2, 4, 5, 5)).shape == (2, 10, 5, 5)
+    net = effdense.models.densenet_cifar(numpy.int64(10), 4)
+    assert effdense.plan(net, (numpy.int64(1), 3, 32, 32)).total == effdense.plan(net, (1, 3, 32, 32)).total
+
+
+@pytest.mark.parametrize("memory", [None, ["balanced"], torch.tensor([1, 2])])
+def test_memory_is_a_text(memory: Any) -> None:
+    net = effdense.models.densenet_cifar(10, 4)
+    for call in (
+        lambda: effdense.convert(net, memory=memory),
+        lambda: effdense.plan(net, (1, 3, 32, 32), memory=memory),
+        lambda: effdense.models.densenet_cifar(10, 4, memory=memory),
+    ):
+        with pytest.raises(ValueError, match="memory must be "):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_images_are_dense_floating_tensors() -> None:
+    net = effdense.models.densenet_cifar(10, 4)
+    for images, message in (
+        (None, "a tensor, got NoneType"),
+        ([[1.0]], "a tensor, got list"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"a floating dtype, .*, got torch\.uint8"),
+    ):
+        with pytest.raises(TypeError, match=f"^DenseNet: images must (be|have) {message}$"):
+            net(images)
+    block, x = DenseBlock(**BLOCK), torch.rand(2, 8, 4, 4)
+    with pytest.raises(
+        TypeError,
+        match=r"^DenseBlock: features\[0\] must be a dense tensor \(to_dense\), got layout torch.sparse_coo$",
+    ):
+        block(x.to_sparse())
+    with pytest.raises(TypeError, match=r"^cat_bn_relu_conv1x1: norm_bias must be a dense tensor"):
+        effdense.functional.cat_bn_relu_conv1x1(
+            [x], None, torch.ones(8).to_sparse(), None, None, torch.rand(3, 8, 1, 1)
+        )
+
+
+def test_a_transition_that_raises_has_changed_nothing() -> None:
+    transition = Transition(**TRANSITION)
+    with pytest.raises(RuntimeError):
+        transition(torch.rand(2, 8, 4, 4, dtype=torch.float64))
+    assert transition.norm.num_batches_tracked == 0 and not transition.norm.running_mean.any()
+
+
 def test_dropout_after_a_bottleneck_needs_one() -> None:
     with pytest.raises(
         ValueError, match="DenseBlock: dropout_after_bottleneck needs bottlenecks, but bn_size is None"

@@ -91,11 +91,12 @@ def test_pt2_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_safetensors_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")
     path = tmp_path / "m.safetensors"
     assert cli.main(["export", str(run), "-o", str(path)]) == 0
     assert "the same weights when read back" in capsys.readouterr().out
     expected, loaded = load_checkpoint(run / "best.pt").state_dict(), tensor_files.load_tensors(path)
-    assert list(loaded) == list(expected)
+    assert set(loaded) == set(expected)
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -139,7 +139,7 @@ def test_what_is_no_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[s
     for content_now in (whole[: len(whole) // 2], flipped(whole), b""):
         checkpoint.write_bytes(content_now)
         size = len(content_now)
-        assert f"last.pt ({size} bytes) is damaged or was not written by torch.save: " in said()
+        assert f"last.pt ({size} bytes) cannot be read: it is " in said()
     torch.save(content["state_dict"], checkpoint)
     assert "last.pt does not say which model it holds" in said()
     message = said("--model", "densenet_bc_16_4")
@@ -148,7 +148,7 @@ def test_what_is_no_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[s
     torch.save({**content, "options": {"depht": 3}}, checkpoint)
     assert re.search(r"model 'densenet_bc_10_4' cannot be built: .*'depht'", said())
     torch.save(models.build(NAME), checkpoint)
-    assert "is damaged or was not written by torch.save: or it holds a whole model" in said()
+    assert "cannot be read: it holds effdense.models.densenet.DenseNet, and only tensors" in said()
     torch.save([1], checkpoint)
     assert "must hold a checkpoint or a state_dict, it holds a list" in said()
     checkpoint.unlink()
