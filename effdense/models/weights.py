@@ -80,7 +80,7 @@ def load_weights(
 ) -> Model:
     """Loads a DenseNet's weights from the layout of torchvision (new and old keys), timm, gpleiss or MONAI.
 
-    Everything has to fit: nothing is loaded otherwise. Only the counters `num_batches_tracked`, which old files do not
+    Everything has to fit: nothing is loaded otherwise, nor where Ctrl-C comes in between. Only the counters `num_batches_tracked`, which old files do not
     have, may be missing. A file may hold the state_dict itself or a checkpoint with it under "state_dict" or "model".
 
     Args:
@@ -135,7 +135,12 @@ def load_weights(
         raise ValueError(
             f"load_weights: the weights{source} do not fit {type(model).__name__}: {'; '.join(problems)}{hint}"
         )
-    model.load_state_dict(state, strict=False)
+    before = {key: tensor.clone() for key, tensor in wanted.items()}
+    try:
+        model.load_state_dict(state, strict=False)
+    except BaseException:  # Ctrl-C, or a module's own hook
+        model.load_state_dict(before, strict=False)
+        raise
     return model
 
 
