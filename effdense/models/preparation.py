@@ -53,6 +53,34 @@ class Preparation:
     resize: int | None = None
     centre: float | None = None
 
+    @classmethod
+    def checked(cls, given: Any) -> Preparation:
+        """Of what a checkpoint has: the fields by their names.
+
+        Raises:
+            TypeError, ValueError: one is missing, too many, or of another kind.
+        """
+        made = cls(**given)
+
+        def numbers(values: Any) -> bool:
+            return isinstance(values, (list, tuple)) and all(type(v) in (int, float) for v in values)
+
+        def size(value: Any) -> bool:
+            return value is None or (type(value) is int and value > 0)
+
+        right = {
+            "mean": numbers(made.mean) and len(made.mean) in (1, 3),
+            "std": numbers(made.std) and len(made.std) == len(made.mean),
+            "channels": type(made.channels) is int and made.channels > 0,
+            "pad": size(made.pad),
+            "resize": size(made.resize),
+            "centre": made.centre is None or type(made.centre) in (int, float),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ValueError(f"{name} is {getattr(made, name)!r:.60}")
+        return made
+
     def __call__(self, images: Any) -> Tensor:
         """The model's input, float32 [N, channels, height, width].
 

@@ -52,7 +52,15 @@ def _run(name: str, every_visit: bool) -> Result:
     problems: list[str] = []
     tried, lines, first, end = 0, set[str](), 0, False
     while not end:
-        command = [sys.executable, "-m", "tests.engine._faults.interrupts", "--part", name, "--first", str(first)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.engine._faults.interrupts",
+            "--part",
+            name,
+            "--first",
+            str(first),
+        ]
         command += ["--every-visit"] if every_visit else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -72,7 +80,9 @@ def _run(name: str, every_visit: bool) -> Result:
                 print(f"{name}: {tried} tried", flush=True)
         end = process.wait() == 0 or tried == before  # one that gets nowhere is not begun again
         if process.returncode:
-            problems.append(f"the process ended with {process.returncode} at line {first} of the run or behind it")
+            problems.append(
+                f"the process ended with {process.returncode} at line {first} of the run or behind it"
+            )
             print(f"{name}: {problems[-1]}", flush=True)
             first += 1
     return Result(name, tried, len(lines), problems, time.monotonic() - start)
@@ -81,7 +91,9 @@ def _run(name: str, every_visit: bool) -> Result:
 def main(words: Sequence[str] | None = None) -> int:
     """Tries the parts; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.engine._faults.interrupts", description=__doc__)
-    parser.add_argument("--every-visit", action="store_true", help="of a line, not the first and the last alone")
+    parser.add_argument(
+        "--every-visit", action="store_true", help="of a line, not the first and the last alone"
+    )
     parser.add_argument("--only", default="", help="parts whose names hold this (default: all)")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)

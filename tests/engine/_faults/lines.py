@@ -126,5 +126,7 @@ def attempts(part: Part, numbers: Sequence[int]) -> Iterator[Tried]:
         try:
             part.check()
         except Exception as error:  # whatever a step that is no longer right ends in
-            problem = "; ".join(filter(None, [problem, f"{type(error).__name__}: {error}".partition("\n")[0]]))
+            problem = "; ".join(
+                filter(None, [problem, f"{type(error).__name__}: {error}".partition("\n")[0]])
+            )
         yield Tried(at, str(lines.where), problem)

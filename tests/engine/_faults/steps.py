@@ -131,7 +131,9 @@ class Step:
         assert same(now[:parameters], self._start[:parameters]), "a parameter has changed"
         of_buffers = now[parameters:], self._start[parameters:], self._moved[parameters:]
         for a, before, after in zip(*of_buffers, strict=True):
-            assert torch.equal(a, before) or torch.equal(a, after), "statistics have moved by a part of a step"
+            assert torch.equal(a, before) or torch.equal(a, after), (
+                "statistics have moved by a part of a step"
+            )
         other = copy.deepcopy(self._model)
         with engine(self._engine):
             assert same(step(self._model, self._x), step(other, self._x)), "another step after it"
