@@ -106,7 +106,7 @@ def _check_entries(path: Path, state: Mapping[str, Any]) -> None:
     is_right = isinstance(settings, Mapping) and all(map(_is_plain, (*settings, *settings.values())))
     check("settings", is_right, "a dict of plain values")
     epochs = settings.get("epochs")
-    check_entry(path, settings, "epochs", _is_count(epochs), "a whole number of 0 or more, in 'settings',")
+    check_entry(path, settings, "epochs", _is_count(epochs), "a whole number of 0 or more (in 'settings')")
     for name in ("optimizer", "scaler"):
         check(name, isinstance(state.get(name), Mapping), "a dict")
     check("ema", isinstance(state["ema"], (Mapping, type(None))), "a dict, or None")

@@ -26,8 +26,7 @@ def held(settings: RunConfig) -> Iterator[None]:
         OSError: it takes no files, which would be seen after hours otherwise.
         ValueError: another run holds it at the moment, or it is to begin where there is one.
     """
-    out, is_new = settings.out, not (settings.out / LOCK).exists()
-    made = _first_missing(out)
+    out, before, made = settings.out, _names(settings.out), _first_missing(settings.out)
     try:
         lock = _lock(out)
     except OSError as error:
@@ -38,10 +37,10 @@ def held(settings: RunConfig) -> Iterator[None]:
             _check_writable(settings, lock.fileno())
             yield
         finally:
-            with contextlib.suppress(OSError):
-                if is_new and [path.name for path in out.iterdir()] == [LOCK]:  # nothing has come of it
+            if LOCK not in before and _names(out) == before | {LOCK}:  # nothing has come of it
+                with contextlib.suppress(OSError):
                     (out / LOCK).unlink()
-                    _remove_empty(out, made)
+                _remove_empty(out, made)
 
 
 def _lock(out: Path) -> Any:
@@ -87,6 +86,14 @@ def _reason(out: Path, error: OSError) -> str:
         what = "a file" if out.exists() else f"a symbolic link to {os.readlink(out)}, which is missing"
         return f"it is {what}, and a folder was expected"
     return error.strerror or str(error)
+
+
+def _names(folder: Path) -> set[str]:
+    """Of what is in it; of none, nothing."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
 
 
 def _first_missing(out: Path) -> Path | None:

@@ -124,13 +124,10 @@ class Learner:
         Raises:
             ValueError: something of it is missing or of another kind; the message names it.
         """
-        checkpoint.check_entry(
-            path,
-            saved,
-            "ema",
-            (saved["ema"] is None) == (self._average is None),
-            f"for an average of the weights, as --ema-decay {self._recipe.ema_decay} says,",
-        )
+        said = f"--ema-decay is {self._recipe.ema_decay:g}"
+        wanted = f"None, since {said}" if self._average is None else f"a dict, since {said}"
+        fits = (saved["ema"] is None) == (self._average is None)
+        checkpoint.check_entry(path, saved, "ema", fits, wanted)
         with checkpoint.reading(path, "state_dict"):
             checkpoint.check_tensors(saved["state_dict"], self.tested.state_dict())
             self.tested.load_state_dict(saved["state_dict"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,163 +9,139 @@ from typing import Any
 import pytest
 import torch
 
-from effdense import cli, models
-from tests._training import TEST, load, train
+from effdense import cli
+from effdense.inference import labelled, trained
+from effdense.train import checkpoint, command
+from effdense.train.loop import Training
+from effdense.train.processes import Processes
+from tests._training import arguments, load, train
 
 RUN = (
-    "--epochs",
-    "1",
-    "--drops=",
-    "--limit-train",
-    "12",
-    "--ema-decay",
-    "0.9",
-    "--val-split",
-    "0.2",
-    "--batch-size",
-    "4",
+    *("--epochs", "1", "--drops=", "--limit-train", "12", "--batch-size", "4", "--impl", "naive"),
+    *("--ema-decay", "0.9", "--val-split", "0.2"),
 )
-# Places below an entry that are read; the rest are all entries that a run saves.
-BELOW = [
-    ("random", 0),
-    ("random", 0, "torch"),
-    ("random", 0, "python"),
-    ("random", 0, "cuda"),
-    ("ema", "steps"),
-    ("ema", "trained"),
-    ("ema", "trained", "classifier.bias"),
-    ("optimizer", "state"),
-    ("optimizer", "state", 0),
-    ("optimizer", "state", 0, "momentum_buffer"),
-    ("optimizer", "param_groups"),
-    ("state_dict", "classifier.bias"),
-    ("in_epoch", "loss"),
-    ("in_row", "images"),
-    ("preparation", "mean"),
-    ("preparation", "std"),
-    ("preparation", "channels"),
-    ("preparation", "pad"),
-    ("preparation", "resize"),
-    ("preparation", "centre"),
-    ("options", "num_classes"),
-    ("options", "in_channels"),
-    ("settings", "epochs"),
-    ("settings", "model"),
-    ("settings", "data"),
-    ("settings", "lr"),
-    ("settings", "amp"),
-    ("settings", "augment"),
-    ("settings", "resize"),
-    ("settings", "pad"),
-    ("settings", "class_weights"),
-    ("settings", "data root"),
-    ("settings", "test data"),
-    ("class_names", 0),
+Place = tuple[Any, ...]  # keys, from the outermost on
+# What --resume reads.
+RESUMED: list[Place] = [
+    *((name,) for name in ("settings", "class_names", "state_dict", "ema", "optimizer", "scaler", "random")),
+    *((name,) for name in ("epoch", "step_in_epoch", "step", "best", "seconds", "metrics_size")),
+    *((name,) for name in ("stale", "tested", "in_epoch", "in_row")),
+    *(("random", 0), ("random", 0, "torch"), ("random", 0, "python"), ("random", 0, "cuda")),
+    *(("ema", "steps"), ("ema", "trained"), ("ema", "trained", "classifier.bias")),
+    *(("optimizer", "state"), ("optimizer", "state", 0), ("optimizer", "state", 0, "momentum_buffer")),
+    *(("optimizer", "param_groups"), ("state_dict", "classifier.bias"), ("class_names", 0)),
+    *(("in_epoch", "loss"), ("in_row", "images")),
+    *(("settings", name) for name in ("epochs", "model", "lr", "drops", "class_weights", "data root")),
+]
+# What evaluate and predict read.
+USED: list[Place] = [
+    *((name,) for name in ("model", "options", "class_names", "preparation", "state_dict")),
+    *((name,) for name in ("settings", "epoch", "step_in_epoch")),
+    *(("preparation", name) for name in ("mean", "std", "channels", "pad", "resize", "centre")),
+    *(("options", "num_classes"), ("options", "in_channels")),
+    *(("state_dict", "classifier.bias"), ("state_dict", "features.norm5.running_mean"), ("class_names", 0)),
+    *(
+        ("settings", name)
+        for name in ("data", "amp", "augment", "resize", "pad", "channels", "data root", "test data")
+    ),
 ]
 OTHERS: dict[str, Any] = {
     "a list": [None, {}],
     "a dict": {"x": []},
     "text": "x",
-    "a number": -7,
-    "a fraction": 0.5,
+    "a fraction": -0.5,
     "nothing": None,
     "a tensor": torch.ones(3, 3),
 }
 
 
 @pytest.fixture(scope="module")
-def saved(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run with all that a run can have, and its last checkpoint."""
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all that a run can have."""
     out = tmp_path_factory.mktemp("entries") / "run"
     assert train(root, out, *RUN) == 0
-    return out, load(out)
+    return out
 
 
-def changes(content: dict[str, Any], place: tuple[Any, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A checkpoint without what is at a place, with a neighbour to it, and with other kinds of things there."""
-    for name, value in {"missing": None, "surplus": None, **OTHERS}.items():
-        changed = copy.deepcopy(content)
-        holder: Any = changed
-        for part in place[:-1]:
-            holder = holder[part]
-        if name == "missing":
-            del holder[place[-1]]
-        elif name == "surplus":
-            if isinstance(holder[place[-1]], dict):
-                holder[place[-1]]["of a later version"] = 1
-            elif isinstance(holder, dict):
-                holder["of a later version"] = 1
-            else:
-                continue
-        else:
-            holder[place[-1]] = value
-        yield name, changed
+def with_other(holder: Any, place: Place, change: Any) -> Any:
+    """A copy in which `change` has been at what holds the last key."""
+    copied = holder.copy()
+    if len(place) == 1:
+        change(copied, place[0])
+    else:
+        copied[place[0]] = with_other(copied[place[0]], place[1:], change)
+    return copied
 
 
-def places(content: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [*((name,) for name in content), *BELOW]
+def changed(content: dict[str, Any], places: list[Place]) -> Iterator[tuple[Place, str, dict[str, Any]]]:
+    """Without what is at a place, with a neighbour to it, and with other kinds of things there."""
+
+    def surplus(holder: Any, key: Any) -> None:
+        if isinstance(holder, dict):
+            holder["of a later version"] = 1
+
+    for place in places:
+        yield place, "missing", with_other(content, place, lambda holder, key: holder.pop(key))
+        yield place, "surplus", with_other(content, place, surplus)
+        for what, value in OTHERS.items():
+            yield place, what, with_other(content, place, lambda holder, key: holder.__setitem__(key, value))  # noqa: B023
 
 
-def check(status: int, said: str, path: Path, place: tuple[Any, ...], what: str) -> None:
-    """It has gone well, or one line names the file and the entry."""
-    where = f"{'/'.join(map(str, place))}: {what}"
-    lines = [line for line in said.splitlines() if "TensorBoard" not in line and "--epochs was" not in line]
-    if status == 0:
-        return
-    assert status == 2, (where, said)
-    assert len(lines) == 1 and str(path) in lines[0], (where, said)
-    names = {place[0], *(str(part) for part in place if isinstance(part, str))}
-    if place in (("settings",), ("state_dict",)) and what == "missing":
-        names.add("is not a checkpoint of effdense train")
-    assert any(name.replace("_", " ") in lines[0].replace("_", " ") for name in names), (where, lines[0])
+def check(error: ValueError, path: Path, place: Place, what: str) -> None:
+    """One line that names the file and the entry."""
+    said = str(error).replace("_", " ")
+    named = any(str(key).replace("_", " ") in said for key in place if isinstance(key, str))
+    no_checkpoint = what == "missing" and place in (("settings",), ("state_dict",), ("model",))
+    assert "\n" not in said, (place, what, said)
+    assert str(path).replace("_", " ") in said and (named or no_checkpoint), (place, what, said)
 
 
-# The runs that go on from what is still right: what no command needs, or what is as good.
-FEWEST = {"resume": 300, "evaluate": 60, "load_checkpoint": 60}
-
-
-def every(content: dict[str, Any], path: Path) -> Iterator[tuple[tuple[Any, ...], str]]:
-    for place in places(content):
-        for what, changed in changes(content, place):
-            torch.save(changed, path)
-            yield place, what
-
-
-def test_resume(saved: Any, root: Path, tmp_path: Path, capsys: Any) -> None:
-    out, content = saved
-    refused = 0
-    for place, what in every(content, out / "last.pt"):
-        (out / "best.pt").unlink(missing_ok=True)
-        status = train(root, out, *RUN, "--resume")
-        check(status, capsys.readouterr().err, out / "last.pt", place, what)
-        refused += status == 2
-    assert refused > FEWEST["resume"]
-
-
-def test_evaluate(saved: Any, root: Path, tmp_path: Path, capsys: Any) -> None:
-    _, content = saved
-    refused = 0
-    pytest.importorskip("sklearn")
-    for place, what in every(content, path := tmp_path / "x.pt"):
-        status = cli.main(
-            ["evaluate", str(path), "--device", "cpu", "--batch", str(TEST), "--data-root", str(root)]
-        )
-        check(status, capsys.readouterr().err, path, place, what)
-        refused += status == 2
-    assert refused > FEWEST["evaluate"]
-
-
-def test_load_checkpoint(saved: Any, tmp_path: Path) -> None:
-    """What is then prepared runs."""
-    _, content = saved
-    refused = 0
-    for place, what in every(content, path := tmp_path / "x.pt"):
+def test_to_go_on_from(run: Path, root: Path, tmp_path: Path) -> None:
+    """All of it is read into one run, which keeps nothing of what is refused but tensors."""
+    given = command.read_settings(cli._parser().parse_args(arguments(root, tmp_path, *RUN)))
+    training, content, refused = Training(given, Processes("cpu")), load(run), 0
+    torch.save(content, path := tmp_path / "last.pt")
+    training._restore(*checkpoint.load_latest(tmp_path))
+    count = 0
+    for place, what, other in changed(content, RESUMED):
+        torch.save(other, path)
+        count += 1
         try:
-            model: Any = models.load_checkpoint(path)
+            training._restore(*checkpoint.load_latest(tmp_path))
         except ValueError as error:
+            check(error, path, place, what)
             refused += 1
-            check(2, str(error), path, place, what)
-            continue
-        if hasattr(model, "prepare"):
-            model.eval()(model.prepare(torch.zeros(1, 28, 28, dtype=torch.uint8)))
-    assert refused > FEWEST["load_checkpoint"]
+    assert count == len(RESUMED) * (len(OTHERS) + 2) and refused > count / 2
+
+
+def test_to_use(run: Path, root: Path, tmp_path: Path) -> None:
+    """What is not refused runs on the images of the run's test."""
+    content, count, refused = load(run), 0, 0
+    for place, what, other in changed(content, USED):
+        torch.save(other, path := tmp_path / "x.pt")
+        count += 1
+        try:
+            model = trained.load(path, torch.device("cpu"), "naive")
+            images = labelled.load(model, None, root, 1)
+            model.scores(images.source.read([0, 1]))
+        except ValueError as error:
+            check(error, path, place, what)
+            refused += 1
+    assert count == len(USED) * (len(OTHERS) + 2) and refused > count / 2
+
+
+def test_by_the_commands(run: Path, root: Path, tmp_path: Path, capsys: Any) -> None:
+    content = load(run)
+    del content["step"]
+    content["preparation"]["mean"] = "grey"
+    for folder in (run, tmp_path):
+        torch.save(content, folder / "last.pt")
+    (run / "best.pt").unlink()
+    assert train(root, run, *RUN, "--resume") == 2
+    assert (
+        f"{run}/last.pt is damaged: its entry 'step' must be a whole number of 0 or more, it is missing\n"
+        in (capsys.readouterr().err)
+    )
+    for words in (["evaluate", str(tmp_path)], ["predict", str(tmp_path), __file__]):
+        assert cli.main([*words, "--device", "cpu"]) == 2
+        assert f"{tmp_path}/last.pt is damaged: its entry 'preparation'" in capsys.readouterr().err
