@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import linecache
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,10 +48,13 @@ class Lines:
     def _line(self, entered: set[int], frame: FrameType, event: str, _: Any) -> Any:
         if event == "line" and not self._leaves(entered, frame):
             self.seen.append(Line(frame.f_code.co_filename, frame.f_lineno))
-            if len(self.seen) - 1 == self.at:
-                self.where = self.seen[-1]
-                raise KeyboardInterrupt(str(self.where))
+            self._met(len(self.seen) - 1)
         return functools.partial(self._line, entered)
+
+    def _met(self, number: int) -> None:
+        if number == self.at:
+            self.where = self.seen[-1]
+            raise KeyboardInterrupt(str(self.where))
 
     def _leaves(self, entered: set[int], frame: FrameType) -> bool:
         """Whether it is a `with` that ends, whose line comes a second time: there Python looks for no signals."""
@@ -71,10 +75,35 @@ class Lines:
             sys.settrace(before)
 
 
+class _Forks(Lines):
+    """Lets a child go on with KeyboardInterrupt before each line of these numbers, and waits for what it says."""
+
+    def __init__(self, numbers: Sequence[int], files: Sequence[str]) -> None:
+        super().__init__(-1, files)
+        self._numbers, self.results = set(numbers), list[Tried]()
+        self.child: int | None = None  # where a child writes
+
+    def _met(self, number: int) -> None:
+        if number not in self._numbers or self.child is not None:
+            return
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(read)
+            self.child, self.where = write, self.seen[-1]
+            raise KeyboardInterrupt(str(self.where))
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            said = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        problem = said if status == 0 else f"the process ended with {status}"
+        self.results.append(Tried(number, str(self.seen[-1]), problem))
+
+
 class Part(Protocol):
-    """Something that is interrupted."""
+    """Something that is interrupted; `forks`: it takes so long that a child is interrupted at each line, and all goes on."""
 
     files: Sequence[str]
+    forks: bool
 
     def prepare(self) -> None:
         """Makes what `act` needs, always the same."""
@@ -82,8 +111,11 @@ class Part(Protocol):
     def act(self) -> None:
         """What is interrupted."""
 
-    def check(self) -> None:
-        """Raises AssertionError where something is neither as before `act` nor as after it, or does not go on."""
+    def check(self, thoroughly: bool = True) -> None:
+        """Raises AssertionError where something is neither as before `act` nor as after it, or does not go on.
+
+        `thoroughly`: also what takes half a second, after one interrupt in 16.
+        """
 
 
 class Tried(NamedTuple):
@@ -109,24 +141,44 @@ def visits(part: Part, every_visit: bool = False) -> list[int]:
 
 def attempts(part: Part, numbers: Sequence[int]) -> Iterator[Tried]:
     """Interrupts a part before each of these lines."""
+    if part.forks:
+        yield from _forked(part, numbers)
+        return
     for at in numbers:
         part.prepare()
-        lines, problem = Lines(at, part.files), ""
-        try:
-            with lines.running():
-                part.act()
-        except KeyboardInterrupt:
-            pass
-        except Exception as error:
-            problem = f"Ctrl-C became {type(error).__name__}: {error}"
-        else:
-            if lines.where is None:
-                continue  # fewer lines than the first time
-            problem = "Ctrl-C was lost"
-        try:
-            part.check()
-        except Exception as error:  # whatever a step that is no longer right ends in
-            problem = "; ".join(
-                filter(None, [problem, f"{type(error).__name__}: {error}".partition("\n")[0]])
-            )
-        yield Tried(at, str(lines.where), problem)
+        lines = Lines(at, part.files)
+        problem = _problem(part, lines)
+        if lines.where is not None:  # else there were fewer lines than the first time
+            yield Tried(at, str(lines.where), problem)
+
+
+def _forked(part: Part, numbers: Sequence[int]) -> list[Tried]:
+    here, lines = os.getpid(), _Forks(numbers, part.files)
+    part.prepare()
+    try:
+        problem = _problem(part, lines)
+        if lines.child is not None:
+            os.write(lines.child, problem.encode())
+            os._exit(0)
+    finally:
+        if os.getpid() != here:
+            os._exit(1)
+    return lines.results
+
+
+def _problem(part: Part, lines: Lines) -> str:
+    """Runs a part, and says what is wrong afterwards."""
+    problem = ""
+    try:
+        with lines.running():
+            part.act()
+        problem = "" if lines.where is None else "Ctrl-C was lost"
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        problem = f"Ctrl-C became {type(error).__name__}: {error}"
+    try:
+        part.check(len(lines.seen) % 16 == 0)
+    except Exception as error:  # whatever a step that is no longer right ends in
+        problem = "; ".join(filter(None, [problem, f"{type(error).__name__}: {error}".partition("\n")[0]]))
+    return problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,8 @@ class Step:
     no scratch memory is held, and the next step is that of an untouched copy, to the bit.
     """
 
-    files = (PACKAGE,)
+    files: Sequence[str] = (PACKAGE,)
+    forks = False
 
     def __init__(self, name: str, cold: bool) -> None:
         make, self._engine, shape = NETS[name]
@@ -122,7 +123,7 @@ class Step:
         with engine(self._engine):
             step(self._model, self._x)
 
-    def check(self) -> None:
+    def check(self, thoroughly: bool = True) -> None:
         workspace._pool.__dict__.pop("take", None)
         assert workspace._pool._lock.acquire(blocking=False), "the lock is held"
         workspace._pool._lock.release()
