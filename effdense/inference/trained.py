@@ -112,7 +112,8 @@ def load(path: Path, device: torch.device, impl: str = "effdense", amp: str | No
     content = tensor_files.load_tensors(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), str):
         raise ValueError(
-            f"{path} does not say how images are prepared, nor what the classes are: a checkpoint of effdense train was expected"
+            f"{path} does not say how images are prepared, nor what the classes are: a checkpoint of effdense train was expected, "
+            "whose entry 'model' is a name"
         )
     model = restore(content, path)
     prepare, names = getattr(model, "prepare", None), getattr(model, "class_names", None)

@@ -149,6 +149,8 @@ class Learner:
         """Its state of every parameter. Its settings are the recipe's, which are the same (checkpoint.py)."""
         groups, state = self.optimizer.state_dict()["param_groups"], saved["state"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not isinstance(saved["param_groups"], list):
+            raise ValueError("param_groups must be a list")
         count = sum(len(group["params"]) for group in saved["param_groups"])
         if count != len(parameters):
             raise ValueError(f"it is of {count} parameters, and {len(parameters)} are trained")

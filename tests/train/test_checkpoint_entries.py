@@ -91,7 +91,7 @@ def check(error: ValueError, path: Path, place: Place, what: str) -> None:
     """One line that names the file and the entry."""
     said = str(error).replace("_", " ")
     named = any(str(key).replace("_", " ") in said for key in place if isinstance(key, str))
-    no_checkpoint = what == "missing" and place in (("settings",), ("state_dict",), ("model",))
+    no_checkpoint = what == "missing" and place in (("settings",), ("state_dict",))
     assert "\n" not in said, (place, what, said)
     assert str(path).replace("_", " ") in said and (named or no_checkpoint), (place, what, said)
 

@@ -36,7 +36,7 @@ def test_a_run_that_is_refused_leaves_nothing(there: str, root: Path, tmp_path: 
             lambda out: out.symlink_to("nowhere"),
             "it is a symbolic link to nowhere, which is missing, and a folder was expected",
         ),
-        (lambda out: out.symlink_to(out), "Too many levels of symbolic links"),
+        (lambda out: out.symlink_to(out), "it is a symbolic link to "),
     ],
     ids=["a file", "a dangling link", "a link to itself"],
 )
