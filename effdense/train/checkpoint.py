@@ -36,14 +36,19 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not whole, or not one of effdense train's; or an entry is missing or of another kind.
+        ValueError: it is not whole, or not one of effdense train's.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to go on with")
     state = tensor_files.load_tensors(path)
     if not isinstance(state, dict) or "settings" not in state or "state_dict" not in state:
         raise ValueError(f"{path} is not a checkpoint of effdense train")
-    state = {**_LATER, **state}
+    return {**_LATER, **state}
+
+
+def load_epoch(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of an epoch's end, to test it: `epoch`, `step` and `state_dict` are of their kinds."""
+    state = load(path)
     for name in ("epoch", "step"):
         check_entry(path, state, name, _is_count(state.get(name)), "a whole number of 0 or more")
     check_entry(path, state, "state_dict", isinstance(state["state_dict"], Mapping), "a dict of tensors")
@@ -56,8 +61,7 @@ def load_latest(out: Path) -> tuple[Path, dict[str, Any]]:
     if path.name == BEST:
         print(f"effdense train: there is no {out / LAST}; going on from {path}", file=sys.stderr)
     try:
-        state = load(path)
-        _check_entries(path, state)
+        _check_entries(path, state := load(path))
     except ValueError as error:
         if path.name == LAST and (out / BEST).is_file():
             raise ValueError(f"{error}. Once it is moved away, --resume goes on from {out / BEST}") from error
@@ -107,7 +111,7 @@ def _check_entries(path: Path, state: Mapping[str, Any]) -> None:
     check("settings", is_right, "a dict of plain values")
     epochs = settings.get("epochs")
     check_entry(path, settings, "epochs", _is_count(epochs), "a whole number of 0 or more (in 'settings')")
-    for name in ("optimizer", "scaler"):
+    for name in ("state_dict", "optimizer", "scaler"):
         check(name, isinstance(state.get(name), Mapping), "a dict")
     check("ema", isinstance(state["ema"], (Mapping, type(None))), "a dict, or None")
     chance = state.get("random")

@@ -344,7 +344,7 @@ class Training:
     def _test_at_the_end(self) -> None:
         """Tests the weights of the best epoch, once, on the images that have decided about nothing."""
         first, model = self.processes.first, self._learner.tested
-        best = self.processes.from_first(checkpoint.load(self.settings.out / BEST) if first else None)
+        best = self.processes.from_first(checkpoint.load_epoch(self.settings.out / BEST) if first else None)
         last = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         with checkpoint.reading(self.settings.out / BEST, "state_dict"):
             checkpoint.check_tensors(best["state_dict"], last)
