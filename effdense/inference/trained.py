@@ -118,7 +118,9 @@ def load(path: Path, device: torch.device, impl: str = "effdense", amp: str | No
     model = restore(content, path)
     prepare, names = getattr(model, "prepare", None), getattr(model, "class_names", None)
     if prepare is None or names is None:
-        raise ValueError(f"{path} does not say how images are prepared, or what the classes are")
+        raise ValueError(
+            f"{path} does not say how images are prepared, or what the classes are (the entries 'preparation' and 'class_names')"
+        )
     name: str = content["model"]
     if impl == "effdense":
         convert_parts(model, "balanced")
