@@ -79,7 +79,7 @@ def restore(content: Any, path: str | os.PathLike[str], name: str | None = None)
     state = content.get("state_dict", content)
     options = content.get("options", {}) if said else {}
     if not isinstance(state, Mapping) or not isinstance(options, Mapping):
-        raise ValueError(f"{path} is damaged: its weights and options must be dicts")
+        raise ValueError(f"{path} is damaged: its weights ('state_dict') and options must be dicts")
     try:
         model = build(name, **{**_sizes(name, state), **options})
     except Exception as error:  # whatever a constructor makes of options that are none

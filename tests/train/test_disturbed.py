@@ -18,12 +18,13 @@ from tests.engine.test_faults import FOLDER
 ROOT = Path(__file__).parents[2]
 
 
-def test_signals_at_random_moments() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for processor times")
+def test_a_signal_at_a_random_moment() -> None:
     """In a process of its own, which forks."""
-    command = [sys.executable, "-m", "tests.train._signals", "--times", "1", "--seed", "3"]
+    command = [sys.executable, "-m", "tests.train._signals", "--times", "1", "--only", "KILL"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stdout + made.stderr
-    assert made.stdout.count(": 1 runs: 1 ") == 4, made.stdout
+    assert made.stdout.count(": 1 runs: 1 killed") == 1, made.stdout
 
 
 def test_out_of_memory_in_the_optimizer(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_out_of_memory_in_the_optimizer(tmp_path: Path) -> None:
     compiler = os.environ.get("CC") or "gcc"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, FOLDER / "failing_malloc.c"], check=True)
     made = subprocess.run(
-        [sys.executable, "-m", "tests.train._out_of_memory", library, "211"],
+        [sys.executable, "-m", "tests.train._out_of_memory", library, "500"],
         env=os.environ | {"LD_PRELOAD": str(library)},
         cwd=ROOT,
         capture_output=True,
