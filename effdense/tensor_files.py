@@ -138,6 +138,11 @@ def read_safetensors(file: BinaryIO, size: int) -> dict[str, Tensor]:
     return loaded
 
 
+def shortly(value: Any) -> str:
+    """Something that a file holds, in a line of at most 60 characters."""
+    return f"{' '.join(repr(value).split()):.60}"
+
+
 def _refuse_others(names: list[str]) -> None:
     """Other programs' archives, which are zip files as torch.save's are."""
     if any(name.endswith("constants.pkl") for name in names):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effdense.inference.sources import Files, InMemory, Source
 from effdense.inference.trained import Trained
+from effdense.tensor_files import shortly
 from effdense.train import idx, images
 from effdense.train.settings import AUGMENTATIONS, DATA, Recipe, RunConfig
 
@@ -50,7 +51,9 @@ def load(trained: Trained, data: str | None, root: Path | None, workers: int) ->
         return _folder(trained, Path(data), workers)
     name = data or trained.settings.get("data")
     if not isinstance(name, str) or name not in DATA:
-        raise ValueError(f"{trained.path} does not say on which data it was tested: name DATA")
+        raise ValueError(
+            f"{trained.path} does not say on which data it was tested (data in its entry 'settings'): name DATA"
+        )
     return _data_set(trained, name, root, workers, own=data is None)
 
 
@@ -113,7 +116,7 @@ def _run(path: Path, saved: Mapping[str, Any], name: str, root: Path | None, wor
     }
     for key, is_right in right.items():
         if not is_right:
-            raise ValueError(f"{path} is damaged: its entry 'settings' has {key} {found[key]!r:.60}")
+            raise ValueError(f"{path} is damaged: its entry 'settings' has {key} {shortly(found[key])}")
     channels = found.pop("channels")
     recipe = dataclasses.replace(plain.recipe, **found)
     return dataclasses.replace(plain, recipe=recipe, channels=channels if name == "folder" else None)

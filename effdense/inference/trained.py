@@ -138,7 +138,7 @@ def load(path: Path, device: torch.device, impl: str = "effdense", amp: str | No
     settings = settings or {}
     with_amp = settings.get("amp", "off") if amp is None else amp
     if not isinstance(with_amp, str) or with_amp not in AMP:
-        raise ValueError(f"{path} is damaged: its entry 'settings' has amp {with_amp!r:.60}")
+        raise ValueError(f"{path} is damaged: its entry 'settings' has amp {tensor_files.shortly(with_amp)}")
     ended = step == 0  # behind a test
     return Trained(
         path,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdense import extras
+from effdense.tensor_files import shortly
 
 # Mean and standard deviation of the training images, as fractions of 255; a folder's are ImageNet's.
 STATISTICS = {
@@ -78,7 +79,7 @@ class Preparation:
         }
         for name, is_right in right.items():
             if not is_right:
-                raise ValueError(f"{name} is {getattr(made, name)!r:.60}")
+                raise ValueError(f"{name} is {shortly(getattr(made, name))}")
         return made
 
     def __call__(self, images: Any) -> Tensor:

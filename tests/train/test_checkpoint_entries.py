@@ -114,7 +114,7 @@ def test_to_go_on_from(run: Path, root: Path, tmp_path: Path) -> None:
         except Exception as error:
             faults += fault(error, path, place, what)
             refused += 1
-    assert not faults
+    assert not faults, "\n".join(faults)
     assert count == len(RESUMED) * (len(OTHERS) + 2) and refused > count / 2
 
 
@@ -132,7 +132,7 @@ def test_to_use(run: Path, root: Path, tmp_path: Path) -> None:
         except Exception as error:
             faults += fault(error, path, place, what)
             refused += 1
-    assert not faults
+    assert not faults, "\n".join(faults)
     assert count == len(USED) * (len(OTHERS) + 2) and refused > count / 2
 
 
