@@ -93,7 +93,7 @@ def restore(content: Any, path: str | os.PathLike[str], name: str | None = None)
     if said:
         _add_what_is_known(model, content, path)
         count, names = _sizes(name, state).get("num_classes"), vars(model).get("class_names")
-        if None not in (count, names) and len(names) != count:
+        if count is not None and names is not None and len(names) != count:
             raise ValueError(
                 f"{path} is damaged: its entry 'class_names' has {len(names)} names, and the model {count} classes"
             )
