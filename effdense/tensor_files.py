@@ -139,6 +139,11 @@ def read_safetensors(content: bytes, what: str) -> dict[str, Tensor]:
     return loaded
 
 
+def shortly(value: Any) -> str:
+    """Something that a file holds, in a line of at most 60 characters."""
+    return f"{' '.join(repr(value).split()):.60}"
+
+
 def _check_archive(file: BinaryIO) -> None:
     """Raises ValueError where a zip file is not one that torch.save has written, or is damaged: torch.load does not look at the checksums."""
     if not zipfile.is_zipfile(file):

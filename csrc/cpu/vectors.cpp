@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/results.h"
@@ -137,17 +138,18 @@ void update_from_vectors(const Tensor& vectors, at::IntArrayRef starts, TensorLi
                          at::ArrayRef<double> running_factors, at::ArrayRef<double> batch_factors,
                          TensorList counters, bool any) {
   constexpr const char* op = "update_from_vectors";
-  count_batches(counters);
-  if (!any) return;
+  if (!any) return count_batches(counters);
   TORCH_CHECK_VALUE(starts.size() == running.size() && running_factors.size() == running.size() &&
                         batch_factors.size() == running.size(),
                     op, ": starts, running_factors and batch_factors must have ", running.size(),
                     " elements (one per running statistic), got ", starts.size(), ", ",
                     running_factors.size(), " and ", batch_factors.size());
-  for (size_t i = 0; i < running.size(); ++i) {
-    const Tensor batch = vectors.narrow(0, starts[i], running[i].numel());
-    update_running_statistics(running[i], batch, running_factors[i], batch_factors[i]);
-  }
+  std::vector<Tensor> batch(running.size());  // all of them before anything moves: memory may run out
+  for (size_t i = 0; i < running.size(); ++i)
+    batch[i] = vectors.narrow(0, starts[i], running[i].numel());
+  count_batches(counters);
+  for (size_t i = 0; i < running.size(); ++i)
+    update_running_statistics(running[i], batch[i], running_factors[i], batch_factors[i]);
 }
 
 }  // namespace

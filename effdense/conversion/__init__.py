@@ -16,7 +16,16 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from effdense.conversion.class_swap import OURS, Foreign, Form, adopt, give_back, is_fused_kind
+from effdense.conversion.class_swap import (
+    OURS,
+    Converted,
+    Foreign,
+    Form,
+    adopt,
+    all_or_nothing,
+    give_back,
+    is_fused_kind,
+)
 from effdense.conversion.examine import Examiner
 from effdense.engine.validation import Memory, check_memory, check_module
 from effdense.nn.modules import named, walk
@@ -146,16 +155,9 @@ def convert_parts(model: nn.Module, memory: Memory) -> bool:
     examine = Examiner()
     looked_at = list(examine.find(model))
     found = [(m, target) for _, m, target, reason in looked_at if reason is None]
-    before = [(m, type(m), dict(vars(m))) for m, _ in found]
-    try:
+    with all_or_nothing(module for module, _ in found):
         for module, target in found:
             adopt(module, target, memory, examine.forms.get(module, Form()))
-    except BaseException:  # such as Ctrl-C: all or nothing
-        for module, original, state in before:
-            object.__setattr__(module, "__class__", original)
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        raise
     return bool(looked_at)
 
 
@@ -177,8 +179,10 @@ def revert(model: Model) -> Model:
         True
     """
     check_module("revert", "model", model)
-    for module in walk(model):
-        give_back(module)
+    converted = [module for module in walk(model) if isinstance(module, Converted)]
+    with all_or_nothing(converted):
+        for module in converted:
+            give_back(module)
     return model
 
 

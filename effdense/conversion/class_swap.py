@@ -6,11 +6,12 @@ overrides stays, `isinstance` too. Where something stands in the way, or the cal
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import inspect
 from abc import ABCMeta
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -195,6 +196,20 @@ def adopt(module: Any, kind: type, memory: str, form: Form = NO_FORM) -> None:
         state["_memory"] = memory
 
 
+@contextlib.contextmanager
+def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives modules back the class and the attributes that they had, where something ends what is done to them: Ctrl-C, too."""
+    before = [(m, type(m), dict(vars(m))) for m in modules]
+    try:
+        yield
+    except BaseException:
+        for module, own, state in before:
+            object.__setattr__(module, "__class__", own)
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        raise
+
+
 def give_back(module: nn.Module) -> None:
     """Undoes what adopt has done, if it has."""
     if isinstance(module, Converted):
@@ -212,6 +227,7 @@ __all__ = [
     "ForeignTransition",
     "Form",
     "adopt",
+    "all_or_nothing",
     "class_obstacle",
     "fused_class",
     "give_back",

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from effdense.inference.sources import Files, InMemory, Source
 from effdense.inference.trained import Trained
+from effdense.tensor_files import shortly
 from effdense.train import idx, images
-from effdense.train.settings import DATA, Recipe, RunConfig
+from effdense.train.settings import AUGMENTATIONS, DATA, Recipe, RunConfig
 
 _PLACES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folders
 
@@ -49,15 +50,19 @@ def load(trained: Trained, data: str | None, root: Path | None, workers: int) ->
     if data is not None and (data not in DATA or data == "folder" or os.path.isdir(data)):
         return _folder(trained, Path(data), workers)
     name = data or trained.settings.get("data")
-    if name is None:
-        raise ValueError(f"{trained.path} does not say on which data it was tested: name DATA")
+    if not isinstance(name, str) or name not in DATA:
+        raise ValueError(
+            f"{trained.path} does not say on which data it was tested (data in its entry 'settings'): name DATA"
+        )
     return _data_set(trained, name, root, workers, own=data is None)
 
 
 def _data_set(trained: Trained, name: str, root: Path | None, workers: int, own: bool) -> Labelled:
     """A data set's test images, found and read as a run does it; `own`: as the run did that trained the model."""
     root = root or _where(trained.settings, name)
-    settings = _run(trained.settings, name, root, workers) if own else _plain(name, root, workers)
+    settings = (
+        _run(trained.path, trained.settings, name, root, workers) if own else _plain(name, root, workers)
+    )
     try:
         loaded = images.load(settings)
     except FileNotFoundError as error:
@@ -98,22 +103,23 @@ def _where(settings: Mapping[str, Any], name: str) -> Path | None:
     return None
 
 
-def _run(saved: Mapping[str, Any], name: str, root: Path | None, workers: int) -> RunConfig:
-    """The settings of a run, as far as its checkpoint has them."""
-    recipe = {f.name: saved[f.name] for f in dataclasses.fields(Recipe) if f.name in saved}
-    recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
-    others = {f.name: saved[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved}
-    changed: dict[str, Any] = {
-        "data": name,
-        "recipe_name": "",
-        "recipe": Recipe(**recipe),
-        "out": Path(),
-        "data_root": root,
-        "channels": saved.get("channels") if name == "folder" else None,
-        "weights": None,
-        "workers": workers,
+def _run(path: Path, saved: Mapping[str, Any], name: str, root: Path | None, workers: int) -> RunConfig:
+    """The settings of a run that decide how its test images are read, as far as its checkpoint has them."""
+    plain = _plain(name, root, workers)
+    found: dict[str, Any] = {"augment": plain.recipe.augment, "resize": None, "pad": None, "channels": None}
+    found |= {key: saved[key] for key in found if key in saved}
+    right = {
+        "augment": isinstance(found["augment"], str) and found["augment"] in AUGMENTATIONS,
+        "channels": found["channels"] is None
+        or (type(found["channels"]) is int and found["channels"] in (1, 3)),
+        **{key: found[key] is None or type(found[key]) is int for key in ("resize", "pad")},
     }
-    return RunConfig(**{**others, **changed})
+    for key, is_right in right.items():
+        if not is_right:
+            raise ValueError(f"{path} is damaged: its entry 'settings' has {key} {shortly(found[key])}")
+    channels = found.pop("channels")
+    recipe = dataclasses.replace(plain.recipe, **found)
+    return dataclasses.replace(plain, recipe=recipe, channels=channels if name == "folder" else None)
 
 
 def _plain(name: str, root: Path | None, workers: int) -> RunConfig:

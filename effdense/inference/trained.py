@@ -112,22 +112,34 @@ def load(path: Path, device: torch.device, impl: str = "effdense", amp: str | No
     content = tensor_files.load_tensors(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), str):
         raise ValueError(
-            f"{path} does not say how images are prepared, nor what the classes are: a checkpoint of effdense train was expected"
+            f"{path} does not say how images are prepared, nor what the classes are: a checkpoint of effdense train was expected, "
+            "whose entry 'model' is a name"
         )
     model = restore(content, path)
     prepare, names = getattr(model, "prepare", None), getattr(model, "class_names", None)
     if prepare is None or names is None:
-        raise ValueError(f"{path} does not say how images are prepared, or what the classes are")
+        raise ValueError(
+            f"{path} does not say how images are prepared, or what the classes are (the entries 'preparation' and 'class_names')"
+        )
     name: str = content["model"]
     if impl == "effdense":
         convert_parts(model, "balanced")
     elif ":" not in name:
         run_plain(model, checkpointed=False)
     fused = impl == "effdense" and any(is_fused_kind(module) for module in model.modules())
-    settings = content.get("settings")
-    settings = settings if isinstance(settings, Mapping) else {}
-    ended = content.get("step_in_epoch") == 0  # behind a test
-    epoch = content.get("epoch")
+    settings, epoch, step = (content.get(key) for key in ("settings", "epoch", "step_in_epoch"))
+    for key, is_right in {
+        "settings": isinstance(settings, (Mapping, type(None))),
+        "epoch": isinstance(epoch, (int, type(None))),
+        "step_in_epoch": isinstance(step, (int, type(None))),
+    }.items():
+        if not is_right:
+            raise ValueError(f"{path} is damaged: its entry {key!r} is of type {type(content[key]).__name__}")
+    settings = settings or {}
+    with_amp = settings.get("amp", "off") if amp is None else amp
+    if not isinstance(with_amp, str) or with_amp not in AMP:
+        raise ValueError(f"{path} is damaged: its entry 'settings' has amp {tensor_files.shortly(with_amp)}")
+    ended = step == 0  # behind a test
     return Trained(
         path,
         name,
@@ -137,7 +149,7 @@ def load(path: Path, device: torch.device, impl: str = "effdense", amp: str | No
         settings,
         epoch if ended else None,
         _reported(path.parent / "metrics.csv", epoch) if ended and epoch else None,
-        AMP[settings.get("amp", "off") if amp is None else amp],
+        AMP[with_amp],
         fused,
     )
 

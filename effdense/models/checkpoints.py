@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from effdense import tensor_files
 from effdense.engine.validation import check_path
 from effdense.models.names import build
-from effdense.models.preparation import SIZES, Preparation, for_test
+from effdense.models.preparation import SIZES, STATISTICS, Preparation, for_test
 from effdense.models.weights import load_weights, our_names
 
 if TYPE_CHECKING:
@@ -93,39 +95,60 @@ def restore(content: Any, path: str | os.PathLike[str], name: str | None = None)
     state = content.get("state_dict", content)
     options = content.get("options", {}) if said else {}
     if not isinstance(state, Mapping) or not isinstance(options, Mapping):
-        raise ValueError(f"{path} is damaged: its weights and options must be dicts")
+        raise ValueError(f"{path} is damaged: its weights ('state_dict') and options must be dicts")
     try:
         model = build(name, **{**_sizes(name, state), **options})
-    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: model {name!r} cannot be built: {error}") from error
+    except Exception as error:  # whatever a constructor makes of options that are none
+        told = f" with the entry 'options', {tensor_files.shortly(options)}" if options else ""
+        raise ValueError(f"{path}: model {name!r} cannot be built{told}: {error}") from error
     dtypes = [t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     try:
         load_weights(model.to(dtypes[0]) if dtypes else model, state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the weights of {name!r}: {error}") from error
     if said:
-        try:
-            _add_what_is_known(model, content)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        _add_what_is_known(model, content, path)
+        count, names = _sizes(name, state).get("num_classes"), vars(model).get("class_names")
+        if count is not None and names is not None and len(names) != count:
             raise ValueError(
-                f"{path} is damaged: how images are prepared, or the classes' names, cannot be read from it ({error!r})"
-            ) from error
+                f"{path} is damaged: its entry 'class_names' has {len(names)} names, and the model {count} classes"
+            )
     return cast("Trained", model)
 
 
-def _add_what_is_known(model: nn.Module, content: Mapping[str, Any]) -> None:
+def _add_what_is_known(model: nn.Module, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """The attributes that `load_checkpoint` names, where the file says it: those of earlier versions in other words."""
-    known, recipe = content.get("preparation"), content.get("recipe")
-    settings = content.get("settings")
+    recipe, settings = content.get("recipe"), content.get("settings")
     data = settings.get("data") if isinstance(settings, Mapping) else None
-    if isinstance(known, Mapping):
-        vars(model)["prepare"] = Preparation(**known)
-    elif isinstance(recipe, Mapping) and "in_channels" in content:
-        given = (content["settings"]["data"], content["in_channels"])
-        vars(model)["prepare"] = for_test(*given, recipe["augment"], recipe["resize"], recipe["pad"])
-    if (prepare := vars(model).get("prepare")) is not None:
-        size = prepare.resize or prepare.pad or SIZES.get(data or "")
-        vars(model)["image_size"] = size
+    prepare: Preparation | None = None
+    if "preparation" in content:
+        with _reading(path, "preparation"):
+            prepare = Preparation.checked(content["preparation"])
+    elif "in_channels" in content:
+        with _reading(path, "settings"):
+            STATISTICS[data]  # type: ignore[index]
+        with _reading(path, "recipe"):
+            given = content["in_channels"], recipe["augment"], recipe["resize"], recipe["pad"]  # type: ignore[index]
+        with _reading(path, "in_channels"):
+            prepare = Preparation.checked(dataclasses.asdict(for_test(str(data), *given)))
+    if prepare is not None:
+        vars(model)["prepare"] = prepare
+        vars(model)["image_size"] = prepare.resize or prepare.pad or SIZES.get(str(data))
     vars(model)["model_name"] = content["model"]
     if "class_names" in content:
-        vars(model)["class_names"] = list(content["class_names"])
+        names = content["class_names"]
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, (str, int)) for n in names):
+            raise ValueError(f"{path} is damaged: its entry 'class_names' must be a list of names")
+        vars(model)["class_names"] = list(names)
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str], name: str) -> Iterator[None]:
+    """Names the file and the entry that something cannot be read from."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{error} is missing or not known" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path} is damaged: its entry {name!r}, which says how images are prepared, cannot be read: {reason}"
+        ) from error

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdense import extras
+from effdense.tensor_files import shortly
 
 # Mean and standard deviation of the training images, as fractions of 255; a folder's are ImageNet's.
 STATISTICS = {
@@ -52,6 +53,34 @@ class Preparation:
     pad: int | None = None
     resize: int | None = None
     centre: float | None = None
+
+    @classmethod
+    def checked(cls, given: Any) -> Preparation:
+        """Of what a checkpoint has: the fields by their names.
+
+        Raises:
+            TypeError, ValueError: one is missing, too many, or of another kind.
+        """
+        made = cls(**given)
+
+        def numbers(values: Any) -> bool:
+            return isinstance(values, (list, tuple)) and all(type(v) in (int, float) for v in values)
+
+        def size(value: Any) -> bool:
+            return value is None or (type(value) is int and value > 0)
+
+        right = {
+            "mean": numbers(made.mean) and len(made.mean) in (1, 3),
+            "std": numbers(made.std) and len(made.std) == len(made.mean),
+            "channels": type(made.channels) is int and made.channels > 0,
+            "pad": size(made.pad),
+            "resize": size(made.resize),
+            "centre": made.centre is None or type(made.centre) in (int, float),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ValueError(f"{name} is {shortly(getattr(made, name))}")
+        return made
 
     def __call__(self, images: Any) -> Tensor:
         """The model's input, float32 [N, channels, height, width].

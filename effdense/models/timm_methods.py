@@ -99,12 +99,16 @@ class TimmMethods:
             raise ValueError(f"reset_classifier: num_classes must be 0 or more, got {num_classes!r}")
         if global_pool not in (None, "avg"):
             raise ValueError(f'reset_classifier: global_pool must be "avg" (or None), got {global_pool!r}')
-        old, like = self.classifier, next(p for p in self.features.parameters())
+        old, before, like = self.classifier, self.num_classes, next(self.features.parameters())
         new: nn.Module = nn.Identity()
         if num_classes:
             new = self._new_classifier(int(num_classes), device=like.device, dtype=like.dtype)
-        self.classifier = new.train(old.training)
-        self.num_classes = int(num_classes)
+        new.train(old.training)
+        try:
+            self.classifier, self.num_classes = new, int(num_classes)
+        except BaseException:  # Ctrl-C between the two
+            self.classifier, self.num_classes = old, before
+            raise
 
     def _new_classifier(self, num_classes: int, **options: Any) -> nn.Linear:
         rate = getattr(self, "head_drop_rate", 0.0)

@@ -135,8 +135,8 @@ def load_weights(
 ) -> Model:
     """Loads a DenseNet's weights from the layout of torchvision (new and old keys), timm, gpleiss or MONAI.
 
-    Everything has to fit: nothing is loaded otherwise. Only counters (`num_batches_tracked`, which old files do not have, and
-    `n_averaged` of torch's AveragedModel) may be missing or too many. What is in front of all keys counts on neither side:
+    Everything has to fit: nothing is loaded otherwise, nor where Ctrl-C comes in between. Only counters (`num_batches_tracked`,
+    which old files do not have, and `n_averaged` of torch's AveragedModel) may be missing or too many. What is in front of all keys counts on neither side:
     `module.`, `_orig_mod.`, or the name in a larger model, such as `model.` or `backbone.`. A file may hold the state_dict
     itself or a checkpoint with it, under "state_dict" or "model", or under any name if it is the only one.
 
@@ -179,9 +179,14 @@ def load_weights(
     if problems := _misfits(state, wanted, _CLASSIFIER if strip_classifier else ()):
         source = f" in {os.fspath(weights)}" if isinstance(weights, (str, os.PathLike)) else ""
         raise ValueError(f"load_weights: the weights{source} do not fit {type(model).__name__}: {problems}")
-    model.load_state_dict(
-        {keys[name]: tensor for name, tensor in state.items() if name in keys}, strict=False
-    )
+    before = {key: tensor.clone() for key, tensor in own.items()}
+    try:
+        model.load_state_dict(
+            {keys[name]: tensor for name, tensor in state.items() if name in keys}, strict=False
+        )
+    except BaseException:  # Ctrl-C, or a module's own hook
+        model.load_state_dict(before, strict=False)
+        raise
     return model
 
 

@@ -342,16 +342,20 @@ def has_repeated(buffers: Sequence[Tensor]) -> bool:
 def update_running_statistics(
     running: list[Tensor], batch: list[Tensor], running_factors: list[float], batch_factors: list[float]
 ) -> None:
-    """running <- running_factor * running + batch_factor * batch for every pair, of running statistics in any floating dtype."""
+    """running <- running_factor * running + batch_factor * batch for every pair, of running statistics in any floating dtype.
+
+    They move when everything is computed: Ctrl-C, or memory that runs out, must not leave them half moved.
+    """
     with torch.no_grad():
         if has_repeated(running):
             for r, b, of_running, of_batch in zip(
                 running, batch, running_factors, batch_factors, strict=True
             ):
-                r.mul_(of_running).add_(b.to(r.dtype), alpha=of_batch)
+                r.copy_(r.mul(of_running).add_(b.to(r.dtype), alpha=of_batch))
             return
-        torch._foreach_mul_(running, running_factors)
         scaled = torch._foreach_mul(
             [b.to(r.dtype) for r, b in zip(running, batch, strict=True)], batch_factors
         )
-        torch._foreach_add_(running, scaled)
+        moved = torch._foreach_mul(running, running_factors)
+        torch._foreach_add_(moved, scaled)
+        torch._foreach_copy_(running, moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from effdense import extras
-from effdense.train import net
+from effdense.train import checkpoint, net
 from effdense.train.settings import AMP, Recipe, RunConfig
 
 
@@ -117,14 +118,66 @@ class Learner:
             "scaler": self._scaler.state_dict(),
         }
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on from `state`."""
-        self.tested.load_state_dict(saved["state_dict"])
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
+        """Goes on from `state`, which `path` holds.
+
+        Raises:
+            ValueError: something of it is missing or of another kind; the message names it.
+        """
+        said = f"--ema-decay is {self._recipe.ema_decay:g}"
+        wanted = f"None, since {said}" if self._average is None else f"a dict, since {said}"
+        fits = (saved["ema"] is None) == (self._average is None)
+        checkpoint.check_entry(path, saved, "ema", fits, wanted)
+        with checkpoint.reading(path, "state_dict"):
+            checkpoint.check_tensors(saved["state_dict"], self.tested.state_dict())
+            self.tested.load_state_dict(saved["state_dict"])
         if self._average is not None:
-            self._average.n_averaged.fill_(saved["ema"]["steps"])
-            self.model.load_state_dict(saved["ema"]["trained"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self._scaler.load_state_dict(saved["scaler"])
+            with checkpoint.reading(path, "ema"):
+                checkpoint.check_tensors(saved["ema"]["trained"], self.model.state_dict())
+                self._average.n_averaged.fill_(saved["ema"]["steps"])
+                self.model.load_state_dict(saved["ema"]["trained"])
+        with checkpoint.reading(path, "optimizer"):
+            self._restore_optimizer(saved["optimizer"])
+        with checkpoint.reading(path, "scaler"):
+            if self._scaler.is_enabled() and not all(
+                isinstance(v, (int, float)) for v in saved["scaler"].values()
+            ):
+                raise ValueError("numbers were expected")
+            self._scaler.load_state_dict(saved["scaler"])
+
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        """Its state of every parameter. Its settings are the recipe's, which are the same (checkpoint.py)."""
+        groups, state = self.optimizer.state_dict()["param_groups"], saved["state"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not isinstance(saved["param_groups"], list):
+            raise ValueError("param_groups must be a list")
+        count = sum(len(group["params"]) for group in saved["param_groups"])
+        if count != len(parameters):
+            raise ValueError(f"it is of {count} parameters, and {len(parameters)} are trained")
+        for number, own in state.items():
+            like = parameters[number]
+            if own.keys() != set(_STATE[self._recipe.optimizer]):
+                raise ValueError(
+                    f"parameter {number} must have {', '.join(_STATE[self._recipe.optimizer])}, it has {', '.join(map(str, own))}"
+                )
+            for name, value in own.items():
+                shape = torch.Size() if name == "step" else like.shape
+                plain = value is None and name == "momentum_buffer"
+                if not plain and not (
+                    isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+                ):
+                    raise ValueError(
+                        f"{name} of parameter {number} must be a tensor {list(shape)} of floating point"
+                    )
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+# What the optimizers keep of a parameter.
+_STATE = {
+    "sgd": ("momentum_buffer",),
+    "adam": ("step", "exp_avg", "exp_avg_sq"),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+}
 
 
 def class_weights(recipe: Recipe, labels: Tensor, classes: int) -> Tensor | None:

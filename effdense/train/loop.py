@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Training:
         self._metrics_size = 0
         self._fixed = self._what_is_fixed()
         if saved is not None:
-            self._restore(saved)
+            self._restore(*saved)
         self._saved_step = self.step
         self._wrapped: Any = processes.wrap(self.model, settings.sync_bn)
         self._run: Any = torch.compile(self._wrapped) if settings.compile else self._wrapped
@@ -125,29 +126,29 @@ class Training:
             **self._learner.state(),
         }
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, path: Path, saved: dict[str, Any]) -> None:
         before, epochs = UNSAID | saved["settings"], self.settings.recipe.epochs
         free = ["data root", *(["epochs"] if self.settings.epochs_given else [])]
         if before.get("data root") == self._fixed["data root"]:  # images there may be repaired
             free += ["file sizes", "test data"]
         named = {"class names": saved["class_names"], **before}  # earlier versions have them there only
-        checkpoint.check_same(self.settings.out / LAST, named, self._fixed, free)
+        checkpoint.check_same(path, named, self._fixed, free)
         if before["epochs"] != epochs and self.processes.first:
             print(
                 f"effdense train: --epochs was {before['epochs']} and is {epochs}, which the learning rate follows from now on",
                 file=sys.stderr,
             )
-        self._learner.restore(saved)
-        for name in ("epoch", "step_in_epoch", "step", "best", "seconds"):
+        self._learner.restore(saved, path)
+        for name in ("epoch", "step_in_epoch", "step", "best", "seconds", "stale", "tested"):
             setattr(self, name, saved[name])
-        self.stale, self.tested = saved.get("stale", 0), saved.get("tested")  # earlier versions have none
         self.in_epoch, self.in_row = Sums(**saved["in_epoch"]), Sums(**saved["in_row"])
         self._metrics_size = saved["metrics_size"]
-        chance = saved["random"][self.processes.rank]
-        torch.set_rng_state(chance["torch"])
-        random.setstate(chance["python"])
-        if chance["cuda"] is not None and self.processes.device.type == "cuda":
-            torch.cuda.set_rng_state(chance["cuda"], self.processes.device)
+        with checkpoint.reading(path, "random"):
+            chance = saved["random"][self.processes.rank]
+            torch.set_rng_state(chance["torch"])
+            random.setstate(chance["python"])
+            if chance["cuda"] is not None and self.processes.device.type == "cuda":
+                torch.cuda.set_rng_state(chance["cuda"], self.processes.device)
 
     def _save(self, *names: str) -> None:
         if not self._learner.is_finite():  # the loss is seen a step later
@@ -343,8 +344,10 @@ class Training:
     def _test_at_the_end(self) -> None:
         """Tests the weights of the best epoch, once, on the images that have decided about nothing."""
         first, model = self.processes.first, self._learner.tested
-        best = self.processes.from_first(checkpoint.load(self.settings.out / BEST) if first else None)
+        best = self.processes.from_first(checkpoint.load_epoch(self.settings.out / BEST) if first else None)
         last = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with checkpoint.reading(self.settings.out / BEST, "state_dict"):
+            checkpoint.check_tensors(best["state_dict"], last)
         model.load_state_dict(best["state_dict"])
         try:
             tested = self._test(self.data.test, "test")

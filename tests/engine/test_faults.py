@@ -14,6 +14,7 @@ import torch
 
 import effdense
 from effdense.nn import DenseBlock
+from tests.engine._faults import out_of_new
 
 FOLDER = Path(__file__).parent / "_faults"
 
@@ -37,6 +38,17 @@ def test_out_of_memory_at_every_allocation_of_a_step(tmp_path: Path) -> None:
     assert len(lines) == 4
     # Buffers, vectors, scratch, statistics, results and gradients: a layer makes several of each.
     assert all(int(forward) > 10 and int(backward) > 10 for _, forward, backward in lines), out.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into the loaded modules as Linux has them")
+def test_operator_new_fails_in_a_step() -> None:
+    """At every 41st of what the compiled module asks for; `python -m tests.engine._faults.out_of_new` does all."""
+    if not effdense.build_info()["compiled"]:
+        pytest.skip("the models run on PyTorch's own operators")
+    made = out_of_new.run(41, "block")
+    assert made.returncode == 0, made.stdout
+    counts = [int(line.rsplit(maxsplit=1)[1]) for line in made.stdout.splitlines()]
+    assert len(counts) == 4 and min(counts) > 5, made.stdout
 
 
 @pytest.mark.parametrize("memory", ["balanced", "minimal"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from effdense.nn import DenseBlock, DenseFeatures, Transition
 from tests.engine._faults.out_of_memory import same
@@ -104,3 +106,25 @@ def test_a_fork_between_forward_and_backward(memory: str) -> None:
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
     assert same(list(model.buffers()), list(other.buffers()))
     assert same(step(model, x), step(other, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_loaders_workers_are_forked_between_steps() -> None:
+    """And Ctrl-C comes while they are at work: the step after it is right."""
+    images = TensorDataset(torch.randn(8, 5, 9, 9))
+    model = make()
+    other = copy.deepcopy(model)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for epoch in range(3):
+            loaded = DataLoader(images, 2, num_workers=2, multiprocessing_context="fork")
+            alone = DataLoader(images, 2)
+            for i, ((x,), (y,)) in enumerate(zip(loaded, alone, strict=True)):
+                if (epoch, i) == (1, 2):
+                    with pytest.raises(KeyboardInterrupt):
+                        os.kill(os.getpid(), signal.SIGINT)
+                        model(x)
+                    model.load_state_dict(other.state_dict())  # statistics have moved, or not
+                assert same(step(model, x), step(other, y)), (epoch, i)
+    finally:
+        signal.signal(signal.SIGINT, before)

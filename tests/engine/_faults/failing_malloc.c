@@ -12,6 +12,8 @@ void fail_after(long allocations) { left = allocations; }
 
 int has_failed(void) { return left < 0; }
 
+long remaining(void) { return left; }
+
 int posix_memalign(void** to, size_t alignment, size_t bytes) {
   static int (*real)(void**, size_t, size_t) = NULL;
   if (real == NULL) real = (int (*)(void**, size_t, size_t))dlsym(RTLD_NEXT, "posix_memalign");
