@@ -32,34 +32,41 @@ class _Rounded(torch.autograd.Function):
     """A value, and its gradient, moved by factors close to 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
-        ctx.factor = backward
-        return x * forward
+    def forward(ctx: Any, x: Tensor, errors: Errors) -> Tensor:
+        ctx.errors = errors
+        return errors.moved(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.factor, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.errors.moved(grads[0]), None
 
 
-def factors(like: Tensor, size: float, generator: torch.Generator) -> Tensor:
-    """Numbers between 1 - size and 1 + size, as many as in a tensor."""
-    return 1 + size * (2 * torch.rand(like.shape, generator=generator, dtype=torch.float64) - 1)
+class Errors:
+    """Roundings at random: of `size` relative to a value, or to the smallest that a dtype has with all of its digits."""
+
+    def __init__(self, size: float, dtype: torch.dtype, seed: int) -> None:
+        self.size, self.least = size, torch.finfo(dtype).tiny
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def moved(self, x: Tensor) -> Tensor:
+        """The values with an error each; the gradient is that without."""
+        r = self.size * (2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1)
+        return x * (1 + r) + self.least * r
 
 
 @contextlib.contextmanager
-def rounded(model: nn.Module, size: float, seed: int) -> Iterator[None]:
+def rounded(model: nn.Module, errors: Errors) -> Iterator[None]:
     """Runs a net with such errors in its parameters and behind its modules (ReLUs aside, which are exact)."""
-    generator = torch.Generator().manual_seed(seed)
 
     def move(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
-        result: Tensor = _Rounded.apply(y, factors(y, size, generator), factors(y, size, generator))
+        result: Tensor = _Rounded.apply(y, errors)
         return result
 
     leaves = [m for m in model.modules() if not list(m.children()) and not isinstance(m, nn.ReLU)]
     handles = [m.register_forward_hook(move) for m in leaves if not isinstance(m, nn.Identity)]
     try:
         for p in model.parameters():
-            p.data.mul_(factors(p, size, generator))
+            p.data.copy_(errors.moved(p.data))
         yield
     finally:
         for handle in handles:

@@ -29,7 +29,7 @@ from tests.fuzz._nets import (
     norms_of,
     step,
 )
-from tests.fuzz._roundings import SAMPLES, allowed, are_sure, before_relus, factors, rounded, rounding
+from tests.fuzz._roundings import SAMPLES, Errors, allowed, are_sure, before_relus, rounded, rounding
 
 pytestmark = pytest.mark.compiled
 Case = tuple[Net, Input, list[Action]]
@@ -86,19 +86,22 @@ def without(results: Results, words: tuple[str, ...]) -> Results:
     return {name: t for name, t in results.items() if not name.startswith(words)}
 
 
-def expect(naive: Side, run: Any, size: float, seed: int) -> tuple[Results, list[Results], bool]:
+def expect(
+    naive: Side, run: Any, size: float, dtype: torch.dtype, seed: int
+) -> tuple[Results, list[Results], bool]:
     """Plain PyTorch's results in float64, those with roundings at random, and whether gradients can be told from them."""
     before = [t.clone() for t in state_of(naive)]
     norms = norms_of(naive.model)
     with before_relus(norms) as exact:
-        results = run(naive, 0.0)
+        results = run(naive, None)
     after = [t.clone() for t in state_of(naive)]
     samples, others = [], []
     for i in range(SAMPLES if size else 0):
         for t, then in zip(state_of(naive), before, strict=True):
             t.copy_(then)
-        with before_relus(norms) as other, rounded(naive.model, size, seed + i):
-            samples.append(run(naive, size))
+        errors = Errors(size, dtype, seed + i)
+        with before_relus(norms) as other, rounded(naive.model, errors):
+            samples.append(run(naive, errors))
         others.append(other)
     for t, now in zip(state_of(naive), after, strict=True):
         t.copy_(now)
@@ -150,6 +153,8 @@ def refused(ours: Side, naive: Side, before: list[Tensor]) -> None:
     if is_checkpointed(ours):
         return moved_once_or_twice(ours, before, naive)
     for now, then, plain in zip(after, before, theirs, strict=True):
+        if now.dtype in (torch.bfloat16, torch.float16):
+            continue  # how exact they are, nothing says: the number of batches does
         same = torch.equal(now, then) or now.allclose(plain.to(now.dtype), 1e-3)
         assert same, "a refused forward has moved statistics"
 
@@ -162,22 +167,19 @@ def check_step(naive: Side, ours: Side, net: Net, like: Input, seed: int) -> boo
     """One step of both; whether there can be another."""
     dtype = dtype_of(ours)
     xs = [like.make(net.channels, seed + i).to(dtype).double() for i in (0, 2**16)]
-    terms = max(like.images * math.prod(like.spatial), 3**5 * (net.layers * net.growth + net.channels))
+    terms = max(
+        like.images * math.prod(like.spatial),
+        3 ** len(like.spatial) * (net.layers * net.growth + net.channels),
+    )
     size = rounding(dtype, ours.autocast, terms)
 
-    def of_naive(side: Side, size: float) -> Results:
-        generator = torch.Generator().manual_seed(seed + random_of_sample())
-        moved = [x * factors(x, size, generator) for x in xs] if size else xs
-        return step(side, moved, like, torch.float64, seed, plain=True)
-
-    calls = iter(range(2 * SAMPLES))
-
-    def random_of_sample() -> int:
-        return next(calls)
+    def of_naive(side: Side, errors: Errors | None) -> Results:
+        images = xs if errors is None else [errors.moved(x) for x in xs]
+        return step(side, images, like, torch.float64, seed, plain=True)
 
     before = [b.clone() for b in ours.model.buffers()]
     try:
-        expected, samples, sure = expect(naive, of_naive, size, seed)
+        expected, samples, sure = expect(naive, of_naive, size, dtype, seed)
     except REFUSALS:
         # Too few values for statistics, no values at all: then ours refuse it too, or can do it.
         with engine(net.engine):
@@ -224,11 +226,37 @@ def check_history(case: Case) -> None:
         follow(naive, ours, exact=False)
 
 
-@fuzz(histories("modules"), 60)
+BASE = Net(
+    2, 3, 2, 2, "head", True, 0, (3, 2), "minimal", "modules", "compiled", torch.float64, 55, 0.0, True
+)
+
+
+def found(way: str) -> list[Case]:
+    """Cases that the test or the code once had wrong, in the way given.
+
+    No images under a checkpoint, where the head's norm runs by itself and counts the batch twice; a refused forward in bfloat16;
+    gradients of float16 that come close to its smallest numbers.
+    """
+    empty = BASE._replace(way=way)
+    refused = empty._replace(tail="transition", images=3, spatial=(2, 1), dtype=torch.bfloat16)
+    least = empty._replace(tail="transition", images=1, spatial=(2,), layers=4, dtype=torch.float16)
+    ways = [Action("how", 0, b) for b in (3, 5, 6)]
+    return [
+        (
+            empty,
+            Input(0, (3, 2), "contiguous", True),
+            [*ways, Action("no affine", 0, 0), Action("how", 0, 1)],
+        ),
+        (refused, Input(3, (2, 1), "contiguous", True), [Action("autocast", 0, 0)]),
+        (least, Input(1, (2,), "contiguous", False), [Action("nothing", 0, 0)]),
+    ]
+
+
+@fuzz(histories("modules"), 40, *found("modules"))
 def test_modules(case: Case) -> None:
     check_history(case)
 
 
-@fuzz(histories("convert"), 40)
+@fuzz(histories("convert"), 25, *found("convert"))
 def test_convert(case: Case) -> None:
     check_history(case)
