@@ -29,16 +29,16 @@ def rounding(dtype: torch.dtype, autocast: torch.dtype | None, terms: int) -> fl
 
 
 class _Rounded(torch.autograd.Function):
-    """A value, and its gradient, moved by factors close to 1."""
+    """A value's gradient with errors, and unless it was stored before the value too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, errors: Errors) -> Tensor:
+    def forward(ctx: Any, x: Tensor, errors: Errors, stored: bool) -> Tensor:
         ctx.errors = errors
-        return errors.moved(x)
+        return x.clone() if stored else errors.moved(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.errors.moved(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.errors.moved(grads[0]), None, None
 
 
 class Errors:
@@ -56,14 +56,18 @@ class Errors:
 
 @contextlib.contextmanager
 def rounded(model: nn.Module, errors: Errors) -> Iterator[None]:
-    """Runs a net with such errors in its parameters and behind its modules (ReLUs aside, which are exact)."""
+    """Runs a net with such errors in its parameters and around its modules (ReLUs aside, which are exact)."""
 
-    def move(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
-        result: Tensor = _Rounded.apply(y, errors)
-        return result
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        return _Rounded.apply(inputs[0], errors, True)
+
+    def after(module: nn.Module, inputs: Any, y: Tensor) -> Any:
+        return _Rounded.apply(y, errors, False)
 
     leaves = [m for m in model.modules() if not list(m.children()) and not isinstance(m, nn.ReLU)]
-    handles = [m.register_forward_hook(move) for m in leaves if not isinstance(m, nn.Identity)]
+    leaves = [m for m in leaves if not isinstance(m, nn.Identity)]
+    handles: list[Any] = [m.register_forward_pre_hook(before) for m in leaves]
+    handles += [m.register_forward_hook(after) for m in leaves]
     try:
         for p in model.parameters():
             p.data.copy_(errors.moved(p.data))
