@@ -38,19 +38,22 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.errors.moved(grads[0]), None, None
+        return ctx.errors.moved(grads[0], ctx.errors.readers), None, None
 
 
 class Errors:
-    """Roundings at random: of `size` relative to a value, or to the smallest that a dtype has with all of its digits."""
+    """Roundings at random: of `size` relative to a value, or to the smallest that a dtype has with all of its digits.
 
-    def __init__(self, size: float, dtype: torch.dtype, seed: int) -> None:
-        self.size, self.least = size, torch.finfo(dtype).tiny
+    `readers`: how many layers' gradients are added up to a value's, with a rounding each, of sums of up to as many of them.
+    """
+
+    def __init__(self, size: float, readers: int, dtype: torch.dtype, seed: int) -> None:
+        self.size, self.readers, self.least = size, readers, torch.finfo(dtype).tiny
         self.generator = torch.Generator().manual_seed(seed)
 
-    def moved(self, x: Tensor) -> Tensor:
-        """The values with an error each; the gradient is that without."""
-        r = self.size * (2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1)
+    def moved(self, x: Tensor, times: int = 1) -> Tensor:
+        """The values with an error each."""
+        r = self.size * times * (2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1)
         return x * (1 + r) + self.least * r
 
 

@@ -87,7 +87,7 @@ def without(results: Results, words: tuple[str, ...]) -> Results:
 
 
 def expect(
-    naive: Side, run: Any, size: float, dtype: torch.dtype, seed: int
+    naive: Side, run: Any, size: float, readers: int, dtype: torch.dtype, seed: int
 ) -> tuple[Results, list[Results], bool]:
     """Plain PyTorch's results in float64, those with roundings at random, and whether gradients can be told from them."""
     before = [t.clone() for t in state_of(naive)]
@@ -99,7 +99,7 @@ def expect(
     for i in range(SAMPLES if size else 0):
         for t, then in zip(state_of(naive), before, strict=True):
             t.copy_(then)
-        errors = Errors(size, dtype, seed + i)
+        errors = Errors(size, readers, dtype, seed + i)
         with before_relus(norms) as other, rounded(naive.model, errors):
             samples.append(run(naive, errors))
         others.append(other)
@@ -180,7 +180,7 @@ def check_step(naive: Side, ours: Side, net: Net, like: Input, seed: int) -> boo
 
     before = [b.clone() for b in ours.model.buffers()]
     try:
-        expected, samples, sure = expect(naive, of_naive, size, dtype, seed)
+        expected, samples, sure = expect(naive, of_naive, size, net.layers + 1, dtype, seed)
     except REFUSALS:
         # Too few values for statistics, no values at all: then ours refuse it too, or can do it.
         with engine(net.engine):
