@@ -124,6 +124,12 @@ def check_norm(op: str, names: Sequence[str], norm: Norm, channels: int, like: T
         )
 
 
+def shown(value: Any) -> str:
+    """A wrong value as a message has it: in one line, of a tensor or another large thing what it is."""
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else f"a {type(value).__name__}"
+
+
 def check_number(op: str, name: str, value: float) -> None:
     """Checks that a setting is a number."""
     if not isinstance(value, Real):
@@ -133,7 +139,7 @@ def check_number(op: str, name: str, value: float) -> None:
 def check_count(op: str, name: str, value: Any) -> None:
     """Checks a number of channels, layers or classes."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{op}: {name} must be a positive whole number, got {value!r}")
+        raise ValueError(f"{op}: {name} must be a positive whole number, got {shown(value)}")
 
 
 def check_probability(op: str, name: str, value: float) -> None:
@@ -166,12 +172,12 @@ def check_module(op: str, name: str, value: Any) -> None:
 def check_memory(op: str, memory: str) -> Memory:
     """Checks and returns the name of a memory mode."""
     if not isinstance(memory, str) or memory not in get_args(Memory):
-        raise ValueError(f'{op}: memory must be "balanced" or "minimal", got {memory!r}')
+        raise ValueError(f'{op}: memory must be "balanced" or "minimal", got {shown(memory)}')
     return cast(Memory, memory)
 
 
 def check_spatial_dims(op: str, spatial_dims: int) -> int:
     """Checks a number of spatial dimensions and returns its place in a tuple of 1D, 2D and 3D classes."""
     if type(spatial_dims) is not int or spatial_dims not in (1, 2, 3):
-        raise ValueError(f"{op}: spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+        raise ValueError(f"{op}: spatial_dims must be 1, 2 or 3, got {shown(spatial_dims)}")
     return spatial_dims - 1

@@ -20,6 +20,7 @@ from effdense.engine.validation import (
     check_number,
     check_probability,
     check_spatial_dims,
+    shown,
 )
 from effdense.models.timm_methods import TimmMethods
 from effdense.models.weights import load_published
@@ -106,7 +107,7 @@ class DenseNet(TimmMethods, dense.DenseNet):
     ) -> None:
         if not isinstance(block_config, Sequence) or isinstance(block_config, str) or not block_config:
             raise ValueError(
-                f"DenseNet: block_config must be a sequence of the blocks' numbers of layers, got {block_config!r}"
+                f"DenseNet: block_config must be a sequence of the blocks' numbers of layers, got {shown(block_config)}"
             )
         counts = {
             "growth_rate": growth_rate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
+import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import effdense
@@ -40,6 +42,8 @@ class Net(NamedTuple):
     engine: str  # "compiled", "python" or "reference"
     dtype: torch.dtype
     seed: int
+    drop: float = 0.0
+    sure: bool = False  # whether norms keep what ReLUs get far from 0, so that gradients can be compared in any precision
 
 
 class Action(NamedTuple):
@@ -74,7 +78,7 @@ def make(net: Net) -> tuple[nn.Module, nn.Module]:
     """The stage in plain PyTorch in float64, and fused in the net's dtype; the same parameters and statistics."""
     dims, wide = len(net.spatial), net.channels + net.layers * net.growth
     block: nn.Module = densenet._DenseBlock(
-        net.layers, net.channels, net.bn_size or None, net.growth, 0.0, bias=net.bias
+        net.layers, net.channels, net.bn_size or None, net.growth, net.drop, bias=net.bias
     )
     naive = block
     if net.tail == "transition":
@@ -89,7 +93,11 @@ def make(net: Net) -> tuple[nn.Module, nn.Module]:
                 tensor.uniform_(0.5, 1.5)
                 if name.endswith(("bias", "running_mean")):
                     tensor.sub_(1)
-    return naive.double(), _fused(net, naive).to(net.dtype)
+        for norm in norms_of(naive) if net.sure else ():
+            norm.weight.uniform_(0.2, 0.3)
+            norm.bias.copy_(1.25 * (torch.rand_like(norm.bias) - 0.5).sign())
+    naive = naive.to(net.dtype).double()  # both have the same values
+    return naive, _fused(net, naive).to(net.dtype)
 
 
 def _fused(net: Net, naive: nn.Module) -> nn.Module:
@@ -97,7 +105,7 @@ def _fused(net: Net, naive: nn.Module) -> nn.Module:
         return effdense.convert(copy.deepcopy(naive), memory=net.memory)
     dims, wide = len(net.spatial), net.channels + net.layers * net.growth
     form: dict[str, Any] = {"memory": net.memory, "bias": net.bias, "spatial_dims": dims}
-    ours: nn.Module = DenseBlock(net.layers, net.channels, net.bn_size or None, net.growth, 0.0, **form)
+    ours: nn.Module = DenseBlock(net.layers, net.channels, net.bn_size or None, net.growth, net.drop, **form)
     if net.tail == "transition":
         end = Transition(wide, 5, bias=net.bias, spatial_dims=dims)
         ours = DenseFeatures(OrderedDict(denseblock1=ours, transition1=end))
@@ -123,26 +131,32 @@ class Side:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.seen: list[Tensor] = []  # by hooks
+        self.seen: dict[str, Tensor] = {}  # by hooks
         self.handles: list[Any] = []
-        self.how = ""  # of the next steps: "", "no_grad", "inference", "checkpoint"
+        self.how = ""  # of the next steps: "", "no_grad", "inference", "checkpoint", "reentrant", "wrapper"
+        self.passes = "once"  # see `_passes`
+        self.autocast: torch.dtype | None = None
 
-    def note(self, *values: Any) -> None:
+    def note(self, hook: str, *values: Any) -> None:
         """Called by hooks."""
         tensors = [v for value in values for v in (value if isinstance(value, (tuple, list)) else [value])]
-        self.seen += [t.detach().double().clone() for t in tensors if isinstance(t, Tensor)]
+        for t in tensors:
+            if isinstance(t, Tensor):
+                count = sum(name.startswith(hook + ".") for name in self.seen)
+                self.seen[f"{hook}.{count}"] = t.detach().double().clone()
 
     def hook(self, a: int, b: int) -> None:
         """Puts a hook on a module or a parameter."""
         module: Any = pick(list(self.model.modules()), a)
         parameter = pick(list(self.model.parameters()), a)
+        forward, backward = (f"{kind} hook {len(self.handles)}" for kind in ("forward", "gradient"))
         add: Any = [
-            lambda: module.register_forward_hook(lambda m, x, y: self.note(y)),
-            lambda: module.register_forward_pre_hook(lambda m, x: self.note(x)),
-            lambda: parameter.register_hook(lambda g: self.note(g)),
+            lambda: module.register_forward_hook(lambda m, x, y: self.note(forward, y)),
+            lambda: module.register_forward_pre_hook(lambda m, x: self.note(forward, x)),
+            lambda: parameter.register_hook(lambda g: self.note(backward, g)),
             lambda: module.register_forward_hook(lambda m, x, y: y * 2 if isinstance(y, Tensor) else y),
             lambda: parameter.register_hook(lambda g: g * 3),
-            lambda: parameter.register_post_accumulate_grad_hook(lambda p: self.note(p.grad)),
+            lambda: parameter.register_post_accumulate_grad_hook(lambda p: self.note(backward, p.grad)),
         ][b % 6]
         if parameter.requires_grad or b % 6 in (0, 1, 3):
             self.handles.append(add())
@@ -182,6 +196,10 @@ def _edit(side: Side, a: int, b: int) -> None:
 
 def _load(side: Side, a: int, b: int) -> None:
     state = {k: v * 0.9 if v.is_floating_point() else v for k, v in side.model.state_dict().items()}
+    if b % 3 == 2:
+        torch.save(state, file := io.BytesIO())
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
     side.model.load_state_dict(state, assign=bool(b % 2))
 
 
@@ -210,7 +228,21 @@ def _copy(side: Side, a: int, b: int) -> None:
 
 
 def _how(side: Side, a: int, b: int) -> None:
-    side.how = ("", "no_grad", "inference", "checkpoint", "")[b % 5]
+    side.how = ("", "no_grad", "inference", "checkpoint", "", "reentrant", "wrapper")[b % 7]
+
+
+def _passes(side: Side, a: int, b: int) -> None:
+    """Forwards and backwards of a step: gradients added up over two; both forwards first; a graph used twice; a penalty."""
+    side.passes = ("once", "twice", "both", "again", "second")[b % 5]
+
+
+def _autocast(side: Side, a: int, b: int) -> None:
+    side.autocast = (torch.bfloat16, None, torch.float16)[b % 3]
+
+
+def _drop(side: Side, a: int, b: int) -> None:
+    layers: list[Any] = [m for m in side.model.modules() if hasattr(m, "norm1") and hasattr(m, "drop_rate")]
+    pick(layers, a).drop_rate = (0.0, 0.4, 1.0, 0.2)[b % 4]
 
 
 def _unhook(side: Side, a: int, b: int) -> None:
@@ -241,8 +273,18 @@ ACTIONS: dict[str, Callable[[Side, int, int], None]] = {
     "copy": _copy,
     "how": _how,
     "data": _data,
+    "passes": _passes,
+    "autocast": _autocast,
+    "drop": _drop,
 }
-OURS = ("memory", "convert", "revert", "input")  # that the plain one does not know, or both get otherwise
+OURS = (
+    "memory",
+    "convert",
+    "revert",
+    "to",
+    "input",
+)  # that the plain one does not know, or both get otherwise
+LOW = ("autocast", "to")
 
 
 def change_ours(side: Side, action: Action) -> None:
@@ -256,6 +298,11 @@ def change_ours(side: Side, action: Action) -> None:
         for m in side.model.modules():
             if isinstance(getattr(type(m), "memory", None), property):
                 m.memory = memory  # type: ignore[assignment]
+    elif action.name == "to":
+        side.model.to(pick([torch.bfloat16, torch.float32, torch.float64, torch.float16], action.a))
+        if action.b % 4 == 3:
+            for m in norms_of(side.model):
+                m.float()
 
 
 class Input(NamedTuple):
@@ -278,52 +325,91 @@ class Input(NamedTuple):
         return torch.randn(self.images, channels, *self.spatial, generator=generator).double()
 
 
-def step(side: Side, x: Tensor, like: Input, dtype: torch.dtype, plain: bool = False) -> list[Tensor | None]:
-    """Output, gradients, buffers and what hooks saw of one step.
+@contextlib.contextmanager
+def contiguous_dropout() -> Iterator[None]:
+    """PyTorch's dropout draws in the layout of what comes: here in the contiguous one, as fused layers do."""
+    real = F.dropout
+    F.dropout = lambda x, *rest, **named: real(x.contiguous(), *rest, **named)
+    try:
+        yield
+    finally:
+        F.dropout = real
 
-    `plain`: never checkpointed, since statistics of plain PyTorch move twice then, and fused ones once. Of a checkpointed step
-    no buffers, nor what hooks saw.
+
+def _run(side: Side, x: Tensor, plain: bool) -> Tensor:
+    """One forward as `side.how` says; `plain`: never checkpointed."""
+    model, how = side.model, "" if plain else side.how
+    if how == "wrapper":
+        y: Tensor = checkpoint_wrapper(model)(x)
+    elif how in ("checkpoint", "reentrant"):
+        # The reentrant kind gives no gradients to parameters where x needs none, and none by torch.autograd.grad.
+        reentrant = how == "reentrant" and x.requires_grad and side.passes != "second"
+        y = checkpoint(model, x, use_reentrant=reentrant)
+    else:
+        y = model(x)
+    return y
+
+
+def _loss(y: Tensor) -> Tensor:
+    weights = torch.linspace(-1, 1, max(1, y.numel()), dtype=torch.float64)[: y.numel()]
+    return (y.double() * weights.view(y.shape)).sum()
+
+
+def _backward(side: Side, ys: list[Tensor], xs: list[Tensor]) -> None:
+    loss = torch.stack([_loss(y) for y in ys]).sum()
+    if not loss.requires_grad:
+        return
+    if side.passes == "second":
+        inputs = [t for t in (*xs, *side.model.parameters()) if t.requires_grad]
+        grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        loss = loss + sum(g.double().square().sum() for g in grads if g is not None)
+    loss.backward(retain_graph=side.passes == "again")
+    if side.passes == "again":
+        loss.backward()
+
+
+def step(
+    side: Side, images: list[Tensor], like: Input, dtype: torch.dtype, seed: int = 0, plain: bool = False
+) -> dict[str, Tensor | None]:
+    """Outputs, gradients, buffers and what hooks saw of one step, by name. The second of the images is for a second pass.
+
+    `plain`: never checkpointed, since statistics of plain PyTorch move twice then, and fused ones once. What hooks saw of a
+    checkpointed step is left out, because they see that twice.
     """
-    model = side.model
-    side.seen = []
-    x = (
-        LAYOUTS[like.layout](x.detach().to(dtype))
-        .detach()
-        .requires_grad_(like.need and not side.how.startswith(("no", "inf")))
-    )
+    model, two = side.model, side.passes in ("twice", "both")
+    side.seen = {}
+    need = like.need and not side.how.startswith(("no", "inf"))
+    xs = [LAYOUTS[like.layout](x.to(dtype)).detach().requires_grad_(need) for x in images[: 1 + two]]
     model.zero_grad()
+    torch.manual_seed(seed)
     within = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(
         side.how, contextlib.nullcontext
     )
-    with within():
-        again = side.how == "checkpoint"
-        y = checkpoint(model, x, use_reentrant=False) if again and not plain else model(x)
-    assert y.isfinite().all() or not y.numel()
-    if y.requires_grad:
-        weights = torch.linspace(-1, 1, max(1, y.numel()), dtype=torch.float64)[: y.numel()]
-        (y.double() * weights.view(y.shape)).sum().backward()
-    grads = [x.grad, *(p.grad for p in model.parameters())]
+    autocast = torch.autocast(
+        "cpu", dtype=side.autocast or torch.bfloat16, enabled=side.autocast is not None and not plain
+    )
+    ys: list[Tensor] = []
+    with contiguous_dropout():
+        for x in xs:
+            with within(), autocast:
+                ys.append(_run(side, x, plain))
+            if side.passes != "both":
+                _backward(side, ys[-1:], [x])
+        if side.passes == "both":
+            _backward(side, ys, xs)
+    results: dict[str, Tensor | None] = {f"output {i}": y.detach() for i, y in enumerate(ys)}
+    results |= {f"gradient of input {i}": x.grad for i, x in enumerate(xs)}
+    results |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    results |= {name: b.clone() for name, b in model.named_buffers()}
+    if not is_checkpointed(side):
+        results |= side.seen
     with torch.no_grad():
         for p in model.parameters():
-            if p.grad is not None:
-                p.sub_(p.grad, alpha=0.01)
-    if again:  # what runs one by one moves statistics twice, hooks see twice
-        return [y.detach(), *grads]
-    return [y.detach(), *grads, *(b.clone() for b in model.buffers()), *side.seen]
+            if p.grad is not None and p.numel():
+                p.sub_(p.grad * (0.01 / p.grad.abs().max().clamp(min=1)))
+    return results
 
 
-@contextlib.contextmanager
-def least_of_relus(model: nn.Module) -> Iterator[list[float]]:
-    """Collects how close to 0, where rounding decides, what ReLUs get is."""
-    least = [math.inf]
-
-    def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.numel():
-            least[0] = min(least[0], output.detach().abs().min().item())
-
-    handles = [m.register_forward_hook(look) for m in norms_of(model)]
-    try:
-        yield least
-    finally:
-        for handle in handles:
-            handle.remove()
+def is_checkpointed(side: Side) -> bool:
+    """Whether forwards run again in the backward."""
+    return side.how in ("checkpoint", "reentrant", "wrapper")

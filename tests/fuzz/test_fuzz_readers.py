@@ -76,13 +76,14 @@ changes = st.lists(
 )
 
 
-# state_dict, class_names and options of another kind; a state_dict without weights, a file without one
+# state_dict, class_names and options of another kind; a state_dict without weights, a file without one; a tensor as num_classes
 FOUND: list[Any] = [
     ("checkpoint", [Change((5,), 0)]),
     ("checkpoint", [Change((2,), 0)]),
     ("checkpoint", [Change((1,), 15)]),
     ("weights", [Change((5,), 9)]),
     ("weights", [Change((5,), 99)]),
+    ("checkpoint", [Change((1, 0), 15)]),
 ]
 
 

@@ -153,6 +153,8 @@ def test_published_weights_that_there_are_not() -> None:
         ({"growth_rate": -1}, "growth_rate must be a positive whole number, got -1"),
         ({"growth_rate": "12"}, "growth_rate must be a positive whole number, got '12'"),
         ({"growth_rate": True}, "growth_rate must be a positive whole number, got True"),
+        ({"growth_rate": torch.zeros(2, 3)}, "growth_rate must be a positive whole number, got a Tensor"),
+        ({"block_config": torch.zeros(2, 3)}, "block_config must be a sequence .*, got a Tensor"),
         ({"block_config": ()}, r"block_config must be a sequence of the blocks' numbers of layers, got \(\)"),
         ({"block_config": 4}, "block_config must be a sequence of the blocks' numbers of layers, got 4"),
         ({"block_config": "66"}, "block_config must be a sequence .*, got '66'"),
