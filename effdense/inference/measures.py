@@ -148,6 +148,7 @@ def _mistakes(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
+    name = "".join(c if c.isprintable() else "?" for c in name)  # a line's end, or a terminal's commands
     return name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…"
 
 

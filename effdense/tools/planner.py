@@ -156,6 +156,7 @@ _MADE: dict[Any, Callable[[Sequence[Any]], Any]] = {
     torch.ops.aten.convolution_backward.default: _convolution_backward,
     torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward,
+    torch.ops.aten.addmm.default: lambda args: args[1].new_empty(args[1].shape[0], args[2].shape[1]),
     torch.ops.aten.add_.Tensor: lambda args: args[0],
     torch.ops.aten.add.Tensor: _alike,
     torch.ops.aten.mul.Tensor: _alike,

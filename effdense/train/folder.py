@@ -15,6 +15,7 @@ from effdense.train.settings import RunConfig
 
 LAST, BEST = "last.pt", "best.pt"
 LOCK = ".lock"
+_FILES = (LAST, BEST, "metrics.csv", "results.json", "settings.toml")
 
 
 @contextlib.contextmanager
@@ -58,6 +59,13 @@ def _leave_note(lock: int) -> None:
     """Says in the locked file who has locked it."""
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
+
+
+def of_a_run(path: Path) -> list[Path]:
+    """The files of the run whose folder that is, or one of its files."""
+    folder = path if path.is_dir() else path.parent
+    there = [folder / name for name in _FILES if (folder / name).is_file()]
+    return there if any(p.name in (LAST, BEST) for p in there) else []
 
 
 def to_go_on_from(out: Path) -> Path:

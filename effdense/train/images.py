@@ -177,8 +177,10 @@ class Folder:
         try:
             with self._pil.open(path) as image:
                 yield image
-        except (OSError, SyntaxError, ValueError, self._pil.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged one makes of it
+            raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
 
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
         """See Images."""

@@ -87,6 +87,16 @@ def test_neither_output_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         files.silence(error)
 
 
+def test_outputs_that_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with >&- 2>&-, of which Python makes None."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    statuses = [cli.main(COMMANDS[command]) for command in ("summary", "plan", "predict")]
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+    assert statuses == [0, 0, 2]
+
+
 def test_the_program_itself() -> None:
     """As in `effdense summary … | true`: Python's own end says nothing either."""
     read, write = os.pipe()

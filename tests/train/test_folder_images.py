@@ -213,6 +213,22 @@ def test_other_forms_are_counted(folder: Path) -> None:
     }
 
 
+def test_turned_images_and_further_pages_are_counted(tmp_path: Path) -> None:
+    turned, blank = Image.Exif(), Image.new("RGB", (16, 16))
+    turned[0x0112] = 6
+    blank.save(tmp_path / "turned.jpg", exif=turned)
+    blank.save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")])
+    prepare, found = Preparation((0.5,) * 3, (0.5,) * 3, 3), []
+    for name in ("turned.jpg", "pages.tif"):
+        with Image.open(tmp_path / name) as file:
+            found.append(prepare.loses(file))
+            assert not prepare.pixels(file).any()
+    assert found == [
+        "turned by its EXIF data, which are left out",
+        "of several pages, of which the first is read",
+    ]
+
+
 def test_a_bitmap_of_16_bits_a_pixel_has_5_a_channel(folder: Path) -> None:
     file = Image.new("RGB", (16, 16))
     file.tile = [("raw", (0, 0, 16, 16), 0, ("BGR;16", 0, 1))]  # type: ignore[attr-defined]  # as Pillow has it of a BMP
