@@ -24,12 +24,14 @@ def held(settings: RunConfig) -> Iterator[None]:
 
     Raises:
         OSError: it takes no files, which would be seen after hours otherwise.
-        ValueError: another run holds it at the moment, or it is to begin where there is one.
+        ValueError: another run holds it at the moment, or it is to begin where there is one, or something in its files' places.
     """
     out = settings.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / LOCK).open("a+")
+    except FileExistsError as error:
+        raise OSError(f"--out {out} cannot be written: it is there, and no folder") from error
     except OSError as error:
         raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
     with lock:
@@ -49,6 +51,10 @@ def held(settings: RunConfig) -> Iterator[None]:
             files.remove_parts(out, LAST, BEST, "results.json", "settings.toml")
         except OSError as error:
             raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
+        if other := [name for name in _FILES if (out / name).exists() and not (out / name).is_file()]:
+            raise ValueError(
+                f"--out {out} holds {other[0]}, which a run writes, and which is no regular file there"
+            )
         there = [name for name in (LAST, BEST) if (out / name).exists()]
         if there and not settings.resume:
             raise ValueError(f"--out {out} holds a run: --resume goes on with it, another --out begins anew")

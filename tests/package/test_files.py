@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from effdense import cli, files
-from effdense.train import checkpoint, command, folder
+from effdense.train import checkpoint, command, config, folder
 from effdense.train.metrics import Metrics, Row
 from tests._training import arguments, assert_same_end, load, rows, train, write_data
 
@@ -321,9 +321,12 @@ def test_a_last_checkpoint_that_is_damaged(root: Path, tmp_path: Path, capsys: A
     assert f"Once it is moved away, --resume goes on from {tmp_path}/best.pt" in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_written_cost_no_epoch(root: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "results.json").mkdir()
-    assert train(root, tmp_path, "--epochs", "1") == 2
+def test_results_that_cannot_be_written_cost_no_epoch(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "write", lambda out, *_: (out / "results.json").mkdir())  # when it has begun
+        assert train(root, tmp_path, "--epochs", "1") == 2
     assert "results.json cannot be written: it is a folder" in capsys.readouterr().err
     assert load(tmp_path)["epoch"] == 1
     (tmp_path / "results.json").rmdir()
@@ -331,10 +334,11 @@ def test_results_that_cannot_be_written_cost_no_epoch(root: Path, tmp_path: Path
     assert len(json.loads((tmp_path / "results.json").read_text())["epochs"]) == 1
 
 
-def test_metrics_that_are_no_file(root: Path, tmp_path: Path, capsys: Any) -> None:
-    os.mkfifo(tmp_path / "metrics.csv")
+@pytest.mark.parametrize("name", ["best.pt", "metrics.csv", "results.json", "settings.toml"])
+def test_files_of_a_run_that_are_none(name: str, root: Path, tmp_path: Path, capsys: Any) -> None:
+    os.mkfifo(tmp_path / name)  # which would be waited for
     assert train(root, tmp_path) == 2
-    assert "metrics.csv cannot be written: it is no regular file" in capsys.readouterr().err
+    assert f"holds {name}, which a run writes, and which is no regular file" in capsys.readouterr().err
 
 
 def test_metrics_on_a_full_disk_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
