@@ -54,6 +54,8 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
                     if damaged := archive.testzip():
                         raise ValueError(f"the checksum of {damaged} is wrong")
                     _refuse_others(archive.namelist())
+            elif head.startswith(b"PK\3\4"):
+                raise ValueError("it is cut off")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged archive or pickle makes of it

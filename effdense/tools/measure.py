@@ -39,7 +39,8 @@ def peak_bytes(fn: Callable[[], Any]) -> int:
     finally:
         with _without_marks():
             profiler.stop()
-    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    results: Any = profiler.profiler
+    tree = results.kineto_results.experimental_event_tree()
     live: dict[int, int] = {}
     level = peak = 0
     for event in sorted(_allocations(tree), key=lambda event: event.start_time_ns):

@@ -162,7 +162,7 @@ class Folder:
             with self._pil.open(path) as image:
                 return self._prepare.loses(image)
         except Exception:  # whatever a damaged one makes of it, it is named when it is read
-            return ""
+            return "damaged, at which the run will end"
 
     def sizes(self) -> list[tuple[int, int]]:
         """Every image's width and height."""

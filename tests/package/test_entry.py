@@ -49,7 +49,7 @@ def test_interrupted(
     monkeypatch.chdir(tmp_path)
     stop = raises(KeyboardInterrupt())
     for holder, name in (
-        *((cli, "check"), (cli, "Planner"), (cli, "summary"), (cli, "load_checkpoint")),
+        *((cli, "check"), (cli, "Planner"), (cli, "summary"), (cli, "find")),
         *((plots, "read_run"), (loop.Training, "__init__"), (bench, "run"), (trained, "load")),
     ):
         monkeypatch.setattr(holder, name, stop)

@@ -196,11 +196,11 @@ def test_other_forms_are_counted(folder: Path) -> None:
     eight, alpha = "with 16 bits a channel, of which 8 are read", "transparent, which is left out"
     data = images.load(settings("folder", folder, resize=8)).train
     assert isinstance(data, images.Folder)
-    gray = "grey, repeated to 3 channels"
+    gray, damaged = "grey, repeated to 3 channels", "damaged, at which the run will end"
     assert data.kinds() == (
         17,
         {
-            **{f"{gray} and with 16 bits": 1, eight: 2, f"{eight} and {alpha}": 1},
+            **{damaged: 1, f"{gray} and with 16 bits": 1, eight: 2, f"{eight} and {alpha}": 1},
             **{gray: 1, f"{gray} and {alpha}": 1, alpha: 2},
         },
     )
@@ -208,7 +208,7 @@ def test_other_forms_are_counted(folder: Path) -> None:
     assert isinstance(data, images.Folder)
     color = "in colour, read as grey"
     assert data.kinds()[1] == {
-        **{"with 16 bits": 1, f"{color} and {eight}": 2, f"{color} and {eight} and {alpha}": 1},
+        **{damaged: 1, "with 16 bits": 1, f"{color} and {eight}": 2, f"{color} and {eight} and {alpha}": 1},
         **{f"{color}": 8, alpha: 1, f"{color} and {alpha}": 2},
     }
 
