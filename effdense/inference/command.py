@@ -235,7 +235,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 start = [data.source.name(number), names[label]]
                 file.write(predictions.as_bytes(predictions.row(start, found, names, None)))
     if plots is not None:
-        curves = measures.roc_curves(all_scores, labels, result)
+        curves = measures.roc_curves(all_scores, labels, result, len(plots.CURVES))
         rows = [(c.name, c.images, c.precision, c.recall, c.auc) for c in result.classes]
         title = f"{model.path} on {data.where}: accuracy {result.accuracy:.4f}"
         plots.evaluation_picture(rows, result.confusion, curves, title, arguments.plot)
