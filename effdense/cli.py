@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from effdense import extras, files, values
 from effdense._version import __version__
 from effdense.inference import command as inference
+from effdense.inference.trained import find
 from effdense.models import load_checkpoint
 from effdense.models.names import without_memory
 from effdense.nn.kinds import CONVS
@@ -28,7 +31,7 @@ from effdense.tools.reuse import feature_reuse
 from effdense.tools.summary import summary
 from effdense.tools.timeline import CATEGORIES
 from effdense.train import command as train
-from effdense.train.folder import BEST
+from effdense.train.folder import of_a_run
 
 INTERRUPTED, UNREAD = 130, 141  # a shell's status for Ctrl-C, and for a pipe that nobody reads
 
@@ -144,12 +147,7 @@ def _summary(arguments: argparse.Namespace) -> int:
         return _ended(f"effdense summary: {error}", 2)
     print(f"{arguments.model}, {table}")
     if arguments.json:
-        content = {"model": arguments.model, **table.as_dict()}
-        try:
-            files.write_json(content, arguments.json)
-        except OSError as error:
-            print(f"effdense summary: {error}", file=sys.stderr)
-            return 2
+        files.write_json({"model": arguments.model, **table.as_dict()}, arguments.json)
     return 0
 
 
@@ -187,6 +185,7 @@ def _draw(arguments: argparse.Namespace, draw: Callable[[Any], None]) -> int:
         print(error, file=sys.stderr)
         return 2
     try:
+        plots.check_format(arguments.output)
         draw(plots)
     except (OSError, ValueError) as error:
         print(f"effdense {arguments.command}: {error}", file=sys.stderr)
@@ -197,7 +196,7 @@ def _draw(arguments: argparse.Namespace, draw: Callable[[Any], None]) -> int:
 
 def _reuse(arguments: argparse.Namespace) -> int:
     def draw(plots: Any) -> None:
-        blocks = feature_reuse(load_checkpoint(arguments.checkpoint, arguments.model))
+        blocks = feature_reuse(load_checkpoint(find(arguments.checkpoint), arguments.model))
         plots.reuse_picture(blocks, f"feature reuse in {arguments.checkpoint}", arguments.output)
 
     return _draw(arguments, draw)
@@ -206,9 +205,7 @@ def _reuse(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     try:
         export.check_suffix(arguments.output)
-        files.check_replaceable(arguments.output)
-        source = arguments.checkpoint
-        model = load_checkpoint(source / BEST if source.is_dir() else source, arguments.model)
+        model = load_checkpoint(find(arguments.checkpoint), arguments.model)
         shape = None if arguments.output.suffix.lower() == ".safetensors" else _shape_of(model, arguments)
         name = arguments.model or getattr(model, "model_name", None)
         done = export.export_model(model, arguments.output, shape, name=name)
@@ -294,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         help="about how long it may take (default: %(default)s)",
     )
     command.add_argument(
-        "--json", type=values.new_path, metavar="FILE", help="write everything measured there too"
+        "--json", type=values.new_file, metavar="FILE", help="write everything measured there too"
     )
     command.set_defaults(run=_bench)
     command = commands.add_parser("summary", help="a model's stages: sizes, parameters, work, memory kept")
@@ -303,17 +300,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--batch", type=values.count, default=1, help="images in a batch (default: %(default)s)"
     )
-    command.add_argument("--json", type=values.path, metavar="FILE", help="write the table there too")
+    command.add_argument("--json", type=values.new_file, metavar="FILE", help="write the table there too")
     command.set_defaults(run=_summary)
     command = commands.add_parser(
         "reuse", help="draw how strongly each layer reads each earlier layer's features"
     )
     command.add_argument(
-        "checkpoint", type=values.path, help="of effdense train, or a state_dict with --model"
+        "checkpoint", type=values.path, help="of effdense train, its folder, or a state_dict with --model"
     )
     command.add_argument("--model", help="as in plan, where the file does not say it")
     command.add_argument(
-        "-o", "--output", type=values.path, default="reuse.png", help="PNG (default: %(default)s)"
+        "-o", "--output", type=values.new_file, default="reuse.png", help="PNG (default: %(default)s)"
     )
     command.set_defaults(run=_reuse)
     command = commands.add_parser(
@@ -323,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", type=values.path, help="of effdense train, its folder, or a state_dict with --model"
     )
     command.add_argument(
-        "-o", "--output", type=values.new_path, required=True, help="ends in .onnx, .pt2 or .safetensors"
+        "-o", "--output", type=values.new_file, required=True, help="ends in .onnx, .pt2 or .safetensors"
     )
     command.add_argument("--model", help="as in plan, where the file does not say it")
     command.add_argument(
@@ -337,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs", type=values.path, nargs="+", metavar="RUN", help="folder of effdense train --out"
     )
     command.add_argument(
-        "-o", "--output", type=values.path, default="runs.png", help="PNG (default: %(default)s)"
+        "-o", "--output", type=values.new_file, default="runs.png", help="PNG (default: %(default)s)"
     )
     command.set_defaults(run=_plot)
     command = commands.add_parser("train", help="train a DenseNet on images; also under torchrun")
@@ -361,11 +358,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Where it is interrupted, or what it prints is not read to the end, that is no traceback: 130 and 141, as shells have it.
     """
     name = "effdense"
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell, as with >&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding does not have is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = _parser().parse_args(train.with_config(sys.argv[1:] if argv is None else argv))
         name = f"effdense {arguments.command}"
+        if wrong := _wrong_outputs(arguments):
+            return _ended(f"{name}: {wrong}", 2)
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
@@ -380,6 +382,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except (OSError, ValueError):
             files.silence(sys.stdout)
+
+
+def _wrong_outputs(arguments: argparse.Namespace) -> str:
+    """What is wrong with the files that a command is to write, as far as that can be seen before it begins."""
+    outputs: dict[str, Path] = {}
+    inputs: list[Path] = []
+    for name, value in vars(arguments).items():
+        if isinstance(value, values.NewFile):
+            outputs[f"--{name}"] = value
+        else:
+            inputs += [p for p in (value if isinstance(value, list) else [value]) if isinstance(p, Path)]
+    try:
+        for path in outputs.values():
+            files.check_replaceable(path)
+        run = [f for p in inputs for f in of_a_run(p)] if outputs else []
+        files.check_apart(outputs, [*inputs, *run])
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def _ended(message: str, status: int) -> int:

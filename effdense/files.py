@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,14 +55,42 @@ def check_replaceable(path: str | os.PathLike[str]) -> None:
         if target is not None and not os.access(target.parent, os.W_OK):
             raise PermissionError(errno.EACCES, f"the folder {target.parent} is write-protected")
     except (OSError, RuntimeError) as error:
-        raise _cannot_be_written(path, error) from error
+        raise OSError(f"{path} cannot be written: {_reason(error)}") from error
+
+
+def check_apart(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
+    """Refuses to write over what is read, and two files into one; pipes and devices take whatever comes.
+
+    Args:
+        outputs: files that are to be written, by the names of their options.
+        inputs: files that are read, or belong to them.
+
+    Raises:
+        ValueError: the message names the options.
+    """
+    files = {name: path for name, path in outputs.items() if not path.exists() or path.is_file()}
+    real: dict[str, str] = {}
+    for name, path in files.items():
+        if (other := real.setdefault(os.path.realpath(path), name)) != name:
+            raise ValueError(f"{other} and {name} are the same file, {path}, which can hold one of them")
+    there = {os.path.realpath(path) for path in inputs}
+    for path in files.values():
+        if os.path.realpath(path) in there and path.exists():
+            raise ValueError(
+                f"{path} is read, or belongs to what is read, and would be overwritten: name another file"
+            )
 
 
 def _cannot_be_written(path: Path, error: Exception) -> OSError:
     before = "it is no regular file" if os.path.exists(path) else "there is none"
     before = "the one before it is as it was" if os.path.isfile(path) else before
+    before = "" if os.path.isdir(path) else f"; {before}"
+    return OSError(f"{path} cannot be written: {_reason(error)}{before}")
+
+
+def _reason(error: Exception) -> Any:
     cause = _cause(error)
-    return OSError(f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}; {before}")
+    return getattr(cause, "strerror", None) or cause
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -82,7 +110,7 @@ def _target(path: Path) -> Path | None:
     if _own_output(there) is not None or stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode):
         return None
     if stat.S_ISDIR(there.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if not stat.S_ISREG(there.st_mode):
         raise OSError("a disk or a socket is not overwritten")
     if not os.access(path, os.W_OK):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import torch
 
@@ -28,6 +29,30 @@ def new_path(text: str) -> Path:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"a path in UTF-8 was expected, got {text!r}") from None
     return path(text)
+
+
+class NewFile(PosixPath):
+    """A file that a command writes: before it begins, `effdense.cli` looks whether it can be written."""
+
+
+def new_file(text: str) -> NewFile:
+    """A path of a file that is written."""
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "a path was expected, got '-'; standard output is /dev/stdout, and ./- a file of that name"
+        )
+    if text.endswith("/") and not os.path.isdir(text):  # which is said in other words
+        raise argparse.ArgumentTypeError(f"the path of a file was expected, got {text!r}, as folders have it")
+    return NewFile(new_path(text))
+
+
+def number(text: str) -> float:
+    """A number of 0 or more, in digits."""
+    digits = text.strip()
+    value = float(digits) if re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", digits, re.ASCII | re.I) else -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of 0 or more was expected, got {text!r}")
+    return value
 
 
 def whole(least: int = 1, most: int = _LARGEST) -> Callable[[str], int]:

@@ -7,7 +7,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,20 +74,20 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     add("--data-root", type=values.path, metavar="DIR", help="where a data set is, as for train")
     add(
         "--csv",
-        type=values.new_path,
+        type=values.new_file,
         metavar="FILE",
         help="write the classes' figures and the confusion matrix there",
     )
-    add("--json", type=values.new_path, metavar="FILE", help="write all figures there")
+    add("--json", type=values.new_file, metavar="FILE", help="write all figures there")
     add(
         "--plot",
-        type=values.new_path,
+        type=values.new_file,
         metavar="FILE",
         help="draw confusion matrix and ROC curves there (PNG, PDF, SVG)",
     )
     add(
         "--predictions",
-        type=values.new_path,
+        type=values.new_file,
         metavar="FILE",
         help="write every image's probabilities there, as CSV",
     )
@@ -107,7 +106,7 @@ def add_predict(command: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="image files, and folders with all below them",
     )
-    add("--csv", type=values.new_path, metavar="FILE", help="write the table there, not to standard output")
+    add("--csv", type=values.new_file, metavar="FILE", help="write the table there, not to standard output")
     add(
         "--top",
         type=values.count,
@@ -195,14 +194,6 @@ def _load(arguments: argparse.Namespace) -> trained.Trained:
     return model
 
 
-def _check_outputs(*outputs: Path | None) -> None:
-    """Refuses what cannot be written to before the work, not after it."""
-    for path in filter(None, outputs):
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, and a file is to be written")
-        files.check_replaceable(path)
-
-
 def _say_left_out(command: str, left_out: Any) -> None:
     if left_out:
         print(f"effdense {command}: left out: {listing.in_words(left_out)}", file=sys.stderr)
@@ -211,7 +202,8 @@ def _say_left_out(command: str, left_out: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     measures.sklearn()
     plots = extras.load("effdense.tools.plots", "--plot", "train") if arguments.plot else None
-    _check_outputs(arguments.csv, arguments.json, arguments.plot, arguments.predictions)
+    if plots is not None:
+        plots.check_format(arguments.plot)
     model = _load(arguments)
     data = labelled.load(model, arguments.data, arguments.data_root, arguments.workers)
     epoch = f", epoch {model.epoch}" if model.epoch is not None else ""
@@ -253,7 +245,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 start = [data.source.name(number), names[label]]
                 file.write(predictions.as_bytes(predictions.row(start, found, names, None)))
     if plots is not None:
-        curves = measures.roc_curves(all_scores, labels, result)
+        curves = measures.roc_curves(all_scores, labels, result, len(plots.CURVES))
         rows = [(c.name, c.images, c.precision, c.recall, c.auc) for c in result.classes]
         title = f"{model.path} on {data.where}: accuracy {result.accuracy:.4f}"
         plots.evaluation_picture(rows, result.confusion, curves, title, arguments.plot)
@@ -262,7 +254,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     extras.load("PIL.Image", "effdense predict", "train")
-    _check_outputs(arguments.csv)
     model = _load(arguments)
     names = model.class_names
     top = None if arguments.top is None else min(arguments.top, len(names))

@@ -89,10 +89,17 @@ def _auc(metrics: Any, is_class: Any, probability: Any) -> float | None:
     return float(metrics.roc_auc_score(is_class, probability)) if 0 < is_class.sum() < len(is_class) else None
 
 
-def roc_curves(scores: Tensor, labels: Tensor, evaluation: Evaluation) -> dict[str, tuple[Any, Any]]:
-    """False and true positive rates by class, of those that have an area; of two classes the rarer one's only."""
-    metrics, of_class, true = sklearn(), probabilities(scores).numpy(), labels.numpy()
+def roc_curves(
+    scores: Tensor, labels: Tensor, evaluation: Evaluation, most: int
+) -> dict[str, tuple[Any, Any]]:
+    """False and true positive rates by class, of those that have an area; of two classes the rarer one's only.
+
+    None where there would be more than `most`, which are not drawn.
+    """
     with_area = [i for i, c in enumerate(evaluation.classes) if c.auc is not None]
+    if len(with_area) > most:
+        return {}
+    metrics, of_class, true = sklearn(), probabilities(scores).numpy(), labels.numpy()
     if len(evaluation.classes) == 2:
         with_area = sorted(with_area, key=lambda i: evaluation.classes[i].images)[:1]
     return {evaluation.classes[i].name: metrics.roc_curve(true == i, of_class[:, i])[:2] for i in with_area}
@@ -148,6 +155,7 @@ def _mistakes(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
+    name = "".join(c if c.isprintable() else "?" for c in name)  # a line's end, or a terminal's commands
     return name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…"
 
 

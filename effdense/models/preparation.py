@@ -25,6 +25,7 @@ STATISTICS = {
 }
 SIZES = {"fashion-mnist": 28, "cifar10": 32, "cifar100": 32}  # their images' height and width
 GREY = ((0.449,), (0.226,))  # a folder's that is read in grey: means of the three
+_ORIENTATION = 0x0112  # EXIF's number for it
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 
 
@@ -140,8 +141,11 @@ class Preparation:
         try:
             with pil.open(image) as opened:
                 return self.pixels(opened)
-        except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
-            raise ValueError(f"{os.fspath(image)} cannot be read: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged one makes of it
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise ValueError(f"{os.fspath(image)} cannot be read: {reason}") from error
 
     # --- the steps
 
@@ -177,6 +181,10 @@ class Preparation:
             found.append("with 16 bits" if exact else "with 16 bits a channel, of which 8 are read")
         if "A" in file.mode or "a" in file.mode or "transparency" in file.info:
             found.append("transparent, which is left out")
+        if file.format == "JPEG" and file.getexif().get(_ORIENTATION, 1) != 1:
+            found.append("turned by its EXIF data, which are left out")
+        if file.format in ("TIFF", "PNG", "WEBP", "GIF") and getattr(file, "n_frames", 1) > 1:
+            found.append("of several pages, of which the first is read")
         return " and ".join(found)
 
     def finish(self, x: Tensor, dtype: torch.dtype) -> Tensor:

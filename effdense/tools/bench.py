@@ -283,7 +283,7 @@ def _measured(settings: Settings, start: float, on_progress: Callable[[str], Non
             del step
             if fitting < batch:
                 notes.append(
-                    f"{fitting} images instead of {batch}, so that it ends in {settings.seconds} s; --batch says how many."
+                    f"{fitting} image{'s' * (fitting != 1)} instead of {batch}, so that it ends in {settings.seconds} s; --batch says how many."
                 )
             settings = settings._replace(batch=fitting)
         steps.append(_Step(impl, net, _images(settings, channels), settings.train))

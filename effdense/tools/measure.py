@@ -5,8 +5,11 @@ For `effdense bench`, and for benchmarks/, which read this file without importin
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,9 +26,16 @@ def peak_bytes(fn: Callable[[], Any]) -> int:
     existed before: free nothing old in `fn` (`zero_grad(set_to_none=False)`) or the result is too high.
     """
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _without_marks():
+        profiler.start()
+    try:
         fn()
-    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    finally:
+        with _without_marks():
+            profiler.stop()
+    results: Any = profiler.profiler
+    tree = results.kineto_results.experimental_event_tree()
     live: dict[int, int] = {}
     level = peak = 0
     for event in sorted(_allocations(tree), key=lambda event: event.start_time_ns):
@@ -39,6 +49,31 @@ def peak_bytes(fn: Callable[[], Any]) -> int:
         else:
             level -= live.pop(fields.ptr, 0)
     return peak
+
+
+@contextlib.contextmanager
+def _without_marks() -> Iterator[None]:
+    """Keeps from stderr the lines for other programs (USDT:…) that the profiler writes there where it starts and stops.
+
+    All others are passed on. PyTorch has no way of its own: KINETO_LOG_LEVEL would hide errors first.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            own = os.dup(2)
+            stack.callback(os.close, own)
+            caught = stack.enter_context(tempfile.TemporaryFile())
+        except OSError:  # stderr is closed, or there is no room
+            yield
+            return
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(b"USDT:"):
+                    os.write(2, line)
 
 
 def _allocations(tree: Sequence[Any]) -> Iterator[Any]:

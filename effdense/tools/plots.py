@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from effdense import files
 from effdense.tools.reuse import BlockReuse
 
+FORMS = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps")
 MIB = 2**20
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 PEER, OURS = "#c4c4c4", "#3b7cb5"  # told apart in grey too, and a black line is seen on both
@@ -84,9 +85,22 @@ def reuse_picture(blocks: Sequence[BlockReuse], title: str, path: str | Path) ->
         _save(figure, path)
 
 
+def check_format(path: str | Path) -> str:
+    """The form of a picture, by the end of its name; PNG where that has none.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    form = Path(path).suffix.removeprefix(".").lower() or "png"
+    if form not in FORMS:
+        raise ValueError(f"{path}: pictures are {', '.join(FORMS)}, and the end of the name says which")
+    return form
+
+
 def _save(figure: Figure, path: str | Path) -> None:
+    form = check_format(path)
     with files.replacing(path) as file:
-        figure.savefig(file, format=Path(path).suffix.removeprefix(".") or "png")
+        figure.savefig(file, format=form)
 
 
 def _heat_map(axes: Axes, block: BlockReuse) -> None:

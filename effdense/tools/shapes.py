@@ -54,6 +54,12 @@ def _convolution_backward(args: Sequence[Any]) -> Any:
     )
 
 
+def _addmm(args: Sequence[Any]) -> Any:
+    x, weight = args[1:3]
+    fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[0] and x.dtype == weight.dtype
+    return x.new_empty(x.shape[0], weight.shape[1]) if fits else NotImplemented
+
+
 def _batch_norm(args: Sequence[Any]) -> Any:
     x, training = args[0], args[5]
     size = x.shape[1] if training else 0
@@ -75,6 +81,7 @@ MADE: dict[Any, Callable[[Sequence[Any]], Any]] = {
     torch.ops.aten.convolution_backward.default: _convolution_backward,
     torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward,
+    torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.add_.Tensor: lambda args: args[0],
     torch.ops.aten.add.Tensor: _alike,
     torch.ops.aten.mul.Tensor: _alike,

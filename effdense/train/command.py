@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,22 +31,12 @@ from effdense.train.settings import (
 STOPPED = 130  # a shell's status for Ctrl-C
 
 
-def _at_least_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number of 0 or more was expected, got {text!r}")
-    return value
-
-
 def _size(text: str) -> int | None:
     return None if text == "none" else values.side(text)
 
 
 def _drops(text: str) -> tuple[float, ...]:
-    drops = tuple(_at_least_zero(part) for part in text.split(",") if part)
+    drops = tuple(values.number(part) for part in text.split(",") if part)
     if any(part >= 1 for part in drops):
         raise argparse.ArgumentTypeError(
             f"parts of the run between 0 and 1 were expected, such as 0.5,0.75, got {text!r}"
@@ -54,7 +45,7 @@ def _drops(text: str) -> tuple[float, ...]:
 
 
 def _below_one(text: str) -> float:
-    value = _at_least_zero(text)
+    value = values.number(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f"a number of 0 or more and below 1 was expected, got {text!r}")
     return value
@@ -63,7 +54,7 @@ def _below_one(text: str) -> float:
 def _norm(text: str) -> float | None:
     if text == "none":
         return None
-    value = _at_least_zero(text)
+    value = values.number(text)
     if not value:
         raise argparse.ArgumentTypeError(f"a number above 0 or none was expected, got {text!r}")
     return value
@@ -76,7 +67,7 @@ def _count(text: str) -> int | None:
 def _class_weights(text: str) -> str | tuple[float, ...] | None:
     if text in ("balanced", "none"):
         return None if text == "none" else text
-    return tuple(_at_least_zero(part) for part in text.split(","))
+    return tuple(values.number(part) for part in text.split(","))
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -171,7 +162,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--save-steps", type=values.count, metavar="N", help="also save every N steps")
     add(
         "--save-seconds",
-        type=_at_least_zero,
+        type=values.number,
         default=600.0,
         metavar="S",
         help="also save every S seconds (600)",
@@ -201,27 +192,27 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
     )
     value("--optimizer", "stochastic gradient descent, Adam or AdamW", choices=OPTIMIZERS)
-    value("--lr", "learning rate, before it drops or falls", type=_at_least_zero)
-    value("--momentum", "of sgd", type=_at_least_zero)
+    value("--lr", "learning rate, before it drops or falls", type=values.number)
+    value("--momentum", "of sgd", type=values.number)
     value("--nesterov", "Nesterov's momentum", action=argparse.BooleanOptionalAction)
     value(
-        "--weight-decay", "factor of the L2 penalty; of adamw, of the weights themselves", type=_at_least_zero
+        "--weight-decay", "factor of the L2 penalty; of adamw, of the weights themselves", type=values.number
     )
     value("--schedule", "of the learning rate: drops, or cosine down to 0", choices=SCHEDULES)
     value(
         "--warmup-epochs",
         "in which the learning rate rises from 0 in a line",
-        type=_at_least_zero,
+        type=values.number,
         metavar="N",
     )
     value("--drops", "fractions of the run after which the learning rate drops: 0.5,0.75", type=_drops)
-    value("--drop-factor", "factor of each drop (0.1)", type=_at_least_zero)
+    value("--drop-factor", "factor of each drop (0.1)", type=values.number)
     value(
         "--augment",
         "crop-flip: a border of 4, a random crop, half mirrored; resized-crop: 8 to 100%% of the area, resized, half mirrored",
         choices=AUGMENTATIONS,
     )
-    value("--drop-rate", "dropout (0; cifar with --augment none: 0.2)", type=_at_least_zero)
+    value("--drop-rate", "dropout (0; cifar with --augment none: 0.2)", type=values.number)
     value("--resize", "resize images to NxN; none: leave them", type=_size, metavar="N")
     value("--pad", "pad images with zeros to NxN, before all else; none: do not", type=_size, metavar="N")
     value("--label-smoothing", "part of a label that is spread over all classes", type=_below_one)
@@ -237,7 +228,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=_below_one,
     )
     value(
-        "--mixup", "mix pairs of images: torchvision's MixUp with this alpha; 0: do not", type=_at_least_zero
+        "--mixup", "mix pairs of images: torchvision's MixUp with this alpha; 0: do not", type=values.number
     )
     value(
         "--val-split",
@@ -274,6 +265,8 @@ def read_settings(arguments: argparse.Namespace) -> RunConfig:
         raise ValueError("--keep-classifier needs --weights, whose classifier it keeps")
     if given["pretrained"] and given["weights"] is not None:
         raise ValueError("--pretrained and --weights exclude each other: each is what the model begins with")
+    if given["data"] == "folder" and given["data_root"] is not None:
+        _check_outside(given["out"], given["data_root"])
     if recipe.nesterov and not recipe.momentum:
         raise ValueError("--nesterov needs --momentum above 0")
     if recipe.warmup_epochs >= recipe.epochs and recipe.warmup_epochs:
@@ -286,6 +279,15 @@ def read_settings(arguments: argparse.Namespace) -> RunConfig:
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     others = {f.name: given[f.name] for f in dataclasses.fields(RunConfig) if f.name in given}
     return RunConfig(**(others | {"recipe_name": name, "recipe": recipe, "epochs_given": "epochs" in given}))
+
+
+def _check_outside(out: Path, root: Path) -> None:
+    """Refuses to put a run among the folders of the classes, of which it would become one."""
+    for part in (root / name for name in ("train", "val", "test")):
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(part)):
+            raise ValueError(
+                f"--out {out} is in {part}, where every folder is a class: name one outside of it"
+            )
 
 
 def _train(settings: RunConfig) -> None:

@@ -43,8 +43,11 @@ def _words(command: argparse.ArgumentParser, path: Path) -> Iterator[str]:
         for name in action.option_strings
         if name.startswith("--") and action.dest not in _NOT_IN_FILES and not name.startswith("--no-")
     }
+    said: dict[str, str] = {}
     for key, value in _read(path).items():
         name = key.replace("_", "-")
+        if (other := said.setdefault(name, key)) != key:
+            raise ValueError(f"{other!r} and {key!r} are the same option, which may be said once")
         action = known.get(name)
         if action is None:
             nearest = difflib.get_close_matches(name, known, n=1)
@@ -79,7 +82,13 @@ def _read(path: Path) -> dict[str, Any]:
     else:
         toml = extras.load("tomli", "reading TOML with Python 3.10")
     with path.open("rb") as file:
-        content: dict[str, Any] = toml.load(file)
+        try:
+            content: dict[str, Any] = toml.load(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"TOML is in UTF-8, and byte {error.start} is not") from error
+        except ValueError as error:
+            hint = ', whose lines are as in model = "densenet121"' if path.suffix in (".yaml", ".yml") else ""
+            raise ValueError(f"it is no TOML{hint}: {error}") from error
     return content
 
 

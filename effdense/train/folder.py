@@ -16,6 +16,7 @@ from effdense.train.settings import RunConfig
 
 LAST, BEST = "last.pt", "best.pt"
 LOCK = ".lock"
+_FILES = (LAST, BEST, "metrics.csv", "results.json", "settings.toml")
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def held(settings: RunConfig) -> Iterator[None]:
 
     Raises:
         OSError: it takes no files, which would be seen after hours otherwise.
-        ValueError: another run holds it at the moment, or it is to begin where there is one.
+        ValueError: another run holds it at the moment, or it is to begin where there is one, or something in its files' places.
     """
     out, before, made = settings.out, _names(settings.out), _first_missing(settings.out)
     try:
@@ -76,6 +77,8 @@ def _check_writable(settings: RunConfig, lock: int) -> None:
         files.remove_parts(out, LAST, BEST, "results.json", "settings.toml")
     except OSError as error:
         raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    if other := [name for name in _FILES if (out / name).exists() and not (out / name).is_file()]:
+        raise ValueError(f"--out {out} holds {other[0]}, which a run writes, and which is no regular file there")
     there = [name for name in (LAST, BEST) if (out / name).exists()]
     if there and not settings.resume:
         raise ValueError(f"--out {out} holds a run: --resume goes on with it, another --out begins anew")
@@ -115,6 +118,13 @@ def _leave_note(lock: int) -> None:
     """Says in the locked file who has locked it."""
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
+
+
+def of_a_run(path: Path) -> list[Path]:
+    """The files of the run whose folder that is, or one of its files."""
+    folder = path if path.is_dir() else path.parent
+    there = [folder / name for name in _FILES if (folder / name).is_file()]
+    return there if any(p.name in (LAST, BEST) for p in there) else []
 
 
 def to_go_on_from(out: Path) -> Path:

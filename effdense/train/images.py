@@ -162,7 +162,7 @@ class Folder:
             with self._pil.open(path) as image:
                 return self._prepare.loses(image)
         except Exception:  # whatever a damaged one makes of it, it is named when it is read
-            return ""
+            return "damaged, at which the run will end"
 
     def sizes(self) -> list[tuple[int, int]]:
         """Every image's width and height."""
@@ -177,8 +177,10 @@ class Folder:
         try:
             with self._pil.open(path) as image:
                 yield image
-        except (OSError, SyntaxError, ValueError, self._pil.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged one makes of it
+            raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
 
     def read(self, chosen: Tensor, boxes: Tensor | None) -> Tensor:
         """See Images."""

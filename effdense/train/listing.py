@@ -10,6 +10,9 @@ from pathlib import Path
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+# Folders that systems make beside or among images, some with previews of them.
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
 _Identity = tuple[int, int]  # of a folder, under whatever name
 
 
@@ -17,7 +20,7 @@ def images_by_class(root: Path, least: int = 2) -> tuple[dict[str, list[str]], C
     """The paths of every class's images in order, and how many files of which kind are left out.
 
     Links are followed, to folders that have not been read yet and do not hold `root`, so that one that leads back brings no
-    other classes' images. Hidden files and folders do not count.
+    other classes' images. Hidden files and folders do not count. Where one class is enough, those without images are left out.
 
     Raises:
         OSError: a folder cannot be read.
@@ -41,7 +44,12 @@ def images_by_class(root: Path, least: int = 2) -> tuple[dict[str, list[str]], C
         if (other := entered.setdefault(_identity(path), path)) != path:
             raise ValueError(f"{root}: class {name} is the same folder as {other}")
     found = {name: sorted(_below(folders[name], entered, left_out)) for name in classes}
-    if empty := [name for name, paths in found.items() if not paths]:
+    empty = [name for name, paths in found.items() if not paths]
+    if least == 1 and len(empty) < len(found):
+        for name in empty:
+            del found[name]
+            left_out["folders without images"] += 1
+    elif empty:
         rest = f"; left out: {in_words(left_out)}" if left_out else ""
         raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(empty[:5])}{rest}")
     return found, left_out
@@ -88,7 +96,7 @@ def _below(folder: str, entered: dict[_Identity, str], left_out: Counter[str]) -
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """What is in a folder and not hidden, what is really there before links."""
     with os.scandir(folder) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        shown = [e for e in entries if not e.name.startswith(".") and e.name not in _OF_SYSTEMS]
     return sorted(shown, key=lambda entry: (entry.is_symlink(), entry.name))
 
 

@@ -167,6 +167,7 @@ def test_classes_are_told_by_their_names(
         and "does not know: ill, and there is no sick; the model's are healthy, sick" in message
     )
     one = link_classes(tmp_path / "b", {"sick": val / "sick"})
+    (one / "healthy").mkdir()
     result = evaluate(run / "last.pt", tmp_path, str(one))
     healthy, sick = result["classes"]
     assert (healthy["images"], sick["images"]) == (0, VAL[1])

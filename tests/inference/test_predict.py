@@ -163,6 +163,6 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty" / "scan.dcm").touch()
     assert "left out: 1 .dcm" in refused(["predict", run, tmp_path / "empty"], capsys)
     assert "a folder of effdense train" in refused(["predict", "/nowhere", tmp_path], capsys)
-    assert "is a folder, and a file is to be written" in refused(
+    assert "cannot be written: it is a folder" in refused(
         ["predict", run, tmp_path, "--csv", tmp_path], capsys
     )

@@ -49,7 +49,7 @@ def test_interrupted(
     monkeypatch.chdir(tmp_path)
     stop = raises(KeyboardInterrupt())
     for holder, name in (
-        *((cli, "check"), (cli, "Planner"), (cli, "summary"), (cli, "load_checkpoint")),
+        *((cli, "check"), (cli, "Planner"), (cli, "summary"), (cli, "find")),
         *((plots, "read_run"), (loop.Training, "__init__"), (bench, "run"), (trained, "load")),
     ):
         monkeypatch.setattr(holder, name, stop)
@@ -85,6 +85,16 @@ def test_neither_output_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(sys, "stderr", error)
         assert cli.main(COMMANDS["summary"]) == 2
         files.silence(error)
+
+
+def test_outputs_that_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with >&- 2>&-, of which Python makes None."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    statuses = [cli.main(COMMANDS[command]) for command in ("summary", "plan", "predict")]
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+    assert statuses == [0, 0, 2]
 
 
 def test_the_program_itself() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from effdense import cli, files
-from effdense.train import checkpoint, command, folder
+from effdense.train import checkpoint, command, config, folder
 from effdense.train.metrics import Metrics, Row
 from tests._training import arguments, assert_same_end, load, rows, train, write_data
 
@@ -107,8 +107,8 @@ def test_sockets_and_folders_are_refused(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(tmp_path / "socket"))
     (tmp_path / "folder").mkdir()
-    for name, why in {"socket": "a disk or a socket is not overwritten", "folder": "Is a directory"}.items():
-        with pytest.raises(OSError, match=f"{name} cannot be written: {why}; it is no regular file"):
+    for name, why in {"socket": "a disk or a socket is not overwritten", "folder": "it is a folder"}.items():
+        with pytest.raises(OSError, match=f"{name} cannot be written: {why}"):
             write(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["folder", "socket"]
 
@@ -194,7 +194,58 @@ def test_a_path_that_is_not_utf8(root: Path, tmp_path: Path, capsys: Any) -> Non
     assert not list(tmp_path.iterdir())
 
 
+OUTPUTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "evaluate": (("run", "--csv"), "x.csv"),
+    "predict": (("run", "i.png", "--csv"), "x.csv"),
+    "export": (("run", "-o"), "x.pt2"),
+    "plot": (("run", "-o"), "x.png"),
+    "reuse": (("run", "-o"), "x.png"),
+    "summary": (("densenet_bc_10_4", "--image-size", "8", "--json"), "x.json"),
+    "bench": (("densenet_bc_10_4", "--json"), "x.json"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_are_looked_at_first(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Before a model is built, or a minute is measured; and a file that is read is not written over."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("run")
+    Path("run", "best.pt").write_bytes(b"the weights")
+    Path("link").symlink_to(Path("run", "best.pt"))
+    words, file = OUTPUTS[name]
+    wrong = {f"no/{file}": "there is no folder", "run": "it is a folder", "x" * 300: "File name too long"}
+    if "run" in words:
+        wrong |= dict.fromkeys(("run/best.pt", "link"), "would be overwritten: name another file")
+    for given, why in wrong.items():
+        assert cli.main([name, *words, given]) == 2
+        said = capsys.readouterr()
+        assert not said.out and said.err.count("\n") == 1 and why in said.err
+    for given in ("-", f"{file}/", os.fsdecode(b"x\xff")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([name, *words, given])
+    assert sorted(os.listdir()) == ["link", "run"] and Path("link").read_bytes() == b"the weights"
+
+
+def test_two_outputs_in_one_file(tmp_path: Path, capsys: Any) -> None:
+    words = ("evaluate", str(tmp_path), "--csv", str(tmp_path / "x"))
+    assert cli.main([*words, "--json", str(tmp_path / ".." / tmp_path.name / "x")]) == 2
+    assert "--csv and --json are the same file" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(tmp_path), "--csv", os.devnull, "--json", os.devnull]) == 2
+    assert "has no best.pt or last.pt" in capsys.readouterr().err
+
+
 # --- the folder of a run
+
+
+def test_a_run_among_its_classes(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "train")
+    words = ("train", "--model", "x", "--data", "folder", "--data-root", str(tmp_path / "data"), "--out")
+    for out in ("data/train", "data/val/run", "link/ant/run"):
+        assert cli.main([*words, str(tmp_path / out)]) == 2
+        assert "where every folder is a class" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["link"]
 
 
 def held(out: Path) -> Any:
@@ -270,20 +321,24 @@ def test_a_last_checkpoint_that_is_damaged(root: Path, tmp_path: Path, capsys: A
     assert f"Once it is moved away, --resume goes on from {tmp_path}/best.pt" in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_written_cost_no_epoch(root: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "results.json").mkdir()
-    assert train(root, tmp_path, "--epochs", "1") == 2
-    assert "results.json cannot be written: Is a directory" in capsys.readouterr().err
+def test_results_that_cannot_be_written_cost_no_epoch(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "write", lambda out, *_: (out / "results.json").mkdir())  # when it has begun
+        assert train(root, tmp_path, "--epochs", "1") == 2
+    assert "results.json cannot be written: it is a folder" in capsys.readouterr().err
     assert load(tmp_path)["epoch"] == 1
     (tmp_path / "results.json").rmdir()
     assert train(root, tmp_path, "--epochs", "1", "--resume") == 0
     assert len(json.loads((tmp_path / "results.json").read_text())["epochs"]) == 1
 
 
-def test_metrics_that_are_no_file(root: Path, tmp_path: Path, capsys: Any) -> None:
-    os.mkfifo(tmp_path / "metrics.csv")
+@pytest.mark.parametrize("name", ["best.pt", "metrics.csv", "results.json", "settings.toml"])
+def test_files_of_a_run_that_are_none(name: str, root: Path, tmp_path: Path, capsys: Any) -> None:
+    os.mkfifo(tmp_path / name)  # which would be waited for
     assert train(root, tmp_path) == 2
-    assert "metrics.csv cannot be written: it is no regular file" in capsys.readouterr().err
+    assert f"holds {name}, which a run writes, and which is no regular file" in capsys.readouterr().err
 
 
 def test_metrics_on_a_full_disk_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

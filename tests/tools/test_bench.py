@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,3 +176,11 @@ def test_a_step_is_counted_as_elsewhere() -> None:
     from benchmarks import measure as theirs
 
     assert Path(theirs._steps.__file__).samefile(measure.__file__)
+
+
+def test_marks_for_other_programs_are_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    """PyTorch's profiler writes them where it starts and stops; errors are passed on."""
+    assert measure.peak_bytes(lambda: torch.empty(1000)) >= 4000
+    with measure._without_marks():
+        os.write(2, b"USDT:a mark\nan error\nhalf a line")
+    assert capfd.readouterr().err == "an error\nhalf a line"

@@ -185,8 +185,8 @@ def test_without_onnxruntime_it_says_that_nothing_was_compared(
     [
         ("m.pth", "must end in .onnx, .pt2 or .safetensors, got "),
         ("missing/m.pt2", "there is no folder "),
-        ("run", "must end in"),
-        ("folder.pt2", "Is a directory"),
+        ("run", "it is a folder"),
+        ("folder.pt2", "it is a folder"),
         ("protected.pt2", "it is write-protected"),
     ],
 )

@@ -59,13 +59,27 @@ def test_the_command_line_is_on_top(tmp_path: Path) -> None:
         ("[recipe]\nlr = 1", "recipe must be a number, a text or a list of numbers, got {'lr': 1}"),
         ("epochs = 0", "argument --epochs: a whole number of 1 or more was expected, got '0'"),
         ("ema-decay = 1.0", "a number of 0 or more and below 1 was expected, got '1.0'"),
-        ("lr = ", "Invalid value"),
+        ("lr = ", "it is no TOML: Invalid value"),
+        ("lr = 1\nlr = 2", "it is no TOML: "),
+        ("val_split = 0.1\nval-split = 0.2", "'val_split' and 'val-split' are the same option"),
+        ("lr = '1_000'", "argument --lr: a number of 0 or more was expected, got '1_000'"),
     ],
 )
 def test_wrong_files(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         settings("--config", write(tmp_path, text), "--out", "x")
     assert message in capsys.readouterr().err
+
+
+def test_other_forms(tmp_path: Path, capsys: Any) -> None:
+    for name, content, message in (
+        ("x.yaml", b"lr: 1\n", "it is no TOML, whose lines are as in model = "),
+        ("x.toml", b"# \xe9\n", "TOML is in UTF-8, and byte 2 is not"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match="2"):
+            settings("--config", str(tmp_path / name), "--out", "x")
+        assert message in capsys.readouterr().err
 
 
 def test_no_file(capsys: Any) -> None:

@@ -196,11 +196,11 @@ def test_other_forms_are_counted(folder: Path) -> None:
     eight, alpha = "with 16 bits a channel, of which 8 are read", "transparent, which is left out"
     data = images.load(settings("folder", folder, resize=8)).train
     assert isinstance(data, images.Folder)
-    gray = "grey, repeated to 3 channels"
+    gray, damaged = "grey, repeated to 3 channels", "damaged, at which the run will end"
     assert data.kinds() == (
         17,
         {
-            **{f"{gray} and with 16 bits": 1, eight: 2, f"{eight} and {alpha}": 1},
+            **{damaged: 1, f"{gray} and with 16 bits": 1, eight: 2, f"{eight} and {alpha}": 1},
             **{gray: 1, f"{gray} and {alpha}": 1, alpha: 2},
         },
     )
@@ -208,9 +208,25 @@ def test_other_forms_are_counted(folder: Path) -> None:
     assert isinstance(data, images.Folder)
     color = "in colour, read as grey"
     assert data.kinds()[1] == {
-        **{"with 16 bits": 1, f"{color} and {eight}": 2, f"{color} and {eight} and {alpha}": 1},
+        **{damaged: 1, "with 16 bits": 1, f"{color} and {eight}": 2, f"{color} and {eight} and {alpha}": 1},
         **{f"{color}": 8, alpha: 1, f"{color} and {alpha}": 2},
     }
+
+
+def test_turned_images_and_further_pages_are_counted(tmp_path: Path) -> None:
+    turned, blank = Image.Exif(), Image.new("RGB", (16, 16))
+    turned[0x0112] = 6
+    blank.save(tmp_path / "turned.jpg", exif=turned)
+    blank.save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")])
+    prepare, found = Preparation((0.5,) * 3, (0.5,) * 3, 3), []
+    for name in ("turned.jpg", "pages.tif"):
+        with Image.open(tmp_path / name) as file:
+            found.append(prepare.loses(file))
+            assert not prepare.pixels(file).any()
+    assert found == [
+        "turned by its EXIF data, which are left out",
+        "of several pages, of which the first is read",
+    ]
 
 
 def test_a_bitmap_of_16_bits_a_pixel_has_5_a_channel(folder: Path) -> None:

@@ -214,6 +214,14 @@ def test_a_damaged_image(folder: Path) -> None:
         data.train.read(torch.tensor([1]), None)
 
 
+def test_a_damaged_image_of_any_kind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's readers raise what the bytes bring about."""
+    data = images.load(settings("folder", folder, resize=8))
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: b""[3])
+    with pytest.raises(ValueError, match=r"red/0\.png cannot be read: index out of range"):
+        data.train.read(torch.tensor([1]), None)
+
+
 def test_an_image_that_is_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"blue/0\.png cannot be read: .*decompression bomb"):
@@ -222,7 +230,9 @@ def test_an_image_that_is_too_large(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_files_that_only_look_like_images(folder: Path) -> None:
     (folder / "train" / "red" / "._0.png").write_bytes(b"macOS")
-    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints", "__MACOSX", "red/@eaDir"):
+        (folder / "train" / name).mkdir()
+    (folder / "train" / "red" / "@eaDir" / "0.png").write_bytes((folder / "train/red/0.png").read_bytes())
     assert len(images.load(settings("folder", folder)).train.labels) == 8
 
 
