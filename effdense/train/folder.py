@@ -78,7 +78,9 @@ def _check_writable(settings: RunConfig, lock: int) -> None:
     except OSError as error:
         raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
     if other := [name for name in _FILES if (out / name).exists() and not (out / name).is_file()]:
-        raise ValueError(f"--out {out} holds {other[0]}, which a run writes, and which is no regular file there")
+        raise ValueError(
+            f"--out {out} holds {other[0]}, which a run writes, and which is no regular file there"
+        )
     there = [name for name in (LAST, BEST) if (out / name).exists()]
     if there and not settings.resume:
         raise ValueError(f"--out {out} holds a run: --resume goes on with it, another --out begins anew")
