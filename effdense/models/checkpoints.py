@@ -100,7 +100,9 @@ def restore(content: Any, path: str | os.PathLike[str], name: str | None = None)
         model = build(name, **{**_sizes(name, state), **options})
     except Exception as error:  # whatever a constructor makes of options that are none
         told = f" with the entry 'options', {tensor_files.shortly(options)}" if options else ""
-        raise ValueError(f"{path}: model {name!r} cannot be built{told}: {error}") from error
+        raise ValueError(
+            f"{path}: model {name!r} cannot be built{told}: {' '.join(str(error).split())}"
+        ) from error
     dtypes = [t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     try:
         load_weights(model.to(dtypes[0]) if dtypes else model, state)

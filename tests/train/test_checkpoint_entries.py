@@ -91,6 +91,7 @@ def fault(error: Exception, path: Path, place: Place, what: str) -> list[str]:
     """What is wrong with a message: it is one line that names the file and the entry."""
     said = str(error).replace("_", " ")
     named = any(str(key).replace("_", " ") in said for key in place if isinstance(key, str))
+    named = named or (place[0] == "class_names" and "has classes that" in said)
     no_checkpoint = what == "missing" and place in (("settings",), ("state_dict",))
     is_right = isinstance(error, ValueError) and "\n" not in said and str(path).replace("_", " ") in said
     return (
