@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def test_a_full_disk(root: Path, tmp_path: Path, capsys: Any) -> None:
 
 def test_a_lock_that_is_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a run that is refused: who has opened its file before must not hold the folder by a file that nobody finds."""
-    real, held = folder.fcntl.flock, []
+    real, held = fcntl.flock, list[Any]()
 
     def flock(lock: Any, how: int) -> None:
         if not held:
@@ -80,7 +81,7 @@ def test_a_lock_that_is_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.Mo
         held.append(lock)
         real(lock, how)
 
-    monkeypatch.setattr(folder.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with folder._lock(tmp_path) as lock:
         assert len(held) == 2
         assert os.path.samestat(os.fstat(lock.fileno()), os.stat(tmp_path / folder.LOCK))

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_lines_where_there_is_no_terminal(
 
 def test_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     shown = display.Display(RECIPES["cifar"], 5000)
     lines = []
     for second in range(0, 200):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import effdense
-from benchmarks import models as naive_models
+from benchmarks import densenet
 from effdense.conversion.class_swap import Converted
 from tests._stages import assert_close
 from tests.engine._faults.lines import PACKAGE
@@ -23,8 +23,8 @@ TORCH_MODULE = torch.nn.modules.module.__file__
 def _naive() -> nn.Module:
     """A block of two layers and a transition, in float64."""
     torch.manual_seed(0)
-    block: Any = naive_models._DenseBlock(2, 5, 2, 4, 0.0)
-    return nn.Sequential(block, naive_models._Transition(13, 6, False)).double()
+    block: Any = densenet._DenseBlock(2, 5, 2, 4, 0.0)
+    return nn.Sequential(block, densenet._Transition(13, 6, False)).double()
 
 
 def _classes(model: nn.Module) -> list[tuple[type, list[str]]]:
