@@ -226,3 +226,15 @@ def test_opcheck() -> None:
     arguments = (torch.randn_like(out), where, mean, var, x, weight, None, *vectors, needs, *settings)  # type: ignore[assignment]
     torch.library.opcheck(torch.ops.effdense.stem_backward, arguments, test_utils=checks)
     assert len(arguments) == stem.BACKWARD_TENSORS + len(settings)
+
+
+def test_a_relu_inside_of_pytorchs_norm_is_not_called() -> None:
+    """As convert_sync_batchnorm leaves it of timm's norms with an activation."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(4)
+    norm.add_module("act", torch.nn.ReLU())
+    parts = [torch.nn.Conv2d(3, 4, 3, padding=1), norm, torch.nn.MaxPool2d(2)]
+    x = torch.randn(2, 3, 8, 8)
+    expected = torch.nn.Sequential(*parts)(x)
+    assert (expected < 0).any()
+    torch.testing.assert_close(effdense.nn.DenseFeatures(*parts)(x), expected)
