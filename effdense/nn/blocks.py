@@ -242,9 +242,8 @@ def run_transition(x: Tensor, norm: Any, kernel: tuple[int, ...], conv: Any) -> 
     def fused(x: Tensor) -> Tensor:
         y, mean, var = pool.bn_relu_avg_pool("Transition", NAMES[:4], x, read_module(norm), kernel)
         result: Tensor = conv(y)
-        update_modules(
-            [(norm, mean, var)], x.numel() // x.shape[1]
-        )  # last: what is raised has changed nothing
+        # last: what is raised has changed nothing
+        update_modules([(norm, mean, var)], x.numel() // x.shape[1])
         return result
 
     return through(x, fused)

@@ -305,9 +305,8 @@ def _relu_behind(modules: list[Any]) -> int | None:
     if not modules or not is_norm(modules[0]) or changed("", modules[0], True) is not None:
         return None
     norm = modules[0]
-    if (
-        norm._modules and type(norm) not in NORMS
-    ):  # PyTorch's own call none, such as SyncBatchNorm's of a timm norm
+    # PyTorch's own norms call no module that they hold, as a timm norm does that was made a SyncBatchNorm.
+    if norm._modules and type(norm) not in NORMS:
         inside = [m for m in norm._modules.values() if type(m) is not nn.Identity]
         idle = all(changed("", m, False) is None for m in norm._modules.values())
         return 1 if idle and len(inside) == 1 and _is(inside[0], ACTIVATIONS) else None
