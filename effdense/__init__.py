@@ -3,7 +3,10 @@
 `convert(model)` makes an existing model run fused; `nn` has the modules, `functional` the operator.
 """
 
-# First: it refuses a torch on which the others may not even load.
+# First: Ctrl-C while torch is imported; then what refuses a torch on which the others may not even load.
+from effdense import _program as _program
+
+# isort: split
 from effdense.ops import extension as _extension
 
 # isort: split

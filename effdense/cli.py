@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effdense import extras, files, values
+from effdense import _program, extras, files, values
 from effdense._version import __version__
 from effdense.inference import command as inference
 from effdense.inference.trained import find
@@ -364,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding does not have is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _program.interrupt_as_usual()
         arguments = _parser().parse_args(train.with_config(sys.argv[1:] if argv is None else argv))
         name = f"effdense {arguments.command}"
         if wrong := _wrong_outputs(arguments):

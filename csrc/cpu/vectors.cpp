@@ -145,8 +145,7 @@ void update_from_vectors(const Tensor& vectors, at::IntArrayRef starts, TensorLi
                     " elements (one per running statistic), got ", starts.size(), ", ",
                     running_factors.size(), " and ", batch_factors.size());
   std::vector<Tensor> batch(running.size());  // all of them before anything moves: memory may run out
-  for (size_t i = 0; i < running.size(); ++i)
-    batch[i] = vectors.narrow(0, starts[i], running[i].numel());
+  for (size_t i = 0; i < running.size(); ++i) batch[i] = vectors.narrow(0, starts[i], running[i].numel());
   count_batches(counters);
   for (size_t i = 0; i < running.size(); ++i)
     update_running_statistics(running[i], batch[i], running_factors[i], batch_factors[i]);

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import effdense
-from effdense import cli, files
+from effdense import _program, cli, files
 from effdense.inference import trained
 from effdense.tools import bench
 from effdense.train import loop
@@ -105,6 +107,32 @@ def test_the_program_itself() -> None:
     ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=1200)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (cli.UNREAD, b"")
+
+
+def test_interrupted_while_torch_is_imported() -> None:
+    """There is nothing to save yet: it ends as a program in C does, which a shell calls status 130."""
+    command = [sys.executable, "-m", "effdense", *COMMANDS["plan"]]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while "libtorch_cpu" not in Path(f"/proc/{started.pid}/maps").read_text():
+        assert started.poll() is None
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    assert started.communicate(timeout=120) == (b"", b"") and started.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "argv, original, started",
+    [
+        (["/usr/bin/effdense", "plan"], ["python", "/usr/bin/effdense", "plan"], True),
+        (["-m", "plan"], ["python", "-W", "ignore", "-m", "effdense", "plan"], True),
+        (["train.py", "effdense"], ["python", "train.py", "effdense"], False),
+        (["-m", "x"], ["python", "-m", "pytest", "-m", "effdense"], False),
+        ([""], ["python"], False),
+    ],
+)
+def test_what_the_program_is(argv: list[str], original: list[str], started: bool) -> None:
+    """Nobody else's Ctrl-C is changed by an import."""
+    assert _program.is_started(argv, original) == started
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,17 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "effdense"
 
 # Files that import nothing else of effdense but one another; everyone may import them.
-GROUND = {"_torch_range", "_version", "extras", "files", "machine", "progress", "tensor_files", "values"}
+GROUND = {
+    "_program",
+    "_torch_range",
+    "_version",
+    "extras",
+    "files",
+    "machine",
+    "progress",
+    "tensor_files",
+    "values",
+}
 # ops <- engine <- nn <- models, conversion <- tools, train <- inference <- cli: what each folder or file may import besides itself.
 MODULES = {"ops", "engine", "nn"}
 WHOLE_NETS = MODULES | {"models", "conversion"}

@@ -1,5 +1,6 @@
-// Stands before the C++ library: what the compiled module asks `operator new` for (containers, kernels' arguments) fails one by
-// one, as the test asks (tests/engine/test_faults.py). Allocations of PyTorch's own are left alone: oneDNN crashes where its fail.
+// Stands before the C++ library: what the compiled module asks `operator new` for (containers, kernels'
+// arguments) fails one by one, as the test asks (tests/engine/test_faults.py). Allocations of PyTorch's own
+// are left alone: oneDNN crashes where its fail.
 #include <dlfcn.h>
 #include <link.h>
 
