@@ -90,11 +90,9 @@ def safetensors_of(tensors: Mapping[str, Any], metadata: Mapping[str, str], path
         if why := _no_safetensor(name, tensor):
             raise ValueError(f"{path}: {name} {why}; a name that ends in .pt is written by torch.save")
         plain[name] = tensor.detach().cpu().resolve_neg().contiguous()
-        if (
-            place := plain[name].untyped_storage().data_ptr()
-        ) in places:  # tied: the library wants each apart
+        if plain[name].untyped_storage().data_ptr() in places:  # tied: the library wants each apart
             plain[name] = plain[name].clone()
-        places.add(place)
+        places.add(plain[name].untyped_storage().data_ptr())
     try:
         content: bytes = library.save(plain, {"format": "pt", **metadata})
     except (KeyError, ValueError) as error:  # KeyError: of a dtype that it does not know

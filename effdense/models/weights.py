@@ -135,10 +135,11 @@ def load_weights(
 ) -> Model:
     """Loads a DenseNet's weights from the layout of torchvision (new and old keys), timm, gpleiss or MONAI.
 
-    Everything has to fit: nothing is loaded otherwise, nor where Ctrl-C comes in between. Only counters (`num_batches_tracked`,
-    which old files do not have, and `n_averaged` of torch's AveragedModel) may be missing or too many. What is in front of all keys counts on neither side:
-    `module.`, `_orig_mod.`, or the name in a larger model, such as `model.` or `backbone.`. A file may hold the state_dict
-    itself or a checkpoint with it, under "state_dict" or "model", or under any name if it is the only one.
+    Everything has to fit: nothing is loaded otherwise, nor where Ctrl-C comes in between. Only counters
+    (`num_batches_tracked`, which old files do not have, and `n_averaged` of torch's AveragedModel) may be missing or too
+    many. What is in front of all keys counts on neither side: `module.`, `_orig_mod.`, or the name in a larger model, such
+    as `model.` or `backbone.`. A file may hold the state_dict itself or a checkpoint with it, under "state_dict" or
+    "model", or under any name if it is the only one.
 
     Args:
         model: a model with torchvision's keys: one of effdense.models, or torchvision's own.
