@@ -15,6 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from effdense.train.listing import images_by_class
+from tests.fuzz._corpus import kept
 from tests.fuzz._fuzz import fuzz
 from tests.fuzz._readers import (
     KINDS,
@@ -54,6 +55,14 @@ def test_whole_files_are_read(name: str, tmp_path: Path) -> None:
             READERS[name].read(path)
             read += 1
     assert read
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "idx", "image", "tensors"])
+def test_what_atheris_has_kept(name: str) -> None:
+    files = kept(name)
+    assert len(files) > 40
+    for content in files:
+        read_damaged(name, content)
 
 
 @fuzz(st.tuples(st.sampled_from(list(READERS)), numbers, damages), 100)
