@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,15 @@ class Learner:
             self._scaler.load_state_dict(saved["scaler"])
 
     def _restore_optimizer(self, saved: dict[str, Any]) -> None:
-        """Its state of every parameter. Its settings are the recipe's, which are the same (checkpoint.py)."""
+        """Its state of every parameter, and where the learning rate was. Other settings are the recipe's, which are the same (checkpoint.py)."""
         groups, state = self.optimizer.state_dict()["param_groups"], saved["state"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not isinstance(saved["param_groups"], list):
             raise ValueError("param_groups must be a list")
         count = sum(len(group["params"]) for group in saved["param_groups"])
+        rates = [group["lr"] for group in saved["param_groups"]]
+        if len(rates) != len(groups) or not all(isinstance(r, (int, float)) and 0 <= r < math.inf for r in rates):
+            raise ValueError(f"{len(groups)} param_groups, each with a learning rate lr, were expected")
         if count != len(parameters):
             raise ValueError(f"it is of {count} parameters, and {len(parameters)} are trained")
         for number, own in state.items():
@@ -169,6 +173,7 @@ class Learner:
                     raise ValueError(
                         f"{name} of parameter {number} must be a tensor {list(shape)} of floating point"
                     )
+        groups = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

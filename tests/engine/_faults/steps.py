@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -102,7 +103,7 @@ class Step:
         torch.manual_seed(0)
         self._original, self._x, self._cold = make(), torch.randn(shape), cold
         self._model = copy.deepcopy(self._original)
-        self._start = state_of(self._original)
+        self._start, self._within = state_of(self._original), contextlib.ExitStack()
         self._parameters = len(list(self._original.parameters()))
         with engine(self._engine):
             step(self._model, self._x)
@@ -118,12 +119,14 @@ class Step:
         workspace.empty_cache()
         workspace._pool.__dict__.pop("take", None)
         self._blocks = Blocks()
+        # Not in `act`: an interrupt in the lines that put another engine there would leave it there.
+        self._within.enter_context(engine(self._engine))
 
     def act(self) -> None:
-        with engine(self._engine):
-            step(self._model, self._x)
+        step(self._model, self._x)
 
     def check(self, thoroughly: bool = True) -> None:
+        self._within.close()
         workspace._pool.__dict__.pop("take", None)
         assert workspace._pool._lock.acquire(blocking=False), "the lock is held"
         workspace._pool._lock.release()
