@@ -154,7 +154,9 @@ class Learner:
             raise ValueError("param_groups must be a list")
         count = sum(len(group["params"]) for group in saved["param_groups"])
         rates = [group["lr"] for group in saved["param_groups"]]
-        if len(rates) != len(groups) or not all(isinstance(r, (int, float)) and 0 <= r < math.inf for r in rates):
+        if len(rates) != len(groups) or not all(
+            isinstance(r, (int, float)) and 0 <= r < math.inf for r in rates
+        ):
             raise ValueError(f"{len(groups)} param_groups, each with a learning rate lr, were expected")
         if count != len(parameters):
             raise ValueError(f"it is of {count} parameters, and {len(parameters)} are trained")
