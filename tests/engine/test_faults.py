@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,29 +14,17 @@ import torch
 import effdense
 from effdense.nn import DenseBlock
 from tests.engine._faults import out_of_new
-
-FOLDER = Path(__file__).parent / "_faults"
+from tests.engine._faults.preload import with_failing_malloc
 
 
 def test_out_of_memory_at_every_allocation_of_a_step(tmp_path: Path) -> None:
     if not effdense.build_info()["compiled"]:
         pytest.skip("the models run on PyTorch's own operators")
-    library = tmp_path / "failing_malloc.so"
-    compiler = os.environ.get("CC") or "gcc"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, FOLDER / "failing_malloc.c"], check=True)
-    out = subprocess.run(
-        [sys.executable, "-m", "tests.engine._faults.out_of_memory", library],
-        env=os.environ | {"LD_PRELOAD": str(library)},
-        cwd=FOLDER.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert out.returncode == 0, out.stdout + out.stderr
-    lines = [line.rsplit(maxsplit=2) for line in out.stdout.splitlines()]
+    out = with_failing_malloc(tmp_path, "tests.engine._faults.out_of_memory")
+    lines = [line.rsplit(maxsplit=2) for line in out.splitlines()]
     assert len(lines) == 4
     # Buffers, vectors, scratch, statistics, results and gradients: a layer makes several of each.
-    assert all(int(forward) > 10 and int(backward) > 10 for _, forward, backward in lines), out.stdout
+    assert all(int(forward) > 10 and int(backward) > 10 for _, forward, backward in lines), out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into the loaded modules as Linux has them")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import effdense
-from tests.engine.test_faults import FOLDER
+from tests.engine._faults.preload import with_failing_malloc
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,17 +29,6 @@ def test_a_signal_at_a_random_moment() -> None:
 def test_out_of_memory_in_the_optimizer(tmp_path: Path) -> None:
     if not effdense.build_info()["compiled"]:
         pytest.skip("the models run on PyTorch's own operators")
-    library = tmp_path / "failing_malloc.so"
-    compiler = os.environ.get("CC") or "gcc"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, FOLDER / "failing_malloc.c"], check=True)
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.train._out_of_memory", library, "500"],
-        env=os.environ | {"LD_PRELOAD": str(library)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
-    counts = [int(number) for line in made.stdout.splitlines() for number in line.split()[1:]]
-    assert len(counts) == 4 and counts[0] > 0 and counts[2] > 0, made.stdout
+    out = with_failing_malloc(tmp_path, "tests.train._out_of_memory", "500")
+    counts = [int(number) for line in out.splitlines() for number in line.split()[1:]]
+    assert len(counts) == 4 and counts[0] > 0 and counts[2] > 0, out
